@@ -1,0 +1,5 @@
+"""Labelled image sets, split into train, validation and test."""
+
+from distrecon.images.sets import IMAGE_SETS, ImageSet, LabelledImages, load
+
+__all__ = ["IMAGE_SETS", "ImageSet", "LabelledImages", "load"]

@@ -1,0 +1,55 @@
+"""Labelled image sets as tensors; `load(name)` is the one way in. Adding a set is adding one function to IMAGE_SETS."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from distrecon.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images [Q, channels, height, width] float32, normalised, and their classes [Q] int64."""
+
+    images: Tensor
+    labels_Q: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Three disjoint sets of images: models are fitted on `train`, chosen on `validation` and judged on `test`."""
+
+    name: str
+    train: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages
+    classes: tuple[str, ...]
+    preprocessing: str
+
+
+def digits(directory: Path | None = None) -> ImageSet:
+    """scikit-learn's 1,797 digits, 8x8 grey: 1,000 train, 200 validation, 597 test; pixels 0..16 become -1..1."""
+    raw = load_digits()
+    order = np.random.default_rng(0).permutation(len(raw.target))
+    images = torch.from_numpy((raw.images[order] / 8 - 1).astype(np.float32))[:, None]
+    labels_Q = torch.from_numpy(raw.target[order].astype(np.int64))
+    parts = [LabelledImages(images[a:b], labels_Q[a:b]) for a, b in ((0, 1000), (1000, 1200), (1200, None))]
+    return ImageSet("digits", *parts, tuple("0123456789"), "pixel / 8 - 1")
+
+
+IMAGE_SETS: dict[str, Callable[[Path | None], ImageSet]] = {"digits": digits}
+
+
+def load(name: str, directory: str | Path | None = None) -> ImageSet:
+    """The image set called `name`, read from `directory` where it does not come with scikit-learn."""
+    if name not in IMAGE_SETS:
+        raise UserError(f"unknown image set {name!r}{nearest(name, IMAGE_SETS)}")
+    return IMAGE_SETS[name](Path(directory) if directory is not None else None)
