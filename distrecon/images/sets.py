@@ -41,8 +41,10 @@ def digits(directory: Path | None = None) -> ImageSet:
     order = np.random.default_rng(0).permutation(len(raw.target))
     images = torch.from_numpy((raw.images[order] / 8 - 1).astype(np.float32))[:, None]
     labels_Q = torch.from_numpy(raw.target[order].astype(np.int64))
-    parts = [LabelledImages(images[a:b], labels_Q[a:b]) for a, b in ((0, 1000), (1000, 1200), (1200, None))]
-    return ImageSet("digits", *parts, tuple("0123456789"), "pixel / 8 - 1")
+    train, validation, test = (
+        LabelledImages(images[a:b], labels_Q[a:b]) for a, b in ((0, 1000), (1000, 1200), (1200, None))
+    )
+    return ImageSet("digits", train, validation, test, tuple("0123456789"), "pixel / 8 - 1")
 
 
 IMAGE_SETS: dict[str, Callable[[Path | None], ImageSet]] = {"digits": digits}

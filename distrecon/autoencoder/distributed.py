@@ -1,0 +1,63 @@
+"""What data-parallel workers share: rows of the global batch (with gradients), sums, gradients. No-ops on one worker.
+
+A worker holds the rows [offset, offset + b) of a global batch of G; b may differ between workers and may be 0.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def active() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _GlobalRows(torch.autograd.Function):
+    """Every worker's rows in one tensor. The gradient of a row is the sum of what all workers' losses say about it."""
+
+    @staticmethod
+    def forward(ctx, local: Tensor, offset: int, size: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.offset, ctx.count = offset, local.shape[1]
+        everything = local.new_zeros(local.shape[0], size, *local.shape[2:])
+        everything[:, offset : offset + local.shape[1]] = local
+        dist.all_reduce(everything)
+        return everything
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[:, ctx.offset : ctx.offset + ctx.count], None, None
+
+
+def global_rows(local: Tensor, offset: int, size: int) -> Tensor:
+    """[V, b, ...] of each worker -> [V, size, ...] on all; every worker must call it, also with b = 0."""
+    return _GlobalRows.apply(local, offset, size) if active() else local
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over the workers, without gradient."""
+    values = values.detach().clone()
+    if active():
+        dist.all_reduce(values)
+    return values
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Adds up the workers' gradients in one message; a missing gradient counts as zero."""
+    if not active():
+        return
+    parameters = [p for p in parameters if p.requires_grad]
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = grad.view_as(parameter).clone()
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """The first worker's values on all, so that rounding in their making cannot differ."""
+    if active():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)

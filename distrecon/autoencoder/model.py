@@ -1,0 +1,190 @@
+"""The weight autoencoder as users hold it: weights in, latents out, and back.
+
+It knows its architectures, how weights are standardised (one mean and deviation a layer, over a sample of the zoo), the
+reference that models are aligned to, and a few query inputs for refinement. The learned maps live in a coder: the plain
+transformer, or the Fisher kinds.
+
+Legend: B models, P parameters, T tokens, Z latent size, Q queries, F features.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distrecon.autoencoder.config import AutoencoderConfig, ModelConfig
+from distrecon.autoencoder.transformer import PlainTransformer, Projection
+from distrecon.errors import UserError
+from distrecon.images import ImageSet
+from distrecon.images.queries import query_pool
+from distrecon.nets import Architecture
+
+DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}  # of the parameters
+REFINE_QUERIES = 512
+
+
+@dataclass(frozen=True)
+class ZooSample:
+    """One zoo of a training: its architecture, a fixed sample of its training models [B, P], its images."""
+
+    architecture: Architecture
+    sample_BP: Tensor
+    images: ImageSet
+
+
+def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
+    """What the autoencoder keeps of a zoo: reference, standardisation, queries.
+
+    Raises UserError that names the first model whose weights are not finite.
+    """
+    arch = zoo.architecture
+    sample_BP = zoo.sample_BP.to(DTYPES[config.optim.precision])
+    arch.check(sample_BP)
+    if len(sample_BP) < 2:
+        raise UserError(f"an autoencoder of {arch.name} needs a sample of at least 2 models, not {len(sample_BP)}")
+    check_finite(sample_BP, "the zoo's sample")
+    # any fixed model serves as the reference; the one closest to the sample's mean norm is no outlier
+    norm_B = sample_BP.norm(dim=1)
+    reference_P = sample_BP[(norm_B - norm_B.mean()).abs().argmin()]
+    layer_P = arch.layer_of_parameter_P
+    mean_P, std_P = torch.empty_like(reference_P), torch.empty_like(reference_P)
+    for i in range(len(arch.layers)):
+        values = sample_BP[:, layer_P == i]
+        mean_P[layer_P == i], std_P[layer_P == i] = values.mean(), values.std().clamp_min(1e-8)
+    pool = query_pool("data", zoo.images, arch, REFINE_QUERIES, config.seed)
+    return {"reference_P": reference_P, "mean_P": mean_P, "std_P": std_P, "queries": pool.to(sample_BP)}
+
+
+def check_finite(theta_BP: Tensor, where: str, names: Sequence[str] | None = None) -> None:
+    """UserError that names the first model with a weight that is not finite."""
+    bad_B = ~theta_BP.isfinite().all(1)
+    if bad_B.any():
+        row = int(bad_B.nonzero()[0, 0])
+        raise UserError(f"{where}: model {names[row] if names is not None else row} has a weight that is not finite")
+
+
+class Statistics(nn.Module):
+    """The tensors of one zoo that are not learned, as buffers."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.get_buffer(name)
+
+
+def _coder(config: ModelConfig, architectures: Sequence[Architecture], fitted: Sequence[Statistics]) -> nn.Module:
+    return PlainTransformer(config, architectures)
+
+
+class Autoencoder(nn.Module):
+    """`encode`, `decode` and `embed` for one or several architectures.
+
+    Where several were trained together, `zoo` says which: its position in `architectures` or the architecture itself;
+    without it the number of parameters (or the latent's shape) decides, and UserError asks when that is ambiguous.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        architectures: Sequence[Architecture],
+        fitted: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        super().__init__()
+        self.config, self.architectures = config, tuple(architectures)
+        self.statistics = nn.ModuleList(Statistics(tensors) for tensors in fitted)
+        self.coder = _coder(config.model, self.architectures, list(self.statistics))  # type: ignore[arg-type]
+        self.projection = Projection(config.model.latent, config.model.projection)
+        self.to(DTYPES[config.optim.precision])
+
+    # -- choosing the zoo ---------------------------------------------------------------------------------------------
+
+    def zoo_of(self, zoo: int | Architecture | None, fits: Sequence[bool], what: str) -> int:
+        """The position of the zoo meant; `fits` says which architectures the data could belong to."""
+        if isinstance(zoo, Architecture):
+            if zoo not in self.architectures:
+                raise UserError(f"this autoencoder was not trained on {zoo.name}: {self._known()}")
+            return self.architectures.index(zoo)
+        if zoo is not None:
+            if not 0 <= zoo < len(self.architectures):
+                raise UserError(f"this autoencoder has {len(self.architectures)} zoos, not one at position {zoo}")
+            return zoo
+        matches = [i for i, fit in enumerate(fits) if fit]
+        if not matches:
+            raise UserError(f"{what} fit no architecture of this autoencoder: {self._known()}")
+        if len(matches) > 1:
+            raise UserError(f"{what} fit several architectures of this autoencoder; say zoo=: {self._known()}")
+        return matches[0]
+
+    def _known(self) -> str:
+        return ", ".join(f"{i}: {a.name} ({a.num_parameters} parameters)" for i, a in enumerate(self.architectures))
+
+    def _zoo_by_weights(self, theta_BP: Tensor, zoo: int | Architecture | None) -> int:
+        fits = [theta_BP.ndim == 2 and a.num_parameters == theta_BP.shape[1] for a in self.architectures]
+        index = self.zoo_of(zoo, fits, f"weights of shape {tuple(theta_BP.shape)}")
+        self.architectures[index].check(theta_BP)
+        return index
+
+    # -- weights and latents ------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.optim.precision]
+
+    def latent_shape(self, zoo: int = 0) -> tuple[int, ...]:
+        return self.coder.latent_shape(zoo)  # type: ignore[operator]
+
+    def canonical(self, theta_BP: Tensor, zoo: int) -> Tensor:
+        """The models in the order of units that the autoencoder sees: aligned where `data.align` says so."""
+        if not self.config.data.align or not len(theta_BP):
+            return theta_BP
+        reference_P = self.statistics[zoo]["reference_P"]  # type: ignore[index]
+        aligned_BP = self.architectures[zoo].align(theta_BP.cpu(), reference_P.cpu())
+        return aligned_BP.to(theta_BP.device)
+
+    def standardise(self, theta_BP: Tensor, zoo: int) -> Tensor:
+        s = self.statistics[zoo]
+        return (theta_BP - s["mean_P"]) / s["std_P"]  # type: ignore[index]
+
+    def unstandardise(self, x_BP: Tensor, zoo: int) -> Tensor:
+        s = self.statistics[zoo]
+        return x_BP * s["std_P"] + s["mean_P"]  # type: ignore[index]
+
+    def encode(self, theta_BP: Tensor, refine: int = 0, zoo: int | Architecture | None = None) -> Tensor:
+        """Latents [B, T, Z] of models theta[B, P]; `refine` steps on the latent bring it closer to their outputs.
+
+        Raises UserError that names a model whose weights are not finite.
+        """
+        index = self._zoo_by_weights(theta_BP, zoo)
+        check_finite(theta_BP, "encode")
+        theta_BP = self.canonical(theta_BP.to(self.statistics[index]["mean_P"]), index)  # type: ignore[index, arg-type]
+        z = self.coder.encode(self.standardise(theta_BP, index), index)  # type: ignore[operator]
+        if refine:
+            from distrecon.autoencoder.refine import refine_to_originals
+
+            return refine_to_originals(self, z, theta_BP, refine, index)
+        return z
+
+    def decode(self, z: Tensor, zoo: int | Architecture | None = None) -> Tensor:
+        """Weights [B, P] of latents [B, T, Z]."""
+        shapes = [self.latent_shape(i) for i in range(len(self.architectures))]
+        index = self.zoo_of(zoo, [tuple(z.shape[1:]) == s for s in shapes], f"latents of shape {tuple(z.shape)}")
+        if tuple(z.shape[1:]) != shapes[index]:
+            raise UserError(f"latents of {self.architectures[index].name} are [models, {shapes[index]}], not {z.shape}")
+        z = z.to(self.statistics[index]["mean_P"])  # type: ignore[index, arg-type]
+        return self.unstandardise(self.coder.decode(z, index), index)  # type: ignore[operator]
+
+    def embed(self, theta_BP: Tensor, zoo: int | Architecture | None = None) -> Tensor:
+        """Features [B, F] for predicting a model's properties: per layer the mean and deviation of its latents."""
+        index = self._zoo_by_weights(theta_BP, zoo)
+        return pooled(self.encode(theta_BP, zoo=index), self.architectures[index])
+
+
+def pooled(z_BTZ: Tensor, arch: Architecture) -> Tensor:
+    """[B, layers * 2 * Z]: mean and deviation over a layer's tokens, which no order of its units changes much."""
+    layer_T = arch.token_positions_T3[:, 1].to(z_BTZ.device)
+    parts = [z_BTZ[:, layer_T == i] for i in range(len(arch.layers))]
+    return torch.cat([f for part in parts for f in (part.mean(1), part.std(1, correction=0))], dim=1)

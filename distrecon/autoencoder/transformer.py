@@ -1,0 +1,100 @@
+"""The plain weight autoencoder: a transformer over the tokens of a model, one latent vector per token.
+
+After SANE (Schürholt et al., ICML 2024) and "Structure Is Not Enough" (arXiv 2503.17138): a linear tokeniser with three
+position embeddings, an encoder, a linear map to the latent; the decoder mirrors it. Unlike the published code, attention
+runs over the tokens of one model and never over the batch. One set of weights serves several architectures, whose
+tokens are padded to the longest.
+
+Legend: B models, T tokens, D token size, W width, Z latent per token, H heads.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distrecon.autoencoder.config import ModelConfig
+from distrecon.nets import Architecture
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over [B, T, W]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x_BTW: Tensor) -> Tensor:
+        if not len(x_BTW):  # a worker without models in this step; attention kernels reject empty batches
+            return x_BTW
+        x_BTW = x_BTW + self._attention(self.norm_attention(x_BTW))
+        return x_BTW + self.down(F.gelu(self.up(self.norm_mlp(x_BTW))))
+
+    def _attention(self, x_BTW: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_BTW).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, W / H]
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Positions(nn.Module):
+    """Sum of learned embeddings of a token's index in the sequence, its layer and its index in the layer."""
+
+    def __init__(self, architectures: Sequence[Architecture], width: int) -> None:
+        super().__init__()
+        sizes_3 = torch.stack([a.token_positions_T3.amax(0) + 1 for a in architectures]).amax(0)
+        self.embeddings = nn.ModuleList(nn.Embedding(int(size), width) for size in sizes_3)
+        for embedding in self.embeddings:
+            nn.init.normal_(embedding.weight, std=0.02)  # type: ignore[arg-type]
+        for i, arch in enumerate(architectures):
+            self.register_buffer(f"index{i}", arch.token_positions_T3, persistent=False)
+
+    def forward(self, zoo: int) -> Tensor:
+        """[T, W] for the architecture of that zoo."""
+        index_T3: Tensor = getattr(self, f"index{zoo}")
+        return torch.stack([embedding(index_T3[:, i]) for i, embedding in enumerate(self.embeddings)]).sum(0)
+
+
+class PlainTransformer(nn.Module):
+    """Standardised weights [B, P] -> latents [B, T, Z] -> standardised weights."""
+
+    def __init__(self, config: ModelConfig, architectures: Sequence[Architecture]) -> None:
+        super().__init__()
+        self.architectures = tuple(architectures)
+        self.token_size = max(a.token_size for a in architectures)
+        width, blocks = config.width, range(config.layers)
+        self.tokeniser = nn.Linear(self.token_size, width)
+        self.encoder_positions, self.decoder_positions = (Positions(architectures, width) for _ in range(2))
+        self.encoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
+        self.to_latent, self.from_latent = nn.Linear(width, config.latent), nn.Linear(config.latent, width)
+        self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
+        self.detokeniser = nn.Linear(width, self.token_size)
+        self.latent = config.latent
+
+    def latent_shape(self, zoo: int) -> tuple[int, ...]:
+        return (self.architectures[zoo].num_tokens, self.latent)
+
+    def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
+        """z[B, T, Z]. Padding enters as zeros, whatever it held."""
+        tokens_BTD = self.architectures[zoo].tokenize(x_BP)
+        tokens_BTD = F.pad(tokens_BTD, (0, self.token_size - tokens_BTD.shape[2]))
+        return self.to_latent(self.encoder(self.tokeniser(tokens_BTD) + self.encoder_positions(zoo)))
+
+    def decode(self, z_BTZ: Tensor, zoo: int) -> Tensor:
+        """Standardised weights [B, P]; what the network writes into padding is dropped."""
+        arch = self.architectures[zoo]
+        hidden_BTW = self.decoder(self.from_latent(z_BTZ) + self.decoder_positions(zoo))
+        return arch.detokenize(self.detokeniser(hidden_BTW)[..., : arch.token_size])
+
+
+class Projection(nn.Module):
+    """Head of the contrastive loss: the mean latent over tokens -> [B, J]; a small MLP, as in SimCLR."""
+
+    def __init__(self, latent: int, size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(latent, 2 * size), nn.GELU(), nn.Linear(2 * size, size))
+
+    def forward(self, z_BTZ: Tensor) -> Tensor:
+        return self.layers(z_BTZ.mean(1))
