@@ -1,4 +1,4 @@
-"""The only room that knows matplotlib: figures of sweeps, as PNG files and as inline SVG that follows the page's colours.
+"""The only room that knows matplotlib: figures of sweeps, as PNG files and as inline SVG in the page's own colours.
 
 Each function takes plain arrays and returns a Figure; `Figures` decides where they go.
 """
@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -41,10 +42,10 @@ def losses_by_epoch(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]
         if all(value > 0 for points in trials.values() for _, value in points):
             axis.set_yscale("log")
     axes[0].set_ylabel("loss (before scaling)", color=INK)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
@@ -66,7 +67,8 @@ def accuracy_distributions(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Fi
     axis.set_ylim(0, 1.02)
     legend = figure.legend(loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=9, markerscale=2)
     for handle in legend.legend_handles:
-        handle.set_alpha(1)
+        if handle is not None:
+            handle.set_alpha(1)
     return figure
 
 

@@ -27,7 +27,6 @@ from distrecon.errors import UserError, nearest
 from distrecon.tracking import Tracker
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos.settings import ZOOS
-from distrecon.zoos.storage import store
 
 DEFAULT_SPACES = ("tune_spaces/loss_weights.yaml", "tune_spaces/student_counts.yaml")
 
@@ -82,7 +81,7 @@ def read_sweeps(request: Request) -> list[Sweep]:
 
 
 def prepare(request: Request, out: str | None, verbose: bool = False) -> Path:
-    """Checks everything that can be checked, joins Ray, and only then makes the run folder, with the space files in it."""
+    """Checks all that can be checked, joins Ray, and only then makes the run folder, with the space files in it."""
     runs.check_absent(out)
     sweeps = read_sweeps(request)
     session.connect(request.address, verbose=verbose)

@@ -29,7 +29,8 @@ h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.25rem; margin-top: 
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } tr.best td { font-weight: 600; }
 figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; max-height: 32rem; color: var(--ink); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dd { margin: 0; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
 code { font-size: .9em; overflow-wrap: anywhere; } .warn { border-left: 4px solid #d55e00; padding: .5rem 1rem; }
 a { color: var(--mark); }
 """
@@ -109,7 +110,7 @@ def _autoencoder_drawings(sweep: SweepRecord, arrays: Mapping[str, Mapping[str, 
             Drawing(
                 "losses",
                 "Losses by epoch",
-                "Each loss over the training models, before scaling, by epoch; a trial appears where it trains that loss.",
+                "Each loss over the training models, before scaling; a trial appears where it trains that loss.",
                 figures.losses_by_epoch(curves),
             )
         )
@@ -164,7 +165,7 @@ def _novelty_points(sweep: SweepRecord) -> dict[str, list[tuple[float, float]]]:
     for trial in sweep.trials.values():
         for prefix, name in prefixes.items():
             novelty, accuracy = (trial.metrics.get(f"{prefix}{m}") for m in ("novelty", "accuracy_mean"))
-            if _number(novelty) and _number(accuracy):
+            if isinstance(novelty, float) and isinstance(accuracy, float):
                 points.setdefault(name or tables.label(trial.config), []).append((novelty, accuracy))
     return {name: list(dict.fromkeys(values)) for name, values in points.items()}
 
@@ -258,7 +259,10 @@ def _page(about: Mapping[str, Any], sections: Sequence[str], tracker: Tracker) -
 
 def _section(sweep: SweepRecord, drawings: Sequence[Drawing], tracker: Tracker) -> str:
     seconds = (sweep.ended - sweep.started) if sweep.ended and sweep.started else 0.0
-    introduction = f"{len(sweep.trials)} trials of kind {sweep.kind} in {duration(seconds)}; objective {sweep.metric} ({sweep.mode})."
+    introduction = (
+        f"{len(sweep.trials)} trials of kind {sweep.kind} in {duration(seconds)}; "
+        f"objective {sweep.metric} ({sweep.mode})."
+    )
     parts = [f"<h2>{html.escape(sweep.name)}</h2><p>{html.escape(introduction)}</p>", _table(sweep, tracker)]
     for drawing in drawings:
         svg = figures.inline_svg(drawing.figure, drawing.title, drawing.description)
@@ -292,8 +296,8 @@ def _table(sweep: SweepRecord, tracker: Tracker) -> str:
     )
     legend = "; ".join(tables.legend(sweep.kind))
     return (
-        f'<div class="scroll"><table><thead><tr><th>{html.escape(tables.heading(sweep))}</th>{head}<th>MLflow run</th></tr>'
-        f"</thead><tbody>{''.join(body)}</tbody></table></div>"
+        f'<div class="scroll"><table><thead><tr><th>{html.escape(tables.heading(sweep))}</th>{head}'
+        f"<th>MLflow run</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         f'<p class="soft">* best by {html.escape(sweep.metric)}. {html.escape(legend)}.</p>'
         + (f'<p class="warn">Failed:</p><ul>{errors}</ul>' if errors else "")
     )

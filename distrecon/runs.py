@@ -1,4 +1,4 @@
-"""Run folders: made anew for each command, never overwritten, with the request that made them, and their summary.json."""
+"""Run folders: made anew by each command, never overwritten, holding the request that made them and summary.json."""
 
 import json
 import math

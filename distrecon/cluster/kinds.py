@@ -1,4 +1,4 @@
-"""What a sweep can run: kinds of trials as data. A kind is a configuration, its objectives, and its smallest instance."""
+"""What a sweep can run: kinds of trials as data. A kind is a configuration, its objectives, its smallest instance."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class AutoencoderRun(AutoencoderConfig):
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The black box of a recovery trial: a classifier of an image set, trained on the spot, known only to the scores."""
+    """The black box of a recovery trial: a classifier of an image set, trained on the spot, known to the scores only."""
 
     images: str = "digits"
     hidden: tuple[int, ...] = (20,)

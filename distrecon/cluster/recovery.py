@@ -33,9 +33,9 @@ def recover_teacher(run: RecoveryRun, folder: Path) -> dict[str, Any]:
         config=run,
         data_QI=train_QI,
     )
-    metrics = score(recovery, teacher, test_QI)
+    metrics = recovery.metrics | score(recovery, teacher, test_QI)
     recovery.save(folder / "network.safetensors")
-    np.savez_compressed(folder / "arrays.npz", **clustering_arrays(recovery))
+    np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **clustering_arrays(recovery))
     return metrics
 
 

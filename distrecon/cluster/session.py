@@ -6,6 +6,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from distrecon.errors import UserError
 
@@ -14,7 +15,7 @@ QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_LOGGING": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal is the record; Tune's CSV, JSON and TensorBoard files repeat it
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal is the record
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "3600",  # sweeps queue for each other's CPUs by design
     "RAY_memory_monitor_refresh_ms": "1000",
 }
@@ -36,7 +37,7 @@ def connect(address: str | None, *, verbose: bool = False) -> None:
     if ray.is_initialized():
         return
     level = logging.INFO if verbose else logging.ERROR
-    options = {"log_to_driver": verbose, "logging_level": level, "configure_logging": True}
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level, "configure_logging": True}
     if address is None:
         with _private_files():
             ray.init(address="local", _node_ip_address="127.0.0.1", **options)

@@ -17,10 +17,11 @@ from ray.tune import Callback
 
 from distrecon import config as configuration
 from distrecon.cluster import session
+from distrecon.cluster.artifacts import FINISHED
 from distrecon.cluster.journal import Journal
 from distrecon.cluster.kinds import ResourcesConfig
 from distrecon.cluster.space import Dimension, Sweep
-from distrecon.cluster.trials import FINISHED, RUNNERS, reserved
+from distrecon.cluster.trials import RUNNERS, reserved
 from distrecon.errors import UserError
 from distrecon.zoos import Zoo
 
@@ -42,7 +43,7 @@ class JournalCallback(Callback):
     def __init__(self, sweep: Sweep, journal: Journal) -> None:
         self.sweep, self.journal = sweep, journal
 
-    def setup(self, **info: Any) -> None:
+    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         s = self.sweep
         self.journal.write("sweep", name=s.name, kind=s.kind, metric=s.metric, mode=s.mode, trials=s.trials)
 

@@ -1,25 +1,29 @@
 """One autoencoder training on Ray Train: Ray Data shard -> steps -> report and checkpoint every epoch -> tasks.
 
-`train_autoencoder` runs anywhere Ray is connected: from a command, or inside a Tune trial, whose trial it then reports to.
+`train_autoencoder` runs anywhere Ray is connected: from a command, or inside a Tune trial, to which it then reports.
 """
 
 import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from distrecon import config as configuration
 from distrecon.autoencoder.model import ZooSample
 from distrecon.autoencoder.store import save_autoencoder
 from distrecon.autoencoder.tasks import run_tasks
-from distrecon.autoencoder.training import Training
+from distrecon.autoencoder.training import Batch, Training
+from distrecon.cluster.artifacts import FINISHED, upload
 from distrecon.cluster.kinds import AutoencoderRun
 from distrecon.zoos import Zoo
+from distrecon.zoos.stream import plan, stream
 
 STATE = "training.pt"
 RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
@@ -42,7 +46,11 @@ def train_autoencoder(
         per_worker["GPU"] = resources.gpus_per_worker
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"run": configuration.flatten(run), "zoos": list(zoos)},
+        train_loop_config={
+            "run": configuration.flatten(run),
+            "zoos": list(zoos),
+            "artifacts": f"{storage}/{name}",
+        },
         scaling_config=train.ScalingConfig(
             num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
         ),
@@ -58,55 +66,68 @@ def train_autoencoder(
 
 
 def train_loop(settings: Mapping[str, Any]) -> None:
-    """The body of every Ray Train worker."""
+    """The body of every Ray Train worker: train, report every epoch, score at the end."""
     from ray import train
-
-    from distrecon.zoos.stream import stream
 
     run: AutoencoderRun = configuration.replace(AutoencoderRun(), settings["run"])
     zoos: list[Zoo] = settings["zoos"]
-    context = train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
+    rank = train.get_context().get_world_rank()
     torch.set_num_threads(max(1, math.floor(run.resources.cpus_per_worker)))
-    device = torch.device("cuda" if run.resources.use_gpu else "cpu")
     began = time.monotonic()
-    training, first_epoch = _prepare(run, zoos, device)
+    training, first_epoch = _prepare(run, zoos)
+    for epoch, metrics in train_epochs(run, zoos, training, first_epoch, rank, train.get_context().get_world_size()):
+        _report(epoch, {**metrics, "time/seconds": time.monotonic() - began}, training, rank)
+    _score(run, zoos[0], training, rank, settings["artifacts"])
+
+
+def train_epochs(
+    run: AutoencoderRun, zoos: Sequence[Zoo], training: Training, first_epoch: int, rank: int, world_size: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Trains epoch by epoch, counted from 1; yields each one's mean losses and models a second."""
     batches = stream(
         zoos,
-        split="train",
         batch_size=run.optim.batch_size,
+        first_epoch=first_epoch - 1,
+        last_epoch=run.optim.epochs - 1,
         shards=run.data.shards,
         rank=rank,
-        world_size=workers,
+        world_size=world_size,
         seed=run.seed,
-        first_epoch=first_epoch,
-        last_epoch=run.optim.epochs,
     )
     sums: dict[str, float] = defaultdict(float)
-    seen, started = 0, time.monotonic()
+    seen, waited, started = 0, 0.0, time.monotonic()
+    asked = started
     for batch in batches:
-        for key, value in training.step(batch).items():
+        waited += time.monotonic() - asked
+        step = Batch(
+            batch.epoch, batch.step, batch.zoo_index, batch.row_b, batch.theta_bP, batch.global_size, batch.offset
+        )
+        for key, value in training.step(step).items():
             sums[key] += value * batch.global_size
         seen += batch.global_size
-        if batch.last_of_epoch:
-            spent = time.monotonic() - started
-            metrics = {key: value / seen for key, value in sums.items()}
-            metrics |= {"time/seconds": time.monotonic() - began, "time/models_per_second": seen / spent}
-            _report(batch.epoch, metrics, training, rank)
+        asked = time.monotonic()
+        if batch.step + 1 == batch.steps:
+            spent = asked - started
+            means = {key: value / seen for key, value in sums.items()}
+            yield (
+                batch.epoch + 1,
+                {**means, "time/models_per_second": seen / spent, "time/data_wait_share": waited / spent},
+            )
             sums.clear()
-            seen, started = 0, time.monotonic()
-    _score(run, zoos, training, rank, began)
+            seen, waited, started = 0, 0.0, time.monotonic()
+            asked = started
 
 
-def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo], device: torch.device) -> tuple[Training, int]:
+def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
     """The training, continued from Ray Train's last checkpoint where there is one, and its next epoch."""
     from ray import train
 
+    device = torch.device("cuda" if run.resources.use_gpu else "cpu")
     samples = [
         ZooSample(zoo.architecture, zoo.sample(run.model.fisher_models, seed=run.seed), zoo.images()) for zoo in zoos
     ]
-    steps = run.optim.epochs * steps_per_epoch(zoos, run.optim.batch_size)
-    training = Training(run, samples, steps, device)
+    steps = plan(zoos, batch_size=run.optim.batch_size, shards=run.data.shards, seed=run.seed)
+    training = Training(run, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
     checkpoint = train.get_checkpoint()
     if checkpoint is None:
         return training, 1
@@ -128,19 +149,18 @@ def _report(epoch: int, metrics: Mapping[str, float], training: Training, rank: 
         train.report({"epoch": epoch, **metrics}, checkpoint=checkpoint)
 
 
-def _score(run: AutoencoderRun, zoos: Sequence[Zoo], training: Training, rank: int, artifacts: str) -> None:
-    """Rank 0 scores the autoencoder on the first zoo's held-out models and stores it with what the figures need."""
+def _score(run: AutoencoderRun, zoo: Zoo, training: Training, rank: int, artifacts: str) -> None:
+    """Rank 0 scores the autoencoder on the zoo's held-out models and stores it with what the figures need."""
     from ray import train
 
     metrics: dict[str, Any] = {}
     if rank == 0:
-        zoo = zoos[0]
-        splits = [zoo.models(split) for split in ("train", "val", "test")]
         began = time.monotonic()
-        results = run_tasks(training.autoencoder, *splits, zoo.images(), run)
+        results = run_tasks(training.autoencoder, *(zoo.models(s) for s in ("train", "val", "test")), zoo.images(), run)
         metrics = {**results.metrics, "time/scoring_seconds": time.monotonic() - began}
         with tempfile.TemporaryDirectory() as folder:
-            save_autoencoder(folder, training.autoencoder)
+            save_autoencoder(Path(folder), training.autoencoder)
+            save_file({"theta": results.generated_theta_BP.contiguous()}, Path(folder) / "generated.safetensors")
             np.savez_compressed(Path(folder) / "arrays.npz", **results.arrays)
             upload(Path(folder), artifacts)
     train.report({"epoch": run.optim.epochs, **metrics, FINISHED: 1})

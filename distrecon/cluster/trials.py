@@ -3,7 +3,6 @@
 A trial that had finished before a crash reports its stored metrics again instead of running again.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from distrecon import config as configuration
+from distrecon.cluster.artifacts import FINISHED, finish, finished, upload
 from distrecon.cluster.kinds import AutoencoderRun, RecoveryRun, ResourcesConfig
 from distrecon.zoos import Zoo
-from distrecon.zoos.storage import store
 
-FINISHED = "finished/trial"  # reported with a trial's last metrics
 DRIVER_CPUS = 0.01  # what an autoencoder trial itself takes; its workers take the rest
 
 
@@ -35,11 +33,11 @@ def autoencoder(values: Mapping[str, Any], base: Mapping[str, Any], zoos: Mappin
 
     run: AutoencoderRun = configuration.replace(AutoencoderRun(), {**base, **values})
     trial = tune.get_context().get_trial_id()
-    if (finished := _finished(storage, trial)) is not None:
-        tune.report(finished)
+    if (stored := finished(storage, trial)) is not None:
+        tune.report(stored)
         return
     result = train_autoencoder(run, [zoos[name] for name in run.zoo], storage, trial, [TuneReportCallback()])
-    _finish(storage, trial, result.metrics)
+    finish(storage, trial, result.metrics)
 
 
 def expand_cluster(values: Mapping[str, Any], base: Mapping[str, Any], zoos: Mapping[str, Zoo], storage: str) -> None:
@@ -50,31 +48,15 @@ def expand_cluster(values: Mapping[str, Any], base: Mapping[str, Any], zoos: Map
 
     run: RecoveryRun = configuration.replace(RecoveryRun(), {**base, **values})
     trial = tune.get_context().get_trial_id()
-    metrics = _finished(storage, trial)
+    metrics = finished(storage, trial)
     if metrics is None:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             metrics = recover_teacher(run, Path(folder))
             metrics |= {"time/seconds": time.monotonic() - began, "epoch": 0, FINISHED: 1}
             upload(Path(folder), f"{storage}/{trial}")
-        _finish(storage, trial, metrics)
+        finish(storage, trial, metrics)
     tune.report(metrics)
 
 
-def upload(folder: Path, target: str) -> None:
-    """Copies what a trial leaves behind (models, arrays for figures) to storage, file by file, each atomically."""
-    where = store(target)
-    for file in sorted(folder.iterdir()):
-        where.write(f"artifacts/{file.name}", file.read_bytes())
-
-
 RUNNERS = {"autoencoder": autoencoder, "expand_cluster": expand_cluster}
-
-
-def _finished(storage: str, trial: str) -> dict[str, Any] | None:
-    where = store(f"{storage}/{trial}")
-    return json.loads(where.read("finished.json")) if where.exists("finished.json") else None
-
-
-def _finish(storage: str, trial: str, metrics: Mapping[str, Any]) -> None:
-    store(f"{storage}/{trial}").write("finished.json", json.dumps(metrics).encode())

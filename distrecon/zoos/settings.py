@@ -201,4 +201,12 @@ DIGITS_PAPER_ZOO = ZooConfig(
     training=TrainingConfig(epochs=50, checkpoints=(20, 30, 40, 50)),
 )
 
-ZOOS = {"digits": DIGITS_ZOO, "digits_paper": DIGITS_PAPER_ZOO}
+# The smallest that every task can use, for smoke runs; nothing can be learned from it.
+SMOKE_ZOO = ZooConfig(
+    name="smoke",
+    grid=GridConfig(scale=(0.4,), lr=(5e-3,), seeds=12),
+    training=TrainingConfig(epochs=2, checkpoints=(1, 2)),
+    split=SplitConfig(train=0.5, val=0.25),
+)
+
+ZOOS = {"digits": DIGITS_ZOO, "digits_paper": DIGITS_PAPER_ZOO, "smoke": SMOKE_ZOO}
