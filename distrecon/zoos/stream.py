@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 64 * 2**20  # of weights, all workers together: what a shuffle mixes and a reading task returns
 WINDOWS_AHEAD = 2  # reading tasks in flight on each worker
-READ_CPUS = 0.02  # so little that reading starts where training has taken the processors
+READ_CPUS = 0.0  # reading starts even where training has taken all the processors
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,6 @@ def stream(
     seed: int = 0,
     weights: Sequence[float] | None = None,
     window_bytes: int = WINDOW_BYTES,
-    read_cpus: float = READ_CPUS,
 ) -> Iterator[Batch]:
     """One worker's batches of the epochs first_epoch .. last_epoch (both included, counted from 0), in order.
 
@@ -140,11 +139,11 @@ def stream(
     )
     for order in steps.orders:
         order.owned(rank, world_size)
-    return _stream(list(zoos), steps, first_epoch, last_epoch, rank, world_size, read_cpus)
+    return _stream(list(zoos), steps, first_epoch, last_epoch, rank, world_size)
 
 
 def _stream(
-    zoos: list[Zoo], steps: StreamPlan, first_epoch: int, last_epoch: int, rank: int, world_size: int, read_cpus: float
+    zoos: list[Zoo], steps: StreamPlan, first_epoch: int, last_epoch: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
     sources = [
         _rows_of_zoo(
@@ -152,7 +151,6 @@ def _stream(
             order,
             (steps.first_step(index, first_epoch), steps.first_step(index, last_epoch + 1)),
             (rank, world_size),
-            read_cpus,
         )
         for index, (zoo, order) in enumerate(zip(zoos, steps.orders, strict=True))
     ]
@@ -169,13 +167,13 @@ def _stream(
 
 
 def _rows_of_zoo(
-    zoo: Zoo, order: Order, span: tuple[int, int], worker: tuple[int, int], read_cpus: float
+    zoo: Zoo, order: Order, span: tuple[int, int], worker: tuple[int, int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(row_b, theta_bP) of each step in span[0] .. span[1] - 1 of the zoo's endless row of passes."""
     rank, world_size = worker
     owned = order.owned(rank, world_size)
     items = _windows(order, *span)
-    blocks = _read_ahead(zoo, order, items, worker, read_cpus)
+    blocks = _read_ahead(zoo, order, items, worker)
     carry = _Carry(zoo.architecture.num_parameters)
     for _, window, first, last in items:
         begin = window * order.window_steps
@@ -200,7 +198,7 @@ def _windows(order: Order, begin: int, end: int) -> list[tuple[int, int, int, in
 
 
 def _read_ahead(
-    zoo: Zoo, order: Order, items: list[tuple[int, int, int, int]], worker: tuple[int, int], read_cpus: float
+    zoo: Zoo, order: Order, items: list[tuple[int, int, int, int]], worker: tuple[int, int]
 ) -> Iterator[pa.Table]:
     """Ray Data's execution: one task per window, results in order, a bounded number of bytes ahead."""
     import ray.data
@@ -215,7 +213,7 @@ def _read_ahead(
     with ray.data.DataContext.current(_context()):
         dataset = ray.data.from_items(
             [{"item": list(item)} for item in items], override_num_blocks=len(items)
-        ).map_batches(read, batch_size=1, num_cpus=read_cpus, compute=ray.data.TaskPoolStrategy(size=WINDOWS_AHEAD))
+        ).map_batches(read, batch_size=1, num_cpus=READ_CPUS, compute=ray.data.TaskPoolStrategy(size=WINDOWS_AHEAD))
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
