@@ -138,8 +138,6 @@ def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journ
         trainable,
         param_space=_param_space(sweep),
         tune_config=tune.TuneConfig(
-            metric=sweep.metric,
-            mode=sweep.mode,
             num_samples=sweep.samples,
             max_concurrent_trials=sweep.max_concurrent or concurrent(sweep.kind, sweep.base.resources),
             scheduler=_scheduler(sweep),
@@ -177,9 +175,11 @@ def concurrent(kind: str, resources: ResourcesConfig) -> int:
 def _scheduler(sweep: Sweep) -> Any:
     if sweep.scheduler == "fifo":
         return None
-    epochs = sweep.base.optim.epochs if sweep.kind == "autoencoder" else 100
+    epochs = sweep.base.optim.epochs
     # counted in epochs: Tune's own count of reports starts again when a sweep is restored
-    return tune.schedulers.ASHAScheduler(time_attr="epoch", max_t=epochs + 1, grace_period=max(1, epochs // 4))
+    return tune.schedulers.ASHAScheduler(
+        time_attr="epoch", metric=sweep.metric, mode=sweep.mode, max_t=epochs + 1, grace_period=max(1, epochs // 4)
+    )
 
 
 def _param_space(sweep: Sweep) -> dict[str, Any]:
