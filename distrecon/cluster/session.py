@@ -17,7 +17,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal is the record
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "3600",  # sweeps queue for each other's CPUs by design
-    "RAY_memory_monitor_refresh_ms": "1000",
+    "RAY_worker_maximum_startup_concurrency": "8",  # trials start several small processes each; fewer is warned about
 }
 
 
