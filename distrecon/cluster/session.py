@@ -35,6 +35,8 @@ def connect(address: str | None, *, verbose: bool = False) -> None:
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # objectives come with a trial's last report
     import ray
 
+    if address is not None:
+        _check_reachable(address)
     if ray.is_initialized():
         return
     level = logging.INFO if verbose else logging.ERROR
@@ -43,7 +45,6 @@ def connect(address: str | None, *, verbose: bool = False) -> None:
         with _private_files():
             ray.init(address="local", _node_ip_address="127.0.0.1", **options)
     else:
-        _check_reachable(address)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -67,9 +68,9 @@ def _private_files() -> Iterator[None]:
 def _check_reachable(address: str) -> None:
     """A quick refusal: Ray itself retries a dead address for a minute."""
     host, colon, port = address.rpartition(":")
-    if address == "auto" or "://" in address or not colon:
+    if address == "auto" or "://" in address:
         return
-    if not port.isdigit():
+    if not colon or not port.isdigit():
         raise UserError(f"--address {address}: wanted auto or HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

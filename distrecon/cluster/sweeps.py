@@ -139,9 +139,10 @@ def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journ
         param_space=_param_space(sweep),
         tune_config=tune.TuneConfig(
             num_samples=sweep.samples,
-            max_concurrent_trials=sweep.max_concurrent or concurrent(sweep.kind, sweep.base.resources),
             scheduler=_scheduler(sweep),
-            search_alg=tune.search.BasicVariantGenerator(random_state=seed),
+            search_alg=tune.search.BasicVariantGenerator(
+                max_concurrent=sweep.max_concurrent or concurrent(sweep.kind, sweep.base.resources), random_state=seed
+            ),
         ),
         run_config=tune.RunConfig(
             name=sweep.name, storage_path=storage, callbacks=[JournalCallback(sweep, journal)], verbose=0
