@@ -42,16 +42,16 @@ def test_values_are_converted_but_never_bent():
 
 
 def test_unknown_keys_name_the_nearest():
-    with pytest.raises(UserError, match="'inner.rat'; did you mean 'inner.rate'"):
+    with pytest.raises(UserError, match=r"'inner.rat'; did you mean 'inner.rate'"):
         config.replace(Outer(), {"inner.rat": 1.0})
 
 
 def test_checks_of_the_dataclass_name_the_source():
-    with pytest.raises(UserError, match="here: inner.rate must not be negative"):
+    with pytest.raises(UserError, match=r"here: inner.rate must not be negative"):
         config.replace(Outer(), {"inner.rate": -1.0}, "here")
 
 
 def test_assignments_are_yaml():
     assert config.parse_assignments(["a.b=[1, 2]", "c=text", "d=1.5"]) == {"a.b": [1, 2], "c": "text", "d": 1.5}
-    with pytest.raises(UserError, match="KEY=VALUE"):
+    with pytest.raises(UserError, match=r"KEY=VALUE"):
         config.parse_assignments(["a.b"])

@@ -47,7 +47,7 @@ class AutoencoderRun(AutoencoderConfig):
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The black box of a recovery trial: a classifier of an image set, trained on the spot, known to the scores only."""
+    """The black box of a recovery trial: a classifier of an image set, trained on the spot, known to scores only."""
 
     images: str = "digits"
     hidden: tuple[int, ...] = (20,)

@@ -67,12 +67,14 @@ class JournalCallback(Callback):
 
 
 def root_cause(trial: Any) -> str:
-    """The last line of the innermost error, which is the one that says what went wrong."""
-    error = trial.get_pickled_error() if trial.pickled_error_file else None
-    text = str(error) if error is not None else "the trial's process was lost"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"^[\w.]*(Error|Exception|Interrupt)\b.*: ", line)]
-    return (named or lines or [type(error).__name__])[-1][:500]
+    """One line of the trial's error text: the last that names an error, which is the innermost."""
+    file = Path(trial.error_file) if trial.error_file else None
+    if file is None or not file.exists():
+        return "the trial's process was lost"
+    lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)(\(\w+\))?: ", line)]
+    line = (named or lines)[-1]
+    return re.sub(r"^[\w.]*UserError: ", "", line)[:500]
 
 
 def run_sweeps(

@@ -90,10 +90,10 @@ def test_wrong_spaces_are_refused_by_file_and_key(tmp_path, changes, words):
 def test_a_file_that_is_no_space_is_refused(tmp_path, text):
     path = tmp_path / "space.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="not YAML|not a space file"):
+    with pytest.raises(UserError, match=r"not YAML|not a space file"):
         read_space(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere.yaml: no such space file"):
+    with pytest.raises(UserError, match=r"nowhere.yaml: no such space file"):
         read_space(tmp_path / "nowhere.yaml")
