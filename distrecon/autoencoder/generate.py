@@ -2,8 +2,8 @@
 
 Good models are training models, one state each, with the best accuracy on validation images. Samples may be filtered on
 validation images and refined or fine-tuned on training images; test images only judge. The baselines of Zeng et al.
-(arXiv 2506.07998) stand beside every table: weight noise on a good model, scaled to the same validation accuracy, and the
-average of two aligned good models. `baseline_heldout` are good models that the autoencoder never saw.
+(arXiv 2506.07998) stand beside every table: weight noise on a good model, scaled to the same validation accuracy, and
+the average of two aligned good models. `baseline_heldout` are good models that the autoencoder never saw.
 
 Legend: B models, M generated, N good, P parameters, Q images, C classes.
 """
@@ -34,38 +34,43 @@ def scores(arch: Architecture, theta_BP: Tensor, part: LabelledImages) -> Scores
     return evaluate(arch, theta_BP, inputs_for(arch, part.images), part.labels_Q)
 
 
-def good_states(arch: Architecture, models: Models, images: ImageSet, share: float) -> Tensor:
-    """Positions of the best state of each of the best models, by accuracy on validation images; at least 3."""
+def best_states(arch: Architecture, models: Models, images: ImageSet) -> Tensor:
+    """Position of the best state of each model, best model first, by accuracy on validation images."""
     accuracy_B = scores(arch, models.theta_BP, images.validation).accuracy_B
-    seen: set[str] = set()
-    best = []
+    first: dict[str, int] = {}
     for i in accuracy_B.argsort(descending=True, stable=True).tolist():
-        if models.model_id[i] not in seen:
-            seen.add(models.model_id[i])
-            best.append(i)
-    return torch.tensor(best[: max(min(3, len(best)), round(share * len(best)))])
+        first.setdefault(models.model_id[i], i)
+    return torch.tensor([*first.values()])
+
+
+def top(best_N: Tensor, share: float) -> Tensor:
+    """The first `share` of them, at least 3."""
+    return best_N[: max(3, round(share * len(best_N)))]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What generated models are compared with, made once: training models aligned, their errors, held-out good models."""
+    """What generated models are compared with, made once: aligned training models, their errors, held-out models."""
 
     arch: Architecture
     images: ImageSet
     config: TasksConfig
     reference_P: Tensor
     train_NP: Tensor  # aligned to the reference
-    train_wrong_NQ: Tensor
+    train_wrong_NQ: Tensor  # of the best state of each training model
     heldout_BP: Tensor
     heldout_distance: float
 
     @staticmethod
-    def make(arch: Architecture, train: Models, test: Models, images: ImageSet, config: TasksConfig) -> "Judge":
-        good = good_states(arch, test, images, config.good)[: config.samples]
+    def make(
+        arch: Architecture, train: Models, best_N: Tensor, test: Models, images: ImageSet, config: TasksConfig
+    ) -> "Judge":
+        """`best_N` are the positions of the best state of each training model."""
+        good = top(best_states(arch, test, images), config.good)[: config.samples]
         heldout_BP, reference_P = test.theta_BP[good], train.theta_BP[0]
         train_NP = arch.align(train.theta_BP, reference_P)
         distance_B = novelty.nearest_aligned(arch, heldout_BP, train_NP, reference_P, config.candidates)
-        wrong_NQ = scores(arch, train.theta_BP, images.test).predictions_BQ != images.test.labels_Q
+        wrong_NQ = scores(arch, train.theta_BP[best_N], images.test).predictions_BQ != images.test.labels_Q
         return Judge(
             arch, images, config, reference_P, train_NP, wrong_NQ, heldout_BP, float(distance_B.mean().clamp_min(1e-12))
         )
@@ -90,18 +95,21 @@ class Judge:
 
 
 def generate_models(
-    autoencoder: Autoencoder, train: Models, z: Tensor, images: ImageSet, config: TasksConfig, sampler: str, seed: int, zoo: int
+    autoencoder: Autoencoder,
+    good_NP: Tensor,
+    z_N: Tensor,
+    images: ImageSet,
+    config: TasksConfig,
+    sampler: str,
+    seed: int = 0,
+    zoo: int = 0,
 ) -> tuple[Tensor, float]:
-    """`config.samples` new models [M, P] and the milliseconds that each one kept took.
-
-    `z` are the latents of the training models.
-    """
+    """`config.samples` new models [M, P] from good models and their latents, and the milliseconds that each took."""
     arch = autoencoder.architectures[zoo]
-    good_N = good_states(arch, train, images, config.good)
     start = perf_counter()
-    drawn = sample(sampler, z[good_N], config.samples * config.select, config.bandwidth, seed)
+    drawn = sample(sampler, z_N, config.samples * config.select, config.bandwidth, seed)
     if config.generate_refine:
-        targets_BQC = teacher_targets(autoencoder, train.theta_BP[good_N], len(drawn), config.teachers, seed, zoo)
+        targets_BQC = teacher_targets(autoencoder, good_NP, len(drawn), config.teachers, seed, zoo)
         drawn = refine(autoencoder, drawn, targets_BQC, config.generate_refine, zoo, seed)
     with torch.no_grad():
         theta_MP = autoencoder.decode(drawn, zoo=zoo).float()
@@ -112,7 +120,9 @@ def generate_models(
     return theta_MP, 1000 * (perf_counter() - start) / len(theta_MP)
 
 
-def teacher_targets(autoencoder: Autoencoder, good_NP: Tensor, count: int, teachers: int, seed: int, zoo: int) -> Tensor:
+def teacher_targets(
+    autoencoder: Autoencoder, good_NP: Tensor, count: int, teachers: int, seed: int, zoo: int
+) -> Tensor:
     """Averaged probabilities [count, Q, C] of `teachers` good models drawn anew for each generated one."""
     arch, queries = autoencoder.architectures[zoo], autoencoder.statistics[zoo]["queries"]  # type: ignore[index]
     probabilities_NQC = outputs(arch, good_NP.to(queries), queries).softmax(2)
@@ -152,7 +162,9 @@ def averaged(arch: Architecture, good_NP: Tensor, count: int, seed: int, share: 
     return torch.stack([torch.lerp(a_P, arch.align(b_P[None], a_P)[0], share) for a_P, b_P in pairs])
 
 
-def matched_noise(arch: Architecture, good_NP: Tensor, std_P: Tensor, accuracy: float, images: ImageSet, count: int, seed: int) -> float:
+def matched_noise(
+    arch: Architecture, good_NP: Tensor, std_P: Tensor, accuracy: float, images: ImageSet, count: int, seed: int
+) -> float:
     """The noise scale whose mean accuracy on validation images is nearest to `accuracy`."""
 
     def gap(scale: float) -> float:
@@ -172,11 +184,14 @@ def generate(
     seed: int = 0,
     zoo: int = 0,
 ) -> tuple[dict[str, float], dict[str, np.ndarray], Tensor]:
-    """`generate/...` of the first sampler, `generate/<sampler>/...` of the others, baselines; accuracies; models [M, P]."""
+    """`generate/...` of the first sampler and the baselines, `generate/<sampler>/...` of the others; models [M, P]."""
     arch = autoencoder.architectures[zoo]
     if len(set(train.model_id)) < 3 or not len(test):
         raise UserError("generation needs at least 3 training models and one test model")
-    judge = Judge.make(arch, train, test, images, config)
+    best_N = best_states(arch, train, images)
+    good_N = top(best_N, config.good)
+    good_NP = train.theta_BP[good_N]
+    judge = Judge.make(arch, train, best_N, test, images, config)
     metrics: dict[str, float] = {}
     arrays: dict[str, np.ndarray] = {}
 
@@ -188,12 +203,11 @@ def generate(
     headline: Tensor | None = None
     for i, sampler in enumerate(config.samplers):
         prefix = f"generate/{sampler}" if i else "generate"
-        theta_MP, milliseconds = generate_models(autoencoder, train, z, images, config, sampler, seed, zoo)
+        theta_MP, milliseconds = generate_models(autoencoder, good_NP, z[good_N], images, config, sampler, seed, zoo)
         report(prefix, theta_MP)
         metrics[f"{prefix}/ms_per_model"] = milliseconds
         headline = theta_MP if headline is None else headline
     assert headline is not None
-    good_NP = train.theta_BP[good_states(arch, train, images, config.good)]
     std_P = autoencoder.statistics[zoo]["std_P"].float().cpu()  # type: ignore[index, union-attr]
     reached = float(scores(arch, headline, images.validation).accuracy_B.mean())
     scale = matched_noise(arch, good_NP, std_P, reached, images, config.samples, seed)

@@ -1,7 +1,7 @@
 """How new generated models are: aligned distance to the nearest training model, overlap of errors, diversity.
 
-Zeng et al. ("Generative Modeling of Weights: Generalization or Memorization?", CVPR 2026, arXiv 2506.07998) judge novelty
-by the nearest training model in weights and by the intersection over union of the sets of images that two models get
+Zeng et al. ("Generative Modeling of Weights: Generalization or Memorization?", CVPR 2026, arXiv 2506.07998) judge
+novelty by the nearest training model in weights and by the intersection over union of the sets of images that two models get
 wrong. A distance in weights means nothing before the order of hidden units is matched.
 
 Legend: B models, M generated, N training models, K candidates, P parameters, Q images.
@@ -18,8 +18,8 @@ def nearest_aligned(
 ) -> Tensor:
     """Aligned L2 distance [M] from each model to the nearest training model.
 
-    Matching every pair would cost M * N assignments; the `candidates` training models that are nearest after aligning all
-    models to one reference are matched to the model itself. `train_NP` must be aligned to `reference_P` already.
+    Matching every pair would cost M * N assignments; the `candidates` training models that are nearest after aligning
+    all models to one reference are matched to the model itself. `train_NP` must be aligned to `reference_P` already.
     """
     aligned_MP = arch.align(theta_MP, reference_P)
     near_MK = torch.cdist(aligned_MP, train_NP).topk(min(candidates, len(train_NP)), largest=False).indices

@@ -41,24 +41,23 @@ def r2(predicted_B: np.ndarray, actual_B: np.ndarray) -> float:
     return 1.0 - float(((predicted_B - actual_B) ** 2).sum() / ((actual_B - actual_B.mean()) ** 2).sum())
 
 
-def ridge(features: list[np.ndarray], train_B: np.ndarray, validation_B: np.ndarray) -> tuple[float, np.ndarray]:
-    """Best validation R2 over ALPHAS and that probe's predictions for the third set of features.
+class Ridge:
+    """Ridge probes of several properties on one set of features: one decomposition serves all of them."""
 
-    `features` are those of training, validation and test models, [B, F] each.
-    """
-    mean_F, std_F = features[0].mean(0), features[0].std(0)
-    keep = std_F > 1e-8 * max(1e-12, float(std_F.max()))
-    fitted, chosen, judged = ((f[:, keep] - mean_F[keep]) / std_F[keep] for f in features)
-    left, singular, right = np.linalg.svd(fitted, full_matrices=False)
-    projected = left.T @ (train_B - train_B.mean())
-    best: tuple[float, np.ndarray] | None = None
-    for alpha in ALPHAS:
-        coefficients = right.T @ (singular / (singular**2 + alpha) * projected)
-        score = r2(chosen @ coefficients + train_B.mean(), validation_B)
-        if best is None or score > best[0]:
-            best = (score, judged @ coefficients + train_B.mean())
-    assert best is not None
-    return best
+    def __init__(self, train_BF: np.ndarray, validation_BF: np.ndarray, test_BF: np.ndarray) -> None:
+        mean_F, std_F = train_BF.mean(0), train_BF.std(0)
+        keep = std_F > 1e-8 * max(1e-12, float(std_F.max()))
+        parts = [(f[:, keep] - mean_F[keep]) / std_F[keep] for f in (train_BF, validation_BF, test_BF)]
+        self.variance_K, basis_FK = np.linalg.eigh(parts[0].T @ parts[0])
+        self.train, self.validation, self.test = (part @ basis_FK for part in parts)
+
+    def best(self, train_B: np.ndarray, validation_B: np.ndarray) -> tuple[float, np.ndarray]:
+        """Best validation R2 over ALPHAS, and that probe's predictions for the test models."""
+        correlation_K = self.train.T @ (train_B - train_B.mean())
+        probes = [correlation_K / (self.variance_K.clip(0) + alpha) for alpha in ALPHAS]
+        scored = [r2(self.validation @ probe + train_B.mean(), validation_B) for probe in probes]
+        best = int(np.argmax(scored))
+        return scored[best], self.test @ probes[best] + train_B.mean()
 
 
 def _probe(
@@ -66,16 +65,17 @@ def _probe(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """R2 on the test models for each property that varies in every split, by the features best on validation models."""
     metrics, arrays = {}, {}
+    probes = {key: Ridge(*features) for key, features in candidates.items()}
     for name, attribute in PROPERTIES.items():
         values = [getattr(split, attribute).double().numpy() for split in splits]
         if any(not np.isfinite(v).all() for v in values):
             raise UserError(f"predict: {name} of a model is not finite")
         if any(v.std() < 1e-12 for v in values):
             continue  # nothing to explain: a zoo with one epoch, say
-        scored = {key: ridge(features, values[0], values[1]) for key, features in candidates.items()}
-        best = max(scored, key=lambda key: scored[key][0])
-        metrics[f"{prefix}/{name}_r2"] = r2(scored[best][1], values[2])
-        arrays[f"{prefix}/{name}"] = np.stack([values[2], scored[best][1]])
+        scored = [probe.best(values[0], values[1]) for probe in probes.values()]
+        predicted_B = max(scored, key=lambda pair: pair[0])[1]
+        metrics[f"{prefix}/{name}_r2"] = r2(predicted_B, values[2])
+        arrays[f"{prefix}/{name}"] = np.stack([values[2], predicted_B])
     return metrics, arrays
 
 

@@ -21,8 +21,8 @@ def compare(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics `<prefix>/...` of reconstructions against their originals on test images, and arrays for figures.
 
-    - agreement: share of the images on which both predict the same class, mean over models; agreement_on_errors the same
-      over the images that the original gets wrong (models without errors left out);
+    - agreement: share of the images on which both predict the same class, mean over models; agreement_on_errors the
+      same over the images that the original gets wrong (models without errors left out);
     - accuracy_correlation: Pearson's, over models, of reconstructed with original accuracy;
     - own_nearest: share of reconstructions with which no other original agrees more than their own;
     - weight_l2 as they stand, weight_l2_aligned after matching units (the first 64 models);

@@ -1,10 +1,10 @@
 """Samplers of latents: each draws new latents from those of good models.
 
-- joint_kde: a good model's latent plus noise from one kernel over the whole latent, whose covariance is that of the good
-  latents; at bandwidth 1 the noise is as long as the median distance from a good latent to its nearest neighbour.
+- joint_kde: a good model's latent plus noise from one kernel over the whole latent, whose covariance is that of the
+  good latents; at bandwidth 1 the noise is as long as the median distance from a good latent to its nearest neighbour.
 - dimension_kde: every dimension from its own kernel density, independently (Schürholt et al., NeurIPS 2022); it breaks
   the dependence between dimensions, and most of its samples are useless.
-- gaussian: the good latents' mean and covariance, whose rank is below their number; `bandwidth` multiplies the deviation.
+- gaussian: the good latents' mean and covariance, of a rank below their number; `bandwidth` multiplies the deviation.
 - interpolation: between two good latents, the share of the second uniform up to bandwidth / 2.
 
 Legend: N good models, M samples, F latent numbers.
@@ -74,6 +74,8 @@ def sample(name: str, good: Tensor, count: int, bandwidth: float = 1.0, seed: in
     if name not in _SAMPLERS:
         raise UserError(f"unknown sampler {name!r}{nearest(name, _SAMPLERS)}")
     if len(good) < 3:
-        raise UserError(f"a sampler needs at least 3 good models, not {len(good)}: raise tasks.good or take a larger zoo")
+        raise UserError(
+            f"a sampler needs at least 3 good models, not {len(good)}: raise tasks.good or take a larger zoo"
+        )
     drawn_MF = _SAMPLERS[name](good.flatten(1), count, bandwidth, torch.Generator().manual_seed(seed))
     return drawn_MF.view(count, *good.shape[1:])

@@ -19,7 +19,7 @@ JSON, TENSORS = "autoencoder.json", "autoencoder.safetensors"
 
 
 def save_autoencoder(folder: str | Path, autoencoder: Autoencoder) -> None:
-    """Writes the two files into `folder`, which is made where it is missing; tensors first, so that JSON means complete."""
+    """Writes both files into `folder`, made where it is missing; the tensors first, so that the JSON means complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().cpu().contiguous() for name, t in autoencoder.state_dict().items()}, folder / TENSORS)

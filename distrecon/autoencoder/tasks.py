@@ -53,7 +53,7 @@ def run_tasks(
     config: AutoencoderConfig | None = None,
     zoo: int = 0,
 ) -> TaskResults:
-    """Everything about one autoencoder on one zoo; `config` (default: the autoencoder's own) gives `tasks` and `seed`."""
+    """All tasks of one autoencoder on one zoo; `config` (default: the autoencoder's) gives `tasks` and `seed`."""
     config = config or autoencoder.config
     arch = autoencoder.architectures[zoo]
     for name, split in (("training", train), ("validation", validation), ("test", test)):
@@ -78,6 +78,6 @@ def run_tasks(
     if config.tasks.refine:
         refined = encode_models(autoencoder, test, zoo, config.tasks.refine)
         add(*compare(arch, originals_BP, decode_latents(autoencoder, refined, zoo), images.test, "reconstruct/refined"))
-    *generated, theta_MP = generate(autoencoder, train, test, latents[0], images, config.tasks, config.seed, zoo)
-    add(*generated)
+    found, made, theta_MP = generate(autoencoder, train, test, latents[0], images, config.tasks, config.seed, zoo)
+    add(found, made)
     return TaskResults(metrics, arrays, theta_MP)
