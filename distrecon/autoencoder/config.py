@@ -162,7 +162,7 @@ class TasksConfig:
 
     samples: int = 100
     samplers: tuple[str, ...] = ("joint_kde",)  # the first gives the headline numbers
-    bandwidth: float = 1.0  # in units of the kernel's rule-of-thumb width; the Gaussian's temperature
+    bandwidth: float = 0.3  # in units of the kernel's rule-of-thumb width; the Gaussian's temperature
     good: float = 0.3  # share of the training models, best on validation images, that samplers draw from
     select: int = 1  # samples drawn for each one kept; the best on validation images are
     refine: int = 0  # steps on the latent of reconstructions (reported under refined/)

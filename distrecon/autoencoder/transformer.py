@@ -2,8 +2,8 @@
 
 After SANE (Schürholt et al., ICML 2024) and "Structure Is Not Enough" (arXiv 2503.17138): a linear tokeniser with three
 position embeddings, an encoder, a linear map to the latent; the decoder mirrors it. Unlike the published code,
-attention runs over the tokens of one model and never over the batch. One set of weights serves several architectures, whose
-tokens are padded to the longest.
+attention runs over the tokens of one model and never over the batch. One set of weights serves several architectures,
+whose tokens are padded to the longest.
 
 Legend: B models, T tokens, D token size, W width, Z latent per token, H heads.
 """
