@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from distrecon.errors import UserError, nearest
@@ -37,12 +36,16 @@ class ImageSet:
 
 def digits(directory: Path | None = None) -> ImageSet:
     """scikit-learn's 1,797 digits, 8x8 grey: 1,000 train, 200 validation, 597 test; pixels 0..16 become -1..1."""
+    from sklearn.datasets import load_digits  # here, because importing it takes every worker process a second
+
     raw = load_digits()
     order = np.random.default_rng(0).permutation(len(raw.target))
     images = torch.from_numpy((raw.images[order] / 8 - 1).astype(np.float32))[:, None]
     labels_Q = torch.from_numpy(raw.target[order].astype(np.int64))
-    parts = [LabelledImages(images[a:b], labels_Q[a:b]) for a, b in ((0, 1000), (1000, 1200), (1200, None))]
-    return ImageSet("digits", *parts, tuple("0123456789"), "pixel / 8 - 1")
+    train, validation, test = (
+        LabelledImages(images[a:b], labels_Q[a:b]) for a, b in ((0, 1000), (1000, 1200), (1200, None))
+    )
+    return ImageSet("digits", train, validation, test, tuple("0123456789"), "pixel / 8 - 1")
 
 
 IMAGE_SETS: dict[str, Callable[[Path | None], ImageSet]] = {"digits": digits}

@@ -14,6 +14,7 @@ Legend: B models, P parameters, T tokens, D token size, Q queries, C classes.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -139,7 +140,7 @@ class Architecture:
         return views
 
     def flatten(self, state_dict: Mapping[str, Tensor]) -> Tensor:
-        """theta[P] of a state dict with this architecture's names and shapes; UserError names the entry that differs."""
+        """theta[P] of a state dict with this architecture's names and shapes; UserError names an entry that differs."""
         expected = self.state_shapes()
         for name in [*expected, *state_dict]:
             if name not in state_dict or name not in expected:
@@ -172,10 +173,9 @@ class Architecture:
 
     def detokenize(self, tokens_BTD: Tensor) -> Tensor:
         """theta[B, P], the inverse of `tokenize`; what lies in the padding is ignored."""
-        if tokens_BTD.shape[1:] != (self.num_tokens, self.token_size):
-            raise UserError(
-                f"{self.name} has tokens of shape {(self.num_tokens, self.token_size)}, not {tuple(tokens_BTD.shape[1:])}"
-            )
+        expected, shape = (self.num_tokens, self.token_size), tuple(tokens_BTD.shape[1:])
+        if shape != expected:
+            raise UserError(f"{self.name} has tokens of shape {expected}, not {shape}")
         return tokens_BTD.flatten(1)[:, self._token_of_parameter_P.to(tokens_BTD.device)]
 
     @cached_property
@@ -230,7 +230,7 @@ def mlp(sizes: Sequence[int] = (64, 20, 10), activation: str = "tanh") -> Archit
     """Linear layers between the given sizes, inputs and outputs included."""
     if len(sizes) < 2 or min(sizes) < 1:
         raise UserError(f"mlp needs at least two positive sizes, not {list(sizes)}")
-    layers = tuple(Layer(f"layers.{i}", a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)))
+    layers = tuple(Layer(f"layers.{i}", a, b) for i, (a, b) in enumerate(pairwise(sizes)))
     return Architecture("mlp", layers, activation, (sizes[0],))
 
 

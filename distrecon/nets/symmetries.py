@@ -69,10 +69,12 @@ def rescale(arch: Architecture, theta_BP: Tensor, scales: list[Tensor]) -> Tenso
     """Multiplies each hidden unit's incoming weights and bias by its scale and divides what reads it: [B, units] each.
 
     Function preserving for positive scales where the activation is positively homogeneous (relu, leaky_relu) and for
-    signs where it is odd (tanh); UserError otherwise.
+    signs where it is odd (tanh) and nothing is max-pooled; UserError otherwise.
     """
     kind = activation(arch.activation).symmetry
-    for scale_BH in scales:
+    for layer, scale_BH in zip(arch.layers, scales, strict=False):
+        if layer.pool > 1 and bool((scale_BH < 0).any()):
+            raise UserError(f"{layer.name}: a sign does not pass through max pooling")
         positive = kind == "scaled" and bool((scale_BH > 0).all())
         signs = kind == "odd" and bool((scale_BH.abs() == 1).all())
         if not (positive or signs):

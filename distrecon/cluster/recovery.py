@@ -1,0 +1,53 @@
+"""One recovery trial: a teacher network is trained on an image set, then recovered from its answers alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distrecon import images
+from distrecon.cluster.kinds import RecoveryRun
+from distrecon.expand_cluster import Recovery, recover, score
+from distrecon.expand_cluster.teachers import network, train_teacher
+
+
+def recover_teacher(run: RecoveryRun, folder: Path) -> dict[str, Any]:
+    """Trains the teacher, recovers and scores it; leaves the network and the arrays for figures in `folder`.
+
+    The recovery sees the training images and what it asks the teacher; the scores use the test images and the teacher.
+    """
+    torch.set_num_threads(max(1, int(run.resources.cpus_per_worker)))
+    image_set = images.load(run.teacher.images)
+    train_QI = image_set.train.images.flatten(1).double()
+    test_QI = image_set.test.images.flatten(1).double()
+    teacher = train_teacher(
+        train_QI, image_set.train.labels_Q, run.teacher.hidden, run.teacher.activation, run.teacher.seed
+    )
+    recovery = recover(
+        network(teacher, run.teacher.activation),
+        input_size=train_QI.shape[1],
+        activation=run.teacher.activation,
+        hidden_layers=len(run.teacher.hidden),
+        seed=run.seed,
+        config=run,
+        data_QI=train_QI,
+    )
+    metrics = recovery.metrics | score(recovery, teacher, test_QI)
+    recovery.save(folder / "network.safetensors")
+    np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **clustering_arrays(recovery))
+    return metrics
+
+
+def clustering_arrays(recovery: Recovery) -> dict[str, np.ndarray]:
+    """Per hidden layer the linkage [V - 1, 4], its cut, each vector's cluster (-1: none) and the similarity [V, V]."""
+    arrays = {}
+    for i, layer in enumerate(recovery.linkage, start=1):
+        cluster_V = np.full(len(layer.students), -1)
+        for number, members in enumerate(layer.clusters):
+            cluster_V[members] = number
+        arrays[f"layer{i}_merges"] = layer.merges
+        arrays[f"layer{i}_cut"] = np.array(layer.cut)
+        arrays[f"layer{i}_cluster"] = cluster_V
+        arrays[f"layer{i}_similarity"] = layer.similarity().numpy().astype(np.float16)
+    return arrays

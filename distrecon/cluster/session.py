@@ -1,0 +1,86 @@
+"""Connecting to Ray: a private local session, or a running cluster by address. Once per process."""
+
+import contextlib
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from distrecon.errors import UserError
+
+QUIET = {
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_LOGGING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal is the record
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "3600",  # sweeps queue for each other's CPUs by design
+    "RAY_worker_maximum_startup_concurrency": "8",  # trials start several small processes each; fewer is warned about
+}
+
+
+def connect(address: str | None, *, verbose: bool = False) -> None:
+    """Starts a local Ray session, or joins the cluster at `address` ("auto", "host:port").
+
+    A local session listens on the loopback interface only and asks for a token that other users cannot read.
+    Raises UserError when nothing answers at the address.
+    """
+    if not verbose:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # objectives come with a trial's last report
+    import ray
+
+    if address is not None:
+        _check_reachable(address)
+    if ray.is_initialized():
+        return
+    level = logging.INFO if verbose else logging.ERROR
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level, "configure_logging": True}
+    if address is None:
+        with _private_files():
+            ray.init(address="local", _node_ip_address="127.0.0.1", **options)
+    else:
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"--address {address}: cannot join a Ray cluster there ({reason})") from None
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.tune", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _private_files() -> Iterator[None]:
+    """Ray writes its token with the process's umask; make that readable by this user alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _check_reachable(address: str) -> None:
+    """A quick refusal: Ray itself retries a dead address for a minute."""
+    host, colon, port = address.rpartition(":")
+    if address == "auto" or "://" in address:
+        return
+    if not colon or not port.isdigit():
+        raise UserError(f"--address {address}: wanted auto or HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(f"--address {address}: nothing answers there ({error})") from None
+
+
+def available() -> dict[str, float]:
+    """What the whole cluster has: {"CPU": ..., "GPU": ...}."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return {"CPU": resources.get("CPU", 0.0), "GPU": resources.get("GPU", 0.0)}

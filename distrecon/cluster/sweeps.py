@@ -1,0 +1,197 @@
+"""Sweeps on Ray Tune: one Tuner a space file, several side by side on one Ray session, each writing its journal.
+
+Ctrl-C, a killed driver or a lost node leave the journals and Tune's own state behind; `run_sweeps` on the same folder
+goes on from there and never repeats a trial that had finished.
+"""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback
+
+from distrecon import config as configuration
+from distrecon.cluster import session
+from distrecon.cluster.artifacts import FINISHED
+from distrecon.cluster.journal import Journal
+from distrecon.cluster.kinds import ResourcesConfig
+from distrecon.cluster.space import Dimension, Sweep
+from distrecon.cluster.trials import RUNNERS, reserved
+from distrecon.errors import UserError
+from distrecon.zoos import Zoo
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lives: its folder on the driver, and the storage that every node reaches (the same by default)."""
+
+    folder: Path
+    storage: str
+
+    def journal(self, name: str) -> Journal:
+        return Journal(self.folder / "sweeps" / name / "journal.jsonl")
+
+
+class JournalCallback(Callback):
+    """Tells Tune's events to the journal."""
+
+    def __init__(self, sweep: Sweep, journal: Journal) -> None:
+        self.sweep, self.journal = sweep, journal
+
+    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
+        s = self.sweep
+        self.journal.write("sweep", name=s.name, kind=s.kind, metric=s.metric, mode=s.mode, trials=s.trials)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.journal.write("started", trial=trial.trial_id, config=trial.config)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        metrics = {key: value for key, value in result.items() if "/" in key and not key.startswith("config/")}
+        self.journal.write("metrics", trial=trial.trial_id, epoch=result.get("epoch", 0), metrics=metrics)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        finished = (trial.last_result or {}).get(FINISHED, False)
+        self.journal.write(
+            "finished", trial=trial.trial_id, status="completed" if finished else "stopped_early", error=None
+        )
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.journal.write("finished", trial=trial.trial_id, status="failed", error=root_cause(trial))
+
+
+def root_cause(trial: Any) -> str:
+    """One line of the trial's error text: the last that names an error, which is the innermost."""
+    file = Path(trial.error_file) if trial.error_file else None
+    if file is None or not file.exists():
+        return "the trial's process was lost"
+    lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)(\(\w+\))?: ", line)]
+    line = (named or lines)[-1]
+    return re.sub(r"^[\w.]*UserError: ", "", line)[:500]
+
+
+def run_sweeps(
+    sweeps: Sequence[Sweep],
+    place: Place,
+    zoos: Mapping[str, Zoo],
+    seed: int,
+    watch: Callable[[], None],
+) -> None:
+    """Runs the sweeps side by side until all their trials ended; `watch` is called about twice a second.
+
+    Ray must be connected. An interrupt in `watch` leaves everything resumable.
+    """
+    threads = []
+    failures: list[BaseException] = []
+    for sweep in sweeps:
+        journal = place.journal(sweep.name)
+        events, offset = journal.read()
+        if events and events[-1]["event"] == "done":
+            continue
+        thread = threading.Thread(
+            target=_run_sweep, args=(sweep, place, zoos, seed, journal, failures), name=sweep.name, daemon=True
+        )
+        thread.start()
+        threads.append(thread)
+        # Tune's registry is not thread-safe while a Tuner starts: wait until this one runs before starting the next
+        while thread.is_alive() and not any(e["event"] == "sweep" for e in journal.read(offset)[0]):
+            time.sleep(0.05)
+    while any(thread.is_alive() for thread in threads):
+        watch()
+        time.sleep(0.5)
+    watch()
+    if failures:
+        raise failures[0]
+
+
+def _run_sweep(
+    sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal, failures: list[BaseException]
+) -> None:
+    try:
+        _tuner(sweep, place, zoos, seed, journal).fit()
+        journal.write("done")
+    except BaseException as error:  # handed to the main thread, which raises it
+        failures.append(error)
+
+
+def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal) -> tune.Tuner:
+    storage = f"{place.storage}/tune"
+    used = {name: zoos[name] for name in getattr(sweep.base, "zoo", ())}
+    trainable = tune.with_parameters(
+        RUNNERS[sweep.kind],
+        base=configuration.flatten(sweep.base),
+        zoos=used,
+        storage=f"{place.storage}/trials/{sweep.name}",
+    )
+    trainable = tune.with_resources(trainable, reserved(sweep.kind, sweep.base.resources))
+    path = f"{storage}/{sweep.name}"
+    if tune.Tuner.can_restore(path):
+        return tune.Tuner.restore(
+            path, trainable=trainable, resume_unfinished=True, restart_errored=True, param_space=_param_space(sweep)
+        )
+    return tune.Tuner(
+        trainable,
+        param_space=_param_space(sweep),
+        tune_config=tune.TuneConfig(
+            num_samples=sweep.samples,
+            scheduler=_scheduler(sweep),
+            search_alg=tune.search.BasicVariantGenerator(
+                max_concurrent=sweep.max_concurrent or concurrent(sweep.kind, sweep.base.resources), random_state=seed
+            ),
+        ),
+        run_config=tune.RunConfig(
+            name=sweep.name, storage_path=storage, callbacks=[JournalCallback(sweep, journal)], verbose=0
+        ),
+    )
+
+
+def check_resources(sweeps: Sequence[Sweep]) -> None:
+    """UserError when the cluster could never run one trial of a sweep."""
+    for sweep in sweeps:
+        concurrent(sweep.kind, sweep.base.resources)
+
+
+def concurrent(kind: str, resources: ResourcesConfig) -> int:
+    """How many trials the cluster holds at once; UserError when not even one fits."""
+    has = session.available()
+    workers = max(1, resources.num_workers) if kind == "autoencoder" else 1
+    needs = {"CPU": workers * resources.cpus_per_worker}
+    if resources.use_gpu:
+        needs["GPU"] = workers * resources.gpus_per_worker
+    for name, amount in needs.items():
+        if amount > has[name]:
+            raise UserError(
+                f"a trial needs {amount:g} {name}s and the whole cluster has {has[name]:g}: "
+                f"lower resources.num_workers or resources.{name.lower()}s_per_worker"
+                + (", or leave out --use-gpu" if name == "GPU" else "")
+            )
+    return max(1, int(min(has[name] // amount for name, amount in needs.items())))
+
+
+def _scheduler(sweep: Sweep) -> Any:
+    if sweep.scheduler == "fifo":
+        return None
+    epochs = sweep.base.optim.epochs
+    # counted in epochs: Tune's own count of reports starts again when a sweep is restored
+    return tune.schedulers.ASHAScheduler(
+        time_attr="epoch", metric=sweep.metric, mode=sweep.mode, max_t=epochs + 1, grace_period=max(1, epochs // 4)
+    )
+
+
+def _param_space(sweep: Sweep) -> dict[str, Any]:
+    return {key: _domain(dimension) for key, dimension in sweep.space.items()}
+
+
+def _domain(dimension: Dimension) -> Any:
+    if dimension.how == "grid":
+        return tune.grid_search(list(dimension.values))
+    if dimension.how == "choice":
+        return tune.choice(list(dimension.values))
+    return getattr(tune, dimension.how)(*dimension.values)

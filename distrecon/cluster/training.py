@@ -1,0 +1,169 @@
+"""One autoencoder training on Ray Train: Ray Data shard -> steps -> report and checkpoint every epoch -> tasks.
+
+`train_autoencoder` runs anywhere Ray is connected: from a command, or inside a Tune trial, to which it then reports.
+"""
+
+import math
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from distrecon import config as configuration
+from distrecon.autoencoder.model import ZooSample
+from distrecon.autoencoder.store import save_autoencoder
+from distrecon.autoencoder.tasks import run_tasks
+from distrecon.autoencoder.training import Batch, Training
+from distrecon.cluster.artifacts import FINISHED, upload
+from distrecon.cluster.kinds import AutoencoderRun
+from distrecon.zoos import Zoo
+from distrecon.zoos.stream import plan, stream
+
+STATE = "training.pt"
+SAMPLE = 4096  # training states that statistics and the linear start are computed from
+RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
+
+
+def train_autoencoder(
+    run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, name: str, callbacks: Sequence[Any] = ()
+) -> Any:
+    """Trains and scores one autoencoder; returns Ray's Result.
+
+    Everything lies under `storage`/`name`: each epoch's checkpoint, and with the last report the autoencoder, the
+    tasks' arrays and the generated models. A training of the same name continues from its last checkpoint.
+    """
+    from ray import train
+    from ray.train.torch import TorchTrainer
+
+    resources = run.resources
+    per_worker = {"CPU": max(0.1, resources.cpus_per_worker - RESERVE)}
+    if resources.use_gpu:
+        per_worker["GPU"] = resources.gpus_per_worker
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={
+            "run": configuration.flatten(run),
+            "zoos": list(zoos),
+            "artifacts": f"{storage}/{name}",
+        },
+        scaling_config=train.ScalingConfig(
+            num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
+        ),
+        run_config=train.RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=train.FailureConfig(max_failures=resources.max_failures),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+            callbacks=list(callbacks),
+        ),
+    )
+    return trainer.fit()
+
+
+def train_loop(settings: Mapping[str, Any]) -> None:
+    """The body of every Ray Train worker: train, report every epoch, score at the end."""
+    from ray import train
+
+    run: AutoencoderRun = configuration.replace(AutoencoderRun(), settings["run"])
+    zoos: list[Zoo] = settings["zoos"]
+    rank = train.get_context().get_world_rank()
+    torch.set_num_threads(max(1, math.floor(run.resources.cpus_per_worker)))
+    began = time.monotonic()
+    training, first_epoch = _prepare(run, zoos)
+    for epoch, metrics in train_epochs(run, zoos, training, first_epoch, rank, train.get_context().get_world_size()):
+        _report(epoch, {**metrics, "time/seconds": time.monotonic() - began}, training, rank)
+    _score(run, zoos[0], training, rank, settings["artifacts"])
+
+
+def train_epochs(
+    run: AutoencoderRun, zoos: Sequence[Zoo], training: Training, first_epoch: int, rank: int, world_size: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Trains epoch by epoch, counted from 1; yields each one's mean losses and models a second."""
+    batches = stream(
+        zoos,
+        batch_size=run.optim.batch_size,
+        first_epoch=first_epoch - 1,
+        last_epoch=run.optim.epochs - 1,
+        shards=run.data.shards,
+        rank=rank,
+        world_size=world_size,
+        seed=run.seed,
+    )
+    sums: dict[str, float] = defaultdict(float)
+    seen, waited, started = 0, 0.0, time.monotonic()
+    asked = started
+    for batch in batches:
+        waited += time.monotonic() - asked
+        step = Batch(
+            batch.epoch, batch.step, batch.zoo_index, batch.row_b, batch.theta_bP, batch.global_size, batch.offset
+        )
+        for key, value in training.step(step).items():
+            sums[key] += value * batch.global_size
+        seen += batch.global_size
+        asked = time.monotonic()
+        if batch.step + 1 == batch.steps:
+            spent = asked - started
+            means = {key: value / seen for key, value in sums.items()}
+            yield (
+                batch.epoch + 1,
+                {**means, "time/models_per_second": seen / spent, "time/data_wait_share": waited / spent},
+            )
+            sums.clear()
+            seen, waited, started = 0, 0.0, time.monotonic()
+            asked = started
+
+
+def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
+    """The training, continued from Ray Train's last checkpoint where there is one, and its next epoch."""
+    from ray import train
+
+    device = torch.device("cuda" if run.resources.use_gpu else "cpu")
+    samples = [ZooSample(zoo.architecture, _sample(zoo, run.seed), zoo.images()) for zoo in zoos]
+    steps = plan(zoos, batch_size=run.optim.batch_size, shards=run.data.shards, seed=run.seed)
+    training = Training(run, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
+    checkpoint = train.get_checkpoint()
+    if checkpoint is None:
+        return training, 1
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / STATE, map_location=device, weights_only=True)
+    training.load_state_dict(state["training"])
+    return training, state["epoch"] + 1
+
+
+def _sample(zoo: Zoo, seed: int) -> torch.Tensor:
+    return zoo.sample(min(SAMPLE, len(zoo.rows("train"))), seed)
+
+
+def _report(epoch: int, metrics: Mapping[str, float], training: Training, rank: int) -> None:
+    """Ends an epoch on every worker: metrics, and from rank 0 a checkpoint."""
+    from ray import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if rank == 0:
+            torch.save({"training": training.state_dict(), "epoch": epoch}, Path(folder) / STATE)
+            checkpoint = train.Checkpoint.from_directory(folder)
+        train.report({"epoch": epoch, **metrics}, checkpoint=checkpoint)
+
+
+def _score(run: AutoencoderRun, zoo: Zoo, training: Training, rank: int, artifacts: str) -> None:
+    """Rank 0 scores the autoencoder on the zoo's held-out models and stores it with what the figures need."""
+    from ray import train
+
+    metrics: dict[str, Any] = {}
+    if rank == 0:
+        began = time.monotonic()
+        results = run_tasks(training.autoencoder, *(zoo.models(s) for s in ("train", "val", "test")), zoo.images(), run)
+        metrics = {**results.metrics, "time/scoring_seconds": time.monotonic() - began}
+        with tempfile.TemporaryDirectory() as folder:
+            save_autoencoder(Path(folder), training.autoencoder)
+            save_file({"theta": results.generated_theta_BP.contiguous()}, Path(folder) / "generated.safetensors")
+            np.savez_compressed(Path(folder) / "arrays.npz", **results.arrays)
+            upload(Path(folder), artifacts)
+    train.report({"epoch": run.optim.epochs, **metrics, FINISHED: 1})

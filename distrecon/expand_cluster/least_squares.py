@@ -1,0 +1,147 @@
+"""Batched Levenberg-Marquardt: many independent nonlinear least-squares problems of one shape, solved side by side.
+
+Notable choices:
+- the problem gives its normal equations, so that structure (shared inputs, row chunks) stays its own business;
+- every problem has its own damping, scaled by the diagonal of J^T J (Marquardt), with Nielsen's smooth update;
+- a rejected step tries again with the same J^T J: only the loss is evaluated anew;
+- problems that have converged, stalled or turned non-finite leave the batch, so that the rest runs faster.
+
+Legend: N problems, P parameters, M residuals.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+TRIALS = 8  # damping values tried on one set of normal equations
+DAMPING_LIMIT = 1e12
+GIVE_UP_AFTER = 12  # iterations of less than `stall` relative decrease
+
+
+class LeastSquares(Protocol):
+    """N problems of P parameters; `loss` is the mean of the squared residuals of each."""
+
+    def loss(self, theta_NP: Tensor) -> Tensor:
+        """Loss[N]."""
+
+    def normal_equations(self, theta_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss[N], J^T r / M [N, P] and J^T J / M [N, P, P]."""
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """A LeastSquares problem from a function theta[P] -> residuals[M], differentiated by torch.func."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def loss(self, theta_NP: Tensor) -> Tensor:
+        return torch.func.vmap(self.function)(theta_NP).square().mean(1)
+
+    def normal_equations(self, theta_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        residuals = torch.func.vmap(self.function)(theta_NP)
+        jacobian = torch.func.vmap(torch.func.jacfwd(self.function))(theta_NP)
+        transposed, size = jacobian.transpose(1, 2), residuals.shape[1]
+        gradient = torch.bmm(transposed, residuals[:, :, None])[:, :, 0] / size
+        return residuals.square().mean(1), gradient, torch.bmm(transposed, jacobian) / size
+
+
+@dataclass(frozen=True)
+class Solution:
+    """theta[N, P], loss[N] and, for each problem, "converged", "stalled", "iterations", "time" or "non-finite"."""
+
+    theta_NP: Tensor
+    loss_N: Tensor
+    status: list[str]
+    iterations: int
+
+
+def levenberg_marquardt(
+    problem: LeastSquares,
+    theta_NP: Tensor,
+    max_iterations: int = 200,
+    tolerance: float = 1e-28,
+    damping: float = 1e-3,
+    stall: float = 1e-2,
+    deadline: float | None = None,
+    progress: Callable[[int, Tensor], None] | None = None,
+) -> Solution:
+    """Minimise the mean squared residual of every problem, starting at theta[N, P] (not changed).
+
+    A problem ends when its loss is at or below `tolerance`, when its damping exceeds 1e12, when its loss fell by less
+    than `stall` (relative) over 12 iterations, or after `max_iterations`; `deadline` is a `time.monotonic` value.
+    `progress(iteration, loss_N)` sees every iteration. Source: Marquardt 1963; damping update of Nielsen 1999.
+    """
+    theta, status = theta_NP.clone(), ["iterations"] * theta_NP.shape[0]
+    loss = problem.loss(theta)
+    damp, growth = torch.full_like(loss, damping), torch.full_like(loss, 2.0)
+    reference, age = loss.clone(), torch.zeros_like(loss)
+    active, iteration = torch.arange(theta.shape[0]), 0
+    for iteration in range(1, max_iterations + 1):
+        finite = torch.isfinite(loss[active])
+        done = {int(i): "non-finite" for i in active[~finite]}
+        done |= {int(i): "converged" for i in active[finite & (loss[active] <= tolerance)]}
+        done |= {int(i): "stalled" for i in active if damp[i] > DAMPING_LIMIT or age[i] >= GIVE_UP_AFTER}
+        for i, word in done.items():
+            status[i] = word
+        active = torch.tensor([int(i) for i in active if int(i) not in done], dtype=torch.long)
+        if not len(active):
+            break
+        if deadline is not None and time.monotonic() > deadline:
+            status = ["time" if i in set(active.tolist()) else s for i, s in enumerate(status)]
+            break
+        _, gradient, gram = problem.normal_equations(theta[active])
+        theta[active], loss[active], damp[active], growth[active] = _step(
+            problem, theta[active], loss[active], gradient, gram, damp[active], growth[active]
+        )
+        improved = loss < (1 - stall) * reference
+        reference = torch.where(improved, loss, reference)
+        age = torch.where(improved, torch.zeros_like(age), age + 1)
+        if progress is not None:
+            progress(iteration, loss)
+    for i in active.tolist():
+        if loss[i] <= tolerance:
+            status[i] = "converged"
+    return Solution(theta, loss, status, iteration)
+
+
+def _step(
+    problem: LeastSquares,
+    theta: Tensor,
+    loss: Tensor,
+    gradient: Tensor,
+    gram: Tensor,
+    damp: Tensor,
+    growth: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One accepted step of every problem (or none, after TRIALS dampings): new theta, loss, damping and growth."""
+    theta, loss, damp, growth = theta.clone(), loss.clone(), damp.clone(), growth.clone()
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    # parameters without influence still need some damping, or the system is singular
+    scale = diagonal.clamp(min=1e-10 * diagonal.amax(dim=1, keepdim=True)).clamp(min=1e-300)
+    waiting = torch.arange(theta.shape[0])
+    for _ in range(TRIALS):
+        shift = damp[waiting, None] * scale[waiting]
+        matrix = gram[waiting]
+        matrix.diagonal(dim1=1, dim2=2).add_(shift)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        right = gradient[waiting, :, None]
+        step = -torch.cholesky_solve(right, factor)[:, :, 0]
+        candidate = theta[waiting] + step
+        new = problem.loss(candidate)
+        predicted = (step * (shift * step - gradient[waiting])).sum(1)  # of the mean square, by the linear model
+        gain = (loss[waiting] - new) / predicted
+        good = (info == 0) & torch.isfinite(new) & (new < loss[waiting])
+        ok, bad = waiting[good], waiting[~good]
+        theta[ok], loss[ok] = candidate[good], new[good]
+        damp[ok] = (damp[ok] * (1 - (2 * gain[good] - 1) ** 3).clamp(1 / 5, 2)).clamp(min=1e-15)
+        growth[ok] = 2.0
+        damp[bad] *= growth[bad]
+        growth[bad] *= 2
+        waiting = bad
+        if not len(waiting):
+            break
+    return theta, loss, damp, growth

@@ -1,0 +1,297 @@
+"""Expand-and-Cluster, start to end: query, train students, cluster, collapse, fit exactly, verify on fresh queries.
+
+After Martinelli, Simsek, Gerstner, Brea: "Expand-and-Cluster: Parameter Recovery of Neural Networks" (ICML 2024,
+arXiv 2304.12794); students are trained by a second-order method and the result is accepted only if fresh queries agree
+to the numerical floor.
+
+Legend: N students, Q queries, I inputs, R relevant input directions, H hidden, O outputs, P parameters.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from distrecon.errors import UserError
+from distrecon.expand_cluster.blackbox import BlackBox, Teacher
+from distrecon.expand_cluster.collapse import drop_costs, features, solve_outgoing
+from distrecon.expand_cluster.config import RecoveryConfig
+from distrecon.expand_cluster.fitting import Probed, fit, from_weights, rows_needed, to_weights
+from distrecon.expand_cluster.networks import DenseNet
+from distrecon.expand_cluster.probes import Coordinates, find_coordinates
+from distrecon.expand_cluster.result import Recovery, relative_rmse
+from distrecon.expand_cluster.scores import compare
+from distrecon.expand_cluster.shallow import Collapsed, collapse, neuron_pool, takes_skip
+from distrecon.expand_cluster.teachers import Weights
+from distrecon.expand_cluster.warm_start import warm_start
+from distrecon.nets.activations import Activation
+from distrecon.nets.activations import activation as find_activation
+
+UNDERFIT = 1e-4  # a best student worse than this (relative loss) is too narrow
+NOISE_MARGIN = 10.0  # the floor lies this far above the teacher's rounding noise
+DIRECTION_MARGIN = 100.0  # likewise for a fit in relevant directions that are known to a relative error
+LEAST_GUESS = 4
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class _Run:
+    """What every stage of one recovery shares."""
+
+    box: BlackBox
+    activation: Activation
+    config: RecoveryConfig
+    generator: torch.Generator
+    data_QI: Tensor | None
+    progress: Progress | None
+    deadline: float | None
+    coordinates: Coordinates
+    history: list[tuple[str, int, list[float]]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+
+    def timed(self, stage: str, started: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
+
+    def say(self, stage: str, value: float) -> None:
+        if self.progress is not None:
+            self.progress(stage, value)
+
+    def late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def recover(
+    teacher: Teacher,
+    input_size: int,
+    activation: str = "tanh",
+    hidden_layers: int = 1,
+    seed: int = 0,
+    config: RecoveryConfig | None = None,
+    data_QI: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Recovery:
+    """Recover the layer sizes and weights of a black box from its answers alone.
+
+    `teacher` is any deterministic function [Q, I] -> [Q, O]; `data_QI` are inputs of interest, queried too; `progress`
+    sees (stage, value). `seed` is added to `config.seed`. The same arguments give the same result.
+
+    Raises UserError for a wrong request: an unknown activation, answers of a wrong shape, not finite or not repeatable,
+    a query budget that is too small, fewer probes than unknowns. A recovery that fails is no error: its `verified` is
+    False and its `reason` says why.
+    """
+    config = config or RecoveryConfig()
+    act = find_activation(activation)
+    if hidden_layers != 1:
+        raise UserError(f"hidden_layers must be 1, not {hidden_layers}")
+    if data_QI is not None and (data_QI.ndim != 2 or data_QI.shape[1] != input_size):
+        raise UserError(f"data_QI has shape {list(data_QI.shape)}, not [Q, {input_size}]")
+    started = time.monotonic()
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + seed)
+    box = BlackBox(teacher, input_size, config.budget.queries)
+    coordinates = find_coordinates(box, act, config.probes.subspace, generator)
+    deadline = started + config.budget.seconds if config.budget.seconds else None
+    data = data_QI.double() if data_QI is not None else None
+    run = _Run(box, act, config, generator, data, progress, deadline, coordinates)
+    run.timed("queries", started)
+    run.say("directions", coordinates.rank)
+    return _finish(run, _attempts(run))
+
+
+def _attempts(run: _Run) -> tuple[Recovery, Probed]:
+    """Rounds of students until one is verified: wider ones after an underfit, else longer training on more probes."""
+    guess = run.config.students.width or max(run.coordinates.rank, LEAST_GUESS)
+    patience, best = 1, None
+    for attempt in range(run.config.budget.attempts):
+        recovery, data, underfit = _round(run, guess, patience, attempt)
+        if best is None or recovery.metrics["recover/train_loss"] < best[0].metrics["recover/train_loss"]:
+            best = recovery, data
+        if recovery.verified or run.late():
+            break
+        if underfit and not run.config.students.width:
+            guess *= 2
+        else:
+            patience *= 2
+    assert best is not None
+    return best
+
+
+def _round(run: _Run, guess: int, patience: int, attempt: int) -> tuple[Recovery, Probed, bool]:
+    """Students of one width: a fixed number, or batches until two in a row give the same verified size."""
+    settings = run.config.students
+    net = DenseNet(
+        (run.coordinates.rank, math.ceil(settings.rho * guess), run.box.outputs), run.activation, takes_skip(run.activation)
+    )
+    data = _probe(run, net, patience)
+    batches = [settings.count] if settings.count else [settings.batch] * math.ceil(settings.maximum / settings.batch)
+    theta_NP = torch.empty(0, net.num_parameters, dtype=torch.float64)
+    best: Recovery | None = None
+    verified: list[int] = []
+    for count in batches:
+        theta_NP = torch.cat([theta_NP, _train(run, net, count, data, patience, f"students {attempt + 1}")])
+        recovery = _collapse(run, net, theta_NP, data)
+        if best is None or (recovery.verified, -recovery.metrics["recover/train_loss"]) >= (
+            best.verified,
+            -best.metrics["recover/train_loss"],
+        ):
+            best = recovery
+        if recovery.verified:
+            verified.append(recovery.layer_sizes[0])
+        underfit = recovery.metrics["recover/student_loss_best"] > UNDERFIT
+        if (len(verified) > 1 and verified[-1] == verified[-2]) or underfit or run.late():
+            break
+        if not recovery.verified and len(theta_NP) >= 2 * settings.batch:
+            break
+    assert best is not None
+    return best, data, best.metrics["recover/student_loss_best"] > UNDERFIT
+
+
+def _probe(run: _Run, net: DenseNet, patience: int) -> Probed:
+    """Training queries for students of this shape, some of them the user's data, in random order."""
+    settings, unknowns = run.config.probes, net.num_parameters
+    if settings.count and settings.count * net.sizes[-1] < unknowns:
+        raise UserError(
+            f"probes.count = {settings.count} gives {settings.count * net.sizes[-1]} equations, fewer than the students' "
+            f"{unknowns} unknowns"
+        )
+    started = time.monotonic()
+    count = settings.count * patience or patience * max(2000, 4 * unknowns // net.sizes[-1])
+    own = 0 if run.data_QI is None else min(len(run.data_QI), int(settings.data_share * count))
+    x_QI = run.coordinates.draw(count - own, run.generator)
+    if run.data_QI is not None and own:
+        rows = torch.randperm(len(run.data_QI), generator=run.generator)[:own]
+        x_QI = torch.cat([x_QI, run.data_QI[rows]])
+    x_QI = x_QI[torch.randperm(count, generator=run.generator)]
+    data = Probed.of(x_QI, x_QI @ run.coordinates.to_RI.T, run.box(x_QI))
+    run.timed("queries", started)
+    return data
+
+
+def _train(run: _Run, net: DenseNet, count: int, data: Probed, patience: int, stage: str) -> Tensor:
+    """`count` students: a first-order warm start, then the least-squares solver where they are small enough."""
+    started, settings = time.monotonic(), run.config.warm_start
+
+    def note(step: int, loss_N: Tensor) -> None:
+        run.history.append((stage, step, loss_N.tolist()))
+        run.say(stage, float(loss_N.min()))
+
+    theta_NP = warm_start(
+        net,
+        net.random(count, run.generator),
+        data.z_QR,
+        data.y_QO,
+        run.generator,
+        settings.optimiser,
+        settings.steps * patience,
+        settings.learning_rate,
+        settings.batch,
+        run.deadline,
+        note,
+    )
+    run.timed("students", started)
+    if net.num_parameters <= run.config.solver.student_parameters:
+        started = time.monotonic()
+        rows = data.rows(rows_needed(net, run.config.solver.rows))
+        solution = fit(net, theta_NP, rows.z_QR, rows.y_QO, run.config.solver.iterations, deadline=run.deadline)
+        theta_NP = solution.theta_NP
+        note(settings.steps * patience + solution.iterations, solution.loss_N)
+        run.timed("students' solver", started)
+    return theta_NP
+
+
+def _collapse(run: _Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recovery:
+    """Cluster, collapse, polish and verify all students so far."""
+    started = time.monotonic()
+    loss_N = net.loss(theta_NP, data.z_QR, data.y_QO)
+    finite_N = torch.isfinite(loss_N)
+    metrics = {
+        "recover/students": len(theta_NP),
+        "recover/students_not_finite": int((~finite_N).sum()),
+        "recover/student_loss_best": float(loss_N[finite_N].min()) if finite_N.any() else math.inf,
+        "recover/student_loss_median": float(loss_N[finite_N].median()) if finite_N.any() else math.inf,
+        "recover/width": net.sizes[1],
+    }
+    run.losses = loss_N.tolist()
+    floor = max(run.config.solver.floor, (NOISE_MARGIN * run.box.noise / data.scale) ** 2)
+    # the relevant directions are known to their own error only; the polish in all inputs removes it
+    rough = max(floor, (DIRECTION_MARGIN * run.coordinates.error) ** 2)
+    found: Collapsed | None = None
+    if finite_N.any():
+        pool = neuron_pool(net, theta_NP[finite_N], data.z_QR, data.y_QO)
+        found = collapse(pool, data, run.activation, run.config, rough, run.deadline)
+    if found is None:
+        zero = torch.zeros(1, run.coordinates.rank + 1, dtype=torch.float64)
+        nothing = DenseNet((run.coordinates.rank, 1, run.box.outputs), run.activation)
+        theta_1P = DenseNet.flatten([zero[None], torch.zeros(1, run.box.outputs, 2, dtype=torch.float64)])
+        weights = to_weights(nothing, theta_1P[0], data, run.coordinates.to_RI)
+        metrics["recover/train_loss"] = 1.0
+        return Recovery(weights, run.activation.name, False, "no student has neurons that contribute", [], metrics)
+    run.timed("collapse", started)
+    metrics["recover/train_loss"] = found.loss
+    weights = to_weights(found.net, found.theta_1P[0], data, run.coordinates.to_RI)
+    polished = found.loss <= rough and _polishable(run, weights)
+    if polished:
+        weights = _polish(run, weights, data)
+    verified, reason = _verify(run, weights, floor if polished else rough, found.loss)
+    run.say("size", found.net.sizes[1])
+    return Recovery(weights, run.activation.name, verified, reason, [found.linkage], metrics)
+
+
+def _polishable(run: _Run, weights: Weights) -> bool:
+    unknowns = sum(w.numel() + b.numel() for w, b in weights)
+    return run.coordinates.rank < run.box.inputs and unknowns <= run.config.solver.polish_parameters
+
+
+def _polish(run: _Run, weights: Weights, data: Probed) -> Weights:
+    """The last digits, in all inputs at once: frees the first layer from the relevant directions' own rounding."""
+    net = DenseNet((run.box.inputs, *(len(b) for _, b in weights)), run.activation)
+    started = time.monotonic()
+    rows = data.rows(rows_needed(net, run.config.solver.rows))
+    before = from_weights(weights, data)
+    solution = fit(net, before, rows.x_QI, rows.y_QO, run.config.solver.iterations, deadline=run.deadline)
+    run.timed("polish", started)
+    return to_weights(net, solution.theta_NP[0], data, None)
+
+
+def _verify(run: _Run, weights: Weights, floor: float, train_loss: float) -> tuple[bool, str]:
+    """Fresh queries at two scales must agree to the floor, and every neuron must be needed."""
+    started = time.monotonic()
+    x_QI = run.coordinates.draw(run.config.probes.fresh, run.generator)
+    answers_QO = run.box(x_QI)
+    recovered = Recovery(weights, run.activation.name, False, "")
+    error = relative_rmse(answers_QO, recovered(x_QI))
+    allowed = NOISE_MARGIN * math.sqrt(floor)
+    run.timed("queries", started)
+    if not error <= allowed:
+        if train_loss > floor:
+            return False, f"the best fit leaves a relative error of {math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
+        return False, f"fresh queries differ by {error:.1e} (relative RMSE; allowed {allowed:.1e})"
+    w, b = weights[0]
+    design_QF = features(torch.cat([w, b[:, None]], dim=1), x_QI, run.activation, False)
+    coefficients_FO, _ = solve_outgoing(design_QF, answers_QO)
+    needed = drop_costs(design_QF, coefficients_FO, len(b)) / answers_QO.var()
+    if needed.min() <= 100 * floor:
+        return False, f"a neuron can be dropped without leaving the floor (cost {float(needed.min()):.1e})"
+    return True, f"{len(x_QI)} fresh queries agree to {error:.1e} (relative RMSE) and every neuron is needed"
+
+
+def _finish(run: _Run, best: tuple[Recovery, Probed]) -> Recovery:
+    """Put the totals into the metrics."""
+    recovery, _ = best
+    x_QI = run.coordinates.draw(run.config.probes.fresh, run.generator) if run.data_QI is None else run.data_QI
+    metrics = {
+        **recovery.metrics,
+        "recover/layer_sizes": recovery.layer_sizes,
+        **{f"recover/size_layer{i + 1}": size for i, size in enumerate(recovery.layer_sizes)},
+        **compare(recovery, run.box(x_QI), x_QI),
+        "recover/verified": int(recovery.verified),
+        "recover/noise": run.box.noise,
+        "recover/queries": run.box.queries,
+        "time/seconds": sum(run.seconds.values()),
+    }
+    return dataclasses.replace(recovery, metrics=metrics, history=run.history, seconds=dict(run.seconds))

@@ -1,0 +1,84 @@
+"""What a recovery returns: the network, whether it was verified, and everything the figures and reports need."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distrecon.errors import UserError
+from distrecon.expand_cluster.clustering import LayerClustering
+from distrecon.expand_cluster.teachers import Weights, network
+
+
+@dataclass
+class Recovery:
+    """A recovered network and how it was found.
+
+    `weights` is [(W[out, in], b[out]), ...] in float64; `verified` says that fresh queries agree to the numerical floor
+    and that no neuron can be dropped, `reason` why (not). `linkage` has one LayerClustering per hidden layer.
+    `metrics` are named as in summary.json; `history` has the students' loss curves as (stage, step, [losses]).
+    """
+
+    weights: Weights
+    activation: str
+    verified: bool
+    reason: str
+    linkage: list[LayerClustering] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    history: list[tuple[str, int, list[float]]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def layer_sizes(self) -> list[int]:
+        """Sizes of the hidden layers, first to last."""
+        return [len(b) for _, b in self.weights[:-1]]
+
+    def __call__(self, inputs_QI: Tensor) -> Tensor:
+        """Outputs y[Q, O] of the recovered network, in float64."""
+        function: Callable[[Tensor], Tensor] = network(self.weights, self.activation)
+        return function(inputs_QI.double())
+
+    def report(self) -> str:
+        """A few lines of text: sizes, verdict, precision, cost."""
+        sizes = [self.weights[0][0].shape[1], *self.layer_sizes, len(self.weights[-1][1])]
+        lines = [
+            f"network      {'-'.join(map(str, sizes))} {self.activation}",
+            f"verdict      {'verified' if self.verified else 'UNVERIFIED'}: {self.reason}",
+        ]
+        labels = {
+            "recover/output_rmse": "output RMSE on fresh queries (relative)",
+            "recover/agreement": "argmax agreement on the given inputs",
+            "recover/max_cosine_distance": "largest cosine distance to the teacher's neurons",
+            "recover/students": "students",
+            "recover/student_loss_best": "best student's loss",
+            "recover/student_loss_median": "median student's loss",
+            "recover/queries": "queries",
+        }
+        for name, label in labels.items():
+            if name in self.metrics:
+                value = self.metrics[name]
+                lines.append(f"{label:<48} {value if isinstance(value, int) else f'{value:.3g}'}")
+        spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
+        lines.append(f"seconds      {sum(self.seconds.values()):.1f} ({spent})")
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write the network as safetensors: layer<i>.weight, layer<i>.bias, and what it is as metadata."""
+        target = Path(path)
+        if target.exists():
+            raise UserError(f"{target} exists already; recovered networks are never overwritten")
+        tensors = {}
+        for i, (w, b) in enumerate(self.weights):
+            tensors[f"layer{i}.weight"], tensors[f"layer{i}.bias"] = w.contiguous(), b.contiguous()
+        sizes = "-".join(map(str, [self.weights[0][0].shape[1], *(len(b) for _, b in self.weights)]))
+        metadata = {"activation": self.activation, "sizes": sizes, "verified": str(self.verified), "reason": self.reason}
+        save_file(tensors, target, metadata)
+
+
+def relative_rmse(answers_QO: Tensor, outputs_QO: Tensor) -> float:
+    """Root mean squared difference over the answers' standard deviation."""
+    return float((answers_QO - outputs_QO).square().mean().sqrt() / answers_QO.std().clamp(min=torch.finfo().tiny))

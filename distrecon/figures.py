@@ -1,0 +1,177 @@
+"""The only room that knows matplotlib: figures of sweeps, as PNG files and as inline SVG in the page's own colours.
+
+Each function takes plain arrays and returns a Figure; `Figures` decides where they go.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+# a palette that keeps its contrast on white and on near-black, and for colour-blind readers (Okabe-Ito, darkened)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#9a7d00", "#56b4e9", "#7f7f7f")
+INK, PAPER = "#222222", "#ffffff"
+SIZE = (6.4, 3.6)
+
+
+def _figure(width: float = SIZE[0], height: float = SIZE[1], columns: int = 1) -> tuple[Figure, list]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = list(np.atleast_1d(figure.subplots(1, columns)))
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(colors=INK, labelsize=9)
+        for spine in axis.spines.values():
+            spine.set_color(INK)
+    return figure, axes
+
+
+def losses_by_epoch(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> Figure:
+    """curves[loss][trial] = [(epoch, value), ...]: one panel a loss, one line a trial, on log scales."""
+    figure, axes = _figure(2.6 * max(2, len(curves)), 3.2, len(curves))
+    for axis, (loss, trials) in zip(axes, curves.items(), strict=True):
+        for colour, (trial, points) in zip(_cycle(len(trials)), trials.items(), strict=True):
+            axis.plot(*zip(*points, strict=True), color=colour, label=trial, linewidth=1.8)
+        axis.set_title(loss, fontsize=10, color=INK)
+        axis.set_xlabel("epoch", color=INK)
+        if all(value > 0 for points in trials.values() for _, value in points):
+            axis.set_yscale("log")
+    axes[0].set_ylabel("loss (before scaling)", color=INK)
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def accuracy_distributions(groups: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """groups[trial][kind] = accuracies: a strip of points and the mean of each kind, trial by trial."""
+    figure, (axis,) = _figure(max(6.4, 1.9 * len(groups)), 3.8)
+    kinds = list(next(iter(groups.values())))
+    rng = np.random.default_rng(0)
+    for i, sets in enumerate(groups.values()):
+        for j, (kind, values) in enumerate(sets.items()):
+            at = i + (j - (len(kinds) - 1) / 2) * 0.26
+            spread = at + rng.uniform(-0.09, 0.09, len(values))
+            axis.scatter(
+                spread, values, s=7, alpha=0.45, color=COLOURS[j], linewidths=0, label=kind if i == 0 else None
+            )
+            axis.hlines(np.mean(values), at - 0.12, at + 0.12, color=INK, linewidth=1.6)
+    axis.set_xticks(range(len(groups)), list(groups), color=INK)
+    axis.set_ylabel("accuracy on test images", color=INK)
+    axis.set_ylim(0, 1.02)
+    legend = figure.legend(loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=9, markerscale=2)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+    return figure
+
+
+def accuracy_novelty(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """points[method] = [(novelty, mean accuracy), ...]."""
+    figure, (axis,) = _figure()
+    for i, (method, values) in enumerate(points.items()):
+        values = sorted(values)
+        axis.plot(*zip(*values, strict=True), "o-", color=COLOURS[i % len(COLOURS)], label=method, markersize=6)
+    axis.axvline(1.0, color=INK, linewidth=0.8, linestyle=":")
+    axis.set_xlabel("novelty (1 = as far from the training models as a held-out good model)", color=INK, fontsize=9)
+    axis.set_ylabel("mean accuracy", color=INK)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def recovered_sizes(
+    students: Sequence[str], sizes: Sequence[int], verified: Sequence[bool], true: int | None
+) -> Figure:
+    """Recovered neurons against the trials' swept value; hollow where the recovery could not be verified."""
+    figure, (axis,) = _figure()
+    places = np.arange(len(students))
+    if true is not None:
+        axis.axhline(true, color=COLOURS[1], linewidth=1.2, label=f"teacher: {true}")
+    axis.plot(places, sizes, color=COLOURS[0], linewidth=1, alpha=0.5)
+    for truth, face, text in ((True, COLOURS[0], "verified"), (False, "none", "not verified")):
+        chosen = [i for i, v in enumerate(verified) if bool(v) == truth]
+        if chosen:
+            axis.scatter(
+                places[chosen],
+                np.array(sizes)[chosen],
+                s=60,
+                facecolors=face,
+                edgecolors=COLOURS[0],
+                label=text,
+                zorder=3,
+            )
+    axis.set_xticks(places, students, color=INK)
+    axis.set_ylabel("hidden neurons recovered", color=INK)
+    axis.set_ylim(0, None)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def dendrogram(merges: np.ndarray, cut: float, cluster_V: np.ndarray) -> Figure:
+    """The linkage of all students' neurons with the height of the cut; leaves outside any kept cluster are grey."""
+    from scipy.cluster.hierarchy import dendrogram as layout
+
+    figure, (axis,) = _figure(6.4, 3.2)
+    tree = layout(merges, no_plot=True)
+    floor = max(1e-17, min(cut, float(merges[:, 2][merges[:, 2] > 0].min(initial=1.0))) / 10)
+    for x, y in zip(tree["icoord"], tree["dcoord"], strict=True):
+        kept = max(y) <= cut
+        axis.plot(x, np.maximum(y, floor), color=COLOURS[0] if kept else COLOURS[6], linewidth=0.7)
+    axis.axhline(cut, color=COLOURS[1], linewidth=1.4)
+    found = int(cluster_V.max()) + 1
+    axis.set_title(f"cut at {cut:.1e}: {found} clusters kept of {len(cluster_V)} neurons", fontsize=10, color=INK)
+    axis.set_yscale("log")
+    axis.set_ylabel("distance", color=INK)
+    axis.set_xticks([])
+    axis.set_xlabel("neurons of all students", color=INK)
+    return figure
+
+
+def similarity(similarity_VV: np.ndarray, cluster_V: np.ndarray) -> Figure:
+    """Cosine similarity of all students' neurons, ordered by cluster."""
+    figure, (axis,) = _figure(4.6, 4.0)
+    order = np.argsort(np.where(cluster_V < 0, cluster_V.max() + 1, cluster_V), kind="stable")
+    image = axis.imshow(
+        similarity_VV[np.ix_(order, order)].astype(float), vmin=0, vmax=1, cmap="viridis", rasterized=True
+    )
+    axis.set_xlabel("neurons, by cluster; outside clusters last", color=INK, fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    bar = figure.colorbar(image, ax=axis, shrink=0.8)
+    bar.set_label("cosine similarity", color=INK)
+    bar.ax.tick_params(colors=INK)
+    return figure
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """A PNG on white, 144 dots an inch."""
+    figure.savefig(path, dpi=144, facecolor=PAPER)
+
+
+def inline_svg(figure: Figure, title: str, description: str) -> str:
+    """The figure as SVG for a page: no background, ink in the page's text colour, with a text alternative."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace("#000000", "currentColor")
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
+    )
+    unique = f"f{abs(hash((title, description))) % 10**8}"  # ids must not clash between the page's figures
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{unique}-", svg)
+    text = f"<title>{_escape(title)}</title><desc>{_escape(description)}</desc>"
+    return svg.replace("<svg ", '<svg role="img" ', 1).replace(">", f">{text}", 1)
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,104 @@
+"""Run folders: made anew by each command, never overwritten, holding the request that made them and summary.json."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from distrecon.cluster.journal import SweepRecord
+from distrecon.errors import UserError
+
+REQUEST = "request.json"
+FORMAT = 1
+
+
+def create(out: str | None, command: str, request: Mapping[str, Any]) -> Path:
+    """A new run folder, `runs/<time>-<command>` by default, holding the request.
+
+    Raises UserError when it exists or cannot be written.
+    """
+    check_absent(out)
+    folder = Path(out) if out is not None else Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-{command}")
+    try:
+        folder.mkdir(parents=True)
+        write_json(folder / REQUEST, {"format": FORMAT, "command": command, **request})
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror or error})") from None
+    return folder.absolute()
+
+
+def check_absent(out: str | None) -> None:
+    """Raises UserError when the folder asked for exists."""
+    if out is not None and Path(out).exists():
+        hint = f", or continue it with --resume {out}" if (Path(out) / REQUEST).exists() else ""
+        raise UserError(f"--out {out}: exists already; choose another folder{hint}")
+
+
+def reopen(folder: str | Path, command: str) -> tuple[Path, dict[str, Any]]:
+    """An earlier run's folder and request; UserError when it is none, another command's, or of a newer version."""
+    path = Path(folder)
+    try:
+        request = json.loads((path / REQUEST).read_text())
+    except FileNotFoundError:
+        raise UserError(f"--resume {folder}: no run there ({REQUEST} is missing)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume {folder}: {REQUEST} cannot be read ({error})") from None
+    if request.get("command") != command:
+        raise UserError(f"--resume {folder}: was made by distrecon.{request.get('command')}, not distrecon.{command}")
+    if request.get("format", 0) > FORMAT:
+        raise UserError(f"--resume {folder}: was made by a newer distrecon; update to continue it")
+    return path.absolute(), request
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(plain(data), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def plain(value: Any) -> Any:
+    """Strict JSON data: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def summary(sweeps: Iterable[SweepRecord], **extra: Any) -> dict[str, Any]:
+    """The content of summary.json: every trial of every sweep, with its configuration and last metrics."""
+    return {**extra, "sweeps": [_summarise(sweep) for sweep in sweeps]}
+
+
+def _summarise(sweep: SweepRecord) -> dict[str, Any]:
+    best = sweep.best()
+    ended = sweep.ended or time.time()
+    return {
+        "name": sweep.name,
+        "kind": sweep.kind,
+        "metric": sweep.metric,
+        "mode": sweep.mode,
+        "seconds": round(ended - sweep.started, 1) if sweep.started else 0.0,
+        "best": best.trial if best else None,
+        "trials": [
+            {
+                "trial_id": trial.trial,
+                "status": trial.status,
+                "error": trial.error,
+                "config": trial.config,
+                "metrics": trial.metrics,
+                "started": trial.started,
+                "ended": trial.ended,
+            }
+            for trial in sweep.trials.values()
+        ],
+    }

@@ -1,0 +1,198 @@
+"""The only room that knows MLflow. Journals are sent to the tracking store as they grow, from the driver.
+
+The journal is the record, the store a copy: what was sent is remembered in the run folder, so when the store is down
+the rest is sent later, and nothing is sent twice. An experiment a sweep name, a parent run a sweep, a child a trial.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from distrecon.cluster.journal import Journal, SweepRecord
+
+STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"}
+RETRY_SECONDS = 30.0
+PARAM_LENGTH = 500  # MLflow's databases hold 500 to 8,000 characters
+
+
+class Tracker:
+    """Sends the journals of one run folder to MLflow; `sync` as often as one likes, `close` at the end.
+
+    A store that does not answer is asked again after 30 s; `problem` then holds the reason in one line.
+    """
+
+    def __init__(self, folder: Path, sweeps: Sequence[str], tags: Mapping[str, str]) -> None:
+        for name in ("mlflow", "alembic", "sqlalchemy"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.folder, self.tags = folder, dict(tags)
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+        self.sweeps = {name: SweepRecord(name) for name in sweeps}
+        self.problem: str | None = None
+        self._next_try = 0.0
+        self._client: MlflowClient | None = None
+        self._sent = self._load()
+
+    # -- sending ------------------------------------------------------------------------------------------------------
+
+    def sync(self, force: bool = False) -> bool:
+        """Sends what is new; False when the store did not answer."""
+        if time.monotonic() < self._next_try and not force:
+            return False
+        try:
+            for name in self.sweeps:
+                self._sync_sweep(name)
+        except (MlflowException, OSError) as error:
+            self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
+            self._next_try = time.monotonic() + RETRY_SECONDS
+            return False
+        self.problem = None
+        return True
+
+    def _sync_sweep(self, name: str) -> None:
+        sent = self._sent.setdefault(name, {"offset": 0, "runs": {}, "experiment": None})
+        events, offset = Journal(self.folder / "sweeps" / name / "journal.jsonl").read(sent["offset"])
+        for event in events:
+            self._send(name, sent, event)
+        if offset != sent["offset"]:
+            sent["offset"] = offset
+            self._save()
+
+    def _send(self, name: str, sent: dict[str, Any], event: Mapping[str, Any]) -> None:
+        what, at = event["event"], int(event["time"] * 1000)
+        trial = event.get("trial", "")
+        if what == "sweep":
+            self._open(name, sent, "", name, at, {"kind": event["kind"], "objective": event["metric"]}, {})
+        elif what == "started":
+            label = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in event["config"].items())
+            self._open(name, sent, trial, label or trial, at, {"trial_id": trial}, event["config"])
+        elif what == "metrics":
+            metrics = [
+                Metric(key, float(value), at, int(event["epoch"]))
+                for key, value in event["metrics"].items()
+                if _is_number(value)
+            ]
+            self._log(sent["runs"][trial], metrics=metrics)
+        elif what == "finished":
+            if event["error"]:
+                self._log(sent["runs"][trial], tags={"error": event["error"]})
+            self.client.set_terminated(sent["runs"][trial], STATUS[event["status"]], at)
+        elif what == "done":
+            self.client.set_terminated(sent["runs"][""], "FINISHED", at)
+
+    def _open(
+        self,
+        name: str,
+        sent: dict[str, Any],
+        key: str,
+        label: str,
+        at: int,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+    ) -> None:
+        """Starts a run (`key` "" is the sweep's own), or sets an interrupted one going again."""
+        if key in sent["runs"]:
+            self.client.update_run(sent["runs"][key], status="RUNNING")
+            return
+        if sent["experiment"] is None:
+            sent["experiment"] = self._experiment(name)
+        parent = {"mlflow.parentRunId": sent["runs"][""]} if key else {}
+        run = self.client.create_run(
+            sent["experiment"], at, {"mlflow.runName": label, "run_folder": str(self.folder), **parent}
+        )
+        sent["runs"][key] = run.info.run_id
+        self._save()
+        self._log(run.info.run_id, params=params, tags={**self.tags, **tags})
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        local = self.uri.startswith("sqlite")
+        return self.client.create_experiment(name, Path("mlruns").absolute().as_uri() if local else None)
+
+    def _log(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric] = (),
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        parameters = [Param(key, _text(value)) for key, value in (params or {}).items()]
+        run_tags = [RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in (tags or {}).items()]
+        if metrics or parameters or run_tags:
+            self.client.log_batch(run_id, metrics=metrics, params=parameters, tags=run_tags)
+
+    @property
+    def client(self) -> MlflowClient:
+        """Made on first use, which creates a local database where there is none."""
+        if self._client is None:
+            self._client = MlflowClient(self.uri)
+        return self._client
+
+    # -- files, the end -----------------------------------------------------------------------------------------------
+
+    def artifacts(self, sweep: str, trial: str, files: Sequence[Path], folder: str | None = None) -> bool:
+        """Adds files to a trial's run, or with trial "" to the sweep's; False when the store did not answer."""
+        run = self._sent.get(sweep, {}).get("runs", {}).get(trial)
+        if run is None:
+            return False
+        try:
+            for file in files:
+                self.client.log_artifact(run, str(file), folder)
+        except (MlflowException, OSError) as error:
+            self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
+            return False
+        return True
+
+    def interrupt(self) -> None:
+        """Leaves no run RUNNING: what has not ended is marked as killed, until a resumed run goes on with it."""
+        for name, sent in self._sent.items():
+            events, _ = Journal(self.folder / "sweeps" / name / "journal.jsonl").read()
+            ended = {e["trial"] for e in events if e["event"] == "finished"}
+            ended |= {""} if any(e["event"] == "done" for e in events) else set()
+            try:
+                for key, run in sent["runs"].items():
+                    if key not in ended:
+                        self.client.set_terminated(run, "KILLED")
+            except (MlflowException, OSError) as error:
+                self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
+                return
+
+    def run_ids(self, sweep: str) -> dict[str, str]:
+        """Trial -> MLflow run id; "" is the sweep's own."""
+        return dict(self._sent.get(sweep, {}).get("runs", {}))
+
+    def experiment_id(self, sweep: str) -> str | None:
+        return self._sent.get(sweep, {}).get("experiment")
+
+    def _load(self) -> dict[str, Any]:
+        path = self.folder / "tracking.json"
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        return saved["sweeps"] if saved.get("uri") == self.uri else {}
+
+    def _save(self) -> None:
+        temporary = self.folder / ".tracking.json.tmp"
+        temporary.write_text(json.dumps({"uri": self.uri, "sweeps": self._sent}, indent=1))
+        temporary.replace(self.folder / "tracking.json")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
+
+
+def _text(value: Any) -> str:
+    return (value if isinstance(value, str) else json.dumps(value))[:PARAM_LENGTH]
+
+
+def _one_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -1,0 +1,243 @@
+"""The zoo on disk: `zoo.json` and Parquet files of model states, readable with pyarrow alone.
+
+    ZOO/zoo.json                    what the zoo is, and the list of its files: written last, so it is the commit
+    ZOO/states/part-00000.parquet   one row a model state; all states of a model lie together
+    ZOO/history/part-00000.parquet  optional: per-epoch metrics of every model, also of epochs without weights
+
+Only the files that `zoo.json` lists belong to the zoo. A writer that dies leaves files that are not listed, or no
+`zoo.json` at all: the old zoo or a resumable beginning, never a broken zoo.
+
+Row groups are small (`ROW_GROUP_BYTES`) and never mix splits, so that a split or a shard is read without the rest.
+A row's number in the zoo (`row`) counts through the files in their listed order; appending never renumbers.
+
+Legend: S states, P parameters.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from distrecon.errors import UserError
+from distrecon.nets import Architecture
+from distrecon.zoos.storage import Store
+
+FORMAT, VERSION = "distrecon-zoo", 1
+SPLITS = ("train", "val", "test")
+METRICS = ("train_accuracy", "test_accuracy", "generalization_gap", "train_loss")
+ROW_GROUP_BYTES = 512 * 1024
+MANIFEST = "zoo.json"
+UNFINISHED = "unfinished/origin.json"  # what is being made; its folder goes when the zoo is finished
+
+
+def weights_type(num_parameters: int) -> pa.DataType:
+    return pa.fixed_shape_tensor(pa.float32(), (num_parameters,))
+
+
+def schema(num_parameters: int) -> pa.Schema:
+    """The columns of a state, in order."""
+    return pa.schema(
+        [
+            ("model_id", pa.string()),
+            ("epoch", pa.int32()),
+            ("split", pa.string()),
+            ("weights", weights_type(num_parameters)),
+            *((metric, pa.float32()) for metric in METRICS),
+            ("config", pa.string()),
+        ]
+    )
+
+
+def states_table(
+    arch: Architecture,
+    *,
+    model_id: Sequence[str],
+    epoch: Sequence[int],
+    split: Sequence[str],
+    theta_SP: Tensor,
+    metrics: Mapping[str, Any],
+    config: Sequence[str],
+) -> pa.Table:
+    """States as a table of the format; `metrics` has a [S] sequence for each of METRICS (None where unknown).
+
+    Raises UserError that names the model for non-finite weights, an unknown split, a model in two splits, or the same
+    epoch of a model twice.
+    """
+    arch.check(theta_SP)
+    finite_S = theta_SP.isfinite().all(1)
+    for i, name in enumerate(model_id):
+        if not finite_S[i]:
+            raise UserError(f"model {name!r}, epoch {epoch[i]}: non-finite weights")
+        if split[i] not in SPLITS:
+            raise UserError(f"model {name!r}: unknown split {split[i]!r}; known: {', '.join(SPLITS)}")
+    _check_keys(model_id, epoch, split)
+    weights_SP = theta_SP.detach().cpu().float().contiguous().numpy()
+    columns = [
+        pa.array(model_id, pa.string()),
+        pa.array(epoch, pa.int32()),
+        pa.array(split, pa.string()),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(weights_SP),
+        *(pa.array(metrics[metric], pa.float32()) for metric in METRICS),
+        pa.array(config, pa.string()),
+    ]
+    return pa.Table.from_arrays(columns, schema=schema(arch.num_parameters))
+
+
+def _check_keys(model_id: Sequence[str], epoch: Sequence[int], split: Sequence[str]) -> None:
+    for (name, at), count in Counter(zip(model_id, epoch, strict=True)).items():
+        if count > 1:
+            raise UserError(f"model {name!r}: epoch {at} appears {count} times")
+    home: dict[str, str] = {}
+    for name, part in zip(model_id, split, strict=True):
+        if home.setdefault(name, part) != part:
+            raise UserError(f"model {name!r} is both in {home[name]!r} and in {part!r}: a model belongs to one split")
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A Parquet file of the zoo. Its row groups hold `group_rows` rows; the last of each split has the rest."""
+
+    file: str
+    group_rows: int
+    states: Mapping[str, int]  # split -> number of rows, in the file's order
+    models: Mapping[str, int]  # split -> number of models
+
+    @property
+    def rows(self) -> int:
+        return sum(self.states.values())
+
+    def row_groups(self) -> Iterator[tuple[str, int]]:
+        """Split and number of rows of each row group, in order."""
+        for split, rows in self.states.items():
+            for start in range(0, rows, self.group_rows):
+                yield split, min(self.group_rows, rows - start)
+
+
+def part_name(number: int) -> str:
+    return f"states/part-{number:05d}.parquet"
+
+
+def rows_per_group(num_parameters: int) -> int:
+    return max(1, ROW_GROUP_BYTES // (4 * num_parameters))
+
+
+def write_part(store: Store, file: str, table: pa.Table) -> Part:
+    """Writes states as one Parquet file, split by split, atomically. The rows of each split keep their order."""
+    size = rows_per_group(table.schema.field("weights").type.shape[0])
+    compression = {column: "none" if column == "weights" else "zstd" for column in table.column_names}
+    states, models = {}, {}
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink, table.schema, compression=compression, use_dictionary=["model_id", "split", "config"]
+    ) as writer:
+        for split in SPLITS:
+            rows = table.filter(pc.equal(table["split"], split))
+            if rows.num_rows:
+                writer.write_table(rows, row_group_size=size)
+                states[split], models[split] = rows.num_rows, pc.count_distinct(rows["model_id"]).as_py()
+    store.write(file, sink.getvalue())
+    return Part(file, size, states, models)
+
+
+def to_parquet(table: pa.Table) -> pa.Buffer:
+    """A small table as the content of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def read_groups(store: Store, file: str, groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
+    """Some row groups of one part; UserError names a file that is missing or damaged."""
+    try:
+        with store.open(file) as source:
+            return pq.ParquetFile(source).read_row_groups(list(groups), columns=columns, use_threads=False)
+    except FileNotFoundError:
+        raise UserError(f"{store.path(file)} is missing; the zoo lists it") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{store.path(file)} is damaged: {error}") from None
+
+
+def weights_array(column: pa.ChunkedArray) -> np.ndarray:
+    """The weights column as [S, P] float32."""
+    arrays = [chunk.to_numpy_ndarray() for chunk in column.chunks]
+    if not arrays:
+        return np.empty((0, column.type.shape[0]), np.float32)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+# -- zoo.json ---------------------------------------------------------------------------------------------------------
+
+
+def commit(
+    store: Store,
+    *,
+    name: str,
+    arch: Architecture,
+    image_set: Mapping[str, Any],
+    parts: Sequence[Part],
+    origin: Mapping[str, Any],
+    excluded: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Writes `zoo.json`, which makes the given parts a zoo; returns its content.
+
+    `image_set` has name, directory (or None), preprocessing, classes; `origin` has kind ("trained", "imported", ...)
+    and its settings; `excluded` lists models that were left out, each with model_id and reason.
+    """
+    states: Counter[str] = Counter()
+    models: Counter[str] = Counter()
+    for part in parts:
+        models.update(part.models)
+        states.update(part.states)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "distrecon": metadata.version("distrecon"),
+        "name": name,
+        "architecture": arch.to_dict(),
+        "image_set": dict(image_set),
+        "origin": dict(origin),
+        "models": sum(models.values()),
+        "states": sum(states.values()),
+        "splits": {s: {"models": models[s], "states": states[s]} for s in SPLITS},
+        "excluded": [dict(e) for e in excluded],
+        "parts": [asdict(part) for part in parts],
+    }
+    write_manifest(store, content)
+    return content
+
+
+def write_manifest(store: Store, content: Mapping[str, Any]) -> None:
+    store.write(MANIFEST, json.dumps(content, indent=1).encode())
+
+
+def read_manifest(store: Store) -> dict[str, Any]:
+    """The content of `zoo.json`; UserError when it is missing, is not a zoo's, or is of a newer version."""
+    path = store.path(MANIFEST)
+    try:
+        content = json.loads(store.read(MANIFEST))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{store} is not a zoo: it has no {MANIFEST}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f'{path} does not describe a zoo (no "format": "{FORMAT}")')
+    if content["version"] > VERSION:
+        raise UserError(
+            f"{path} has format version {content['version']}, this distrecon reads up to {VERSION}: update distrecon"
+        )
+    return content
+
+
+def parts_of(content: Mapping[str, Any]) -> list[Part]:
+    return [Part(**part) for part in content["parts"]]

@@ -1,0 +1,212 @@
+"""What a zoo is made of, as configuration: images, architecture, grid of hyper-parameters, training, splits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+
+from distrecon.errors import UserError, nearest
+from distrecon.images import IMAGE_SETS, ImageSet
+from distrecon.nets import ACTIVATIONS, ARCHITECTURES, INITIALISATIONS, Architecture, architecture
+from distrecon.nets.fit import OPTIMIZERS
+from distrecon.zoos.format import SPLITS
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """Name and activation; channels, image size and classes follow from the image set. `hidden` is for `mlp` only."""
+
+    name: str = "cnn_small"
+    activation: str = "relu"
+    hidden: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in ARCHITECTURES:
+            raise UserError(f"unknown architecture {self.name!r}{nearest(self.name, ARCHITECTURES)}")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"unknown activation {self.activation!r}{nearest(self.activation, ACTIVATIONS)}")
+        if self.hidden and self.name != "mlp":
+            raise UserError(f"architecture.hidden is for mlp, not for {self.name}")
+
+    def build(self, images: ImageSet) -> Architecture:
+        """The architecture for these images."""
+        channels, height, width = images.train.images.shape[1:]
+        classes = len(images.classes)
+        if self.name == "mlp":
+            sizes = (channels * height * width, *self.hidden, classes)
+            return architecture("mlp", sizes=sizes, activation=self.activation)
+        if height != width:
+            raise UserError(f"{self.name} reads square images, {images.name} has {height}x{width}")
+        return architecture(
+            self.name, in_channels=channels, image_size=height, num_classes=classes, activation=self.activation
+        )
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """The image set, and where its files lie when it does not come with the package."""
+
+    name: str = "digits"
+    directory: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in IMAGE_SETS:
+            raise UserError(f"unknown image set {self.name!r}{nearest(self.name, IMAGE_SETS)}")
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """Every combination of these is trained with `seeds` different seeds."""
+
+    initialisation: tuple[str, ...] = INITIALISATIONS
+    scale: tuple[float, ...] = (1.0,)
+    lr: tuple[float, ...] = (1e-3,)
+    weight_decay: tuple[float, ...] = (1e-3,)
+    seeds: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("initialisation", "scale", "lr", "weight_decay"):
+            if not getattr(self, name):
+                raise UserError(f"grid.{name} is empty")
+        for kind in self.initialisation:
+            if kind not in INITIALISATIONS:
+                raise UserError(f"grid.initialisation: unknown {kind!r}{nearest(kind, INITIALISATIONS)}")
+        if self.seeds < 1:
+            raise UserError("grid.seeds must be at least 1")
+        for name in ("scale", "lr"):
+            if min(getattr(self, name)) <= 0:
+                raise UserError(f"grid.{name} must be positive")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Epochs, which of them are kept as states, batches."""
+
+    epochs: int = 50
+    checkpoints: tuple[int, ...] = (20, 30, 40, 50)
+    batch_size: int = 32
+    optimizer: str = "adam"
+
+    def __post_init__(self) -> None:
+        if not self.checkpoints or min(self.checkpoints) < 1 or max(self.checkpoints) > self.epochs:
+            raise UserError(
+                f"training.checkpoints must be epochs from 1 to {self.epochs}, not {list(self.checkpoints)}"
+            )
+        if list(self.checkpoints) != sorted(set(self.checkpoints)):
+            raise UserError(f"training.checkpoints must rise, not {list(self.checkpoints)}")
+        if self.batch_size < 1:
+            raise UserError("training.batch_size must be at least 1")
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(f"training.optimizer: unknown {self.optimizer!r}{nearest(self.optimizer, OPTIMIZERS)}")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Shares of the models; the rest is for testing."""
+
+    train: float = 0.8
+    val: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not (0 < self.train <= 1 and 0 <= self.val < 1 and self.train + self.val <= 1):
+            raise UserError(
+                f"split.train and split.val must be shares that leave some rest, not {self.train}, {self.val}"
+            )
+
+
+@dataclass(frozen=True)
+class ZooConfig:
+    """A zoo to train. `group_size` models are trained together, as one task, and see the same batches in order."""
+
+    name: str = "zoo"
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    group_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise UserError("group_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model to train."""
+
+    model_id: str
+    initialisation: str
+    scale: float
+    lr: float
+    weight_decay: float
+    seed: int
+    split: str
+
+
+def plan(config: ZooConfig) -> list[ModelPlan]:
+    """All models, in a seeded random order. Each combination of the grid has its share in each split, within one model.
+
+    A model's seed depends on its place in the grid alone, so that another grouping trains the same initial weights.
+    """
+    grid, rng = config.grid, np.random.default_rng(config.seed)
+    combinations = list(product(grid.initialisation, grid.scale, grid.lr, grid.weight_decay))
+    total = len(combinations) * grid.seeds
+    splits = assign_splits(total, config.split)
+    models = []
+    for number, (kind, scale, lr, decay) in enumerate(combinations):
+        shuffled = rng.permutation(grid.seeds)
+        for k, replica in enumerate(shuffled):
+            index = number * grid.seeds + int(replica)
+            model_seed = int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0])
+            split = splits[number * grid.seeds + k]
+            models.append(ModelPlan(f"{config.name}-{index:05d}", kind, scale, lr, decay, model_seed, split))
+    return [models[i] for i in rng.permutation(total)]
+
+
+def assign_splits(total: int, shares: SplitConfig) -> list[str]:
+    """A split for each of `total` models, evenly interleaved: any run of models has its shares within one model."""
+    wanted = np.array([shares.train, shares.val, 1 - shares.train - shares.val])
+    given = np.zeros(3)
+    names = []
+    for count in range(1, total + 1):
+        chosen = int(np.argmax(wanted * count - given - 1e-9 * np.arange(3)))
+        given[chosen] += 1
+        names.append(SPLITS[chosen])
+    return names
+
+
+def groups(config: ZooConfig) -> Iterator[list[ModelPlan]]:
+    """The models of each task."""
+    models = plan(config)
+    for start in range(0, len(models), config.group_size):
+        yield models[start : start + config.group_size]
+
+
+# About 1,000 small CNNs on digits whose weights are mostly learned, not left over from initialisation: small initial
+# weights, strong decay. An autoencoder learns such a zoo in minutes.
+DIGITS_ZOO = ZooConfig(
+    name="digits",
+    grid=GridConfig(scale=(0.4,), lr=(1e-3, 2e-3), weight_decay=(1.25e-3, 2.5e-3, 5e-3), seeds=42),
+    training=TrainingConfig(epochs=12, checkpoints=(4, 8, 12)),
+)
+
+# The four initialisations of "Structure Is Not Enough" (arXiv 2503.17138) at full scale with its learning rates and
+# weight decays: a much harder zoo, most of whose numbers are what initialisation left.
+DIGITS_PAPER_ZOO = ZooConfig(
+    name="digits-paper",
+    grid=GridConfig(lr=(1e-4, 2.5e-4, 5e-4, 7.5e-4, 1e-3), weight_decay=(1e-4, 5e-4, 1e-3), seeds=20),
+    training=TrainingConfig(epochs=50, checkpoints=(20, 30, 40, 50)),
+)
+
+# The smallest that every task can use, for smoke runs; nothing can be learned from it.
+SMOKE_ZOO = ZooConfig(
+    name="smoke",
+    grid=GridConfig(scale=(0.4,), lr=(5e-3,), seeds=12),
+    training=TrainingConfig(epochs=2, checkpoints=(1, 2)),
+    split=SplitConfig(train=0.5, val=0.25),
+)
+
+ZOOS = {"digits": DIGITS_ZOO, "digits_paper": DIGITS_PAPER_ZOO, "smoke": SMOKE_ZOO}

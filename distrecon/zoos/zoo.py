@@ -1,0 +1,182 @@
+"""Reading a zoo: `open_zoo(path)` and what it gives: tables, weights, samples, a Ray dataset.
+
+Legend: S states, B models' states, P parameters.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from distrecon.errors import UserError, nearest
+from distrecon.images import ImageSet, load
+from distrecon.nets import Architecture
+from distrecon.zoos import format as zoo_format
+from distrecon.zoos.models import Models
+from distrecon.zoos.storage import Store, store
+
+if TYPE_CHECKING:
+    import ray.data
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Where some consecutive rows of the zoo lie."""
+
+    part: int  # index into the zoo's parts
+    group: int  # row group in that file
+    first_row: int
+    rows: int
+    split: str
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """A zoo on disk. Nothing is read but `zoo.json` until rows are asked for; pickles, so workers can be given one.
+
+    `split` is "train", "val", "test", or None for all; rows come in the zoo's own order.
+    """
+
+    store: Store
+    info: dict[str, Any]  # the content of zoo.json
+
+    @property
+    def name(self) -> str:
+        return self.info["name"]
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.from_dict(self.info["architecture"])
+
+    @property
+    def image_set(self) -> str:
+        """Name of the image set its models were trained on."""
+        return self.info["image_set"]["name"]
+
+    def images(self, directory: str | Path | None = None) -> ImageSet:
+        """The images its models were trained on, from `directory` or where they were when it was trained."""
+        return load(self.image_set, directory or self.info["image_set"]["directory"])
+
+    @property
+    def num_states(self) -> int:
+        return self.info["states"]
+
+    @property
+    def num_models(self) -> int:
+        return self.info["models"]
+
+    @cached_property
+    def parts(self) -> list[zoo_format.Part]:
+        return zoo_format.parts_of(self.info)
+
+    @cached_property
+    def row_groups(self) -> list[RowGroup]:
+        """All row groups, in the order of their rows."""
+        groups, first = [], 0
+        for number, part in enumerate(self.parts):
+            for group, (split, rows) in enumerate(part.row_groups()):
+                groups.append(RowGroup(number, group, first, rows, split))
+                first += rows
+        return groups
+
+    def groups_of(self, split: str | None) -> list[RowGroup]:
+        """The row groups of a split; UserError for an unknown one."""
+        if split is not None and split not in zoo_format.SPLITS:
+            raise UserError(f"unknown split {split!r}{nearest(split, zoo_format.SPLITS)}")
+        return [group for group in self.row_groups if split in (None, group.split)]
+
+    def rows(self, split: str | None = None) -> Tensor:
+        """The rows' numbers in the zoo, [S] int64."""
+        spans = [torch.arange(g.first_row, g.first_row + g.rows) for g in self.groups_of(split)]
+        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+
+    def tables(self, split: str | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The rows file by file, in bounded memory."""
+        chosen = self.groups_of(split)
+        for number, part in enumerate(self.parts):
+            groups = [g.group for g in chosen if g.part == number]
+            if groups:
+                yield zoo_format.read_groups(self.store, part.file, groups, columns)
+
+    def table(self, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows as one Arrow table with the columns of the format."""
+        schema = zoo_format.schema(self.architecture.num_parameters)
+        chosen = schema if columns is None else pa.schema([schema.field(c) for c in columns])
+        return pa.concat_tables([chosen.empty_table(), *self.tables(split, columns)])
+
+    def weights(self, split: str | None = None) -> Tensor:
+        """theta[S, P] float32."""
+        array = zoo_format.weights_array(self.table(split, ["weights"])["weights"])
+        return torch.from_numpy(array.copy())
+
+    def models(self, split: str | None = None) -> Models:
+        """Weights and properties as tensors; a property that the zoo does not know is NaN."""
+        table = self.table(split)
+
+        def numbers(column: str) -> Tensor:
+            return torch.tensor(table[column].to_numpy(), dtype=torch.float32)
+
+        return Models(
+            theta_BP=torch.from_numpy(zoo_format.weights_array(table["weights"]).copy()),
+            model_id=table["model_id"].to_pylist(),
+            row_B=self.rows(split),
+            epoch_B=torch.tensor(table["epoch"].to_numpy()).long(),
+            train_accuracy_B=numbers("train_accuracy"),
+            test_accuracy_B=numbers("test_accuracy"),
+            generalization_gap_B=numbers("generalization_gap"),
+            train_loss_B=numbers("train_loss"),
+        )
+
+    def read_rows(self, rows_S: np.ndarray) -> np.ndarray:
+        """weights[S, P] float32 of the given rows, in the given order; each row group is read once, one at a time."""
+        out_SP = np.empty((len(rows_S), self.architecture.num_parameters), np.float32)
+        order = np.argsort(rows_S, kind="stable")
+        wanted = np.asarray(rows_S)[order]
+        groups = self.row_groups
+        for index in np.unique(np.searchsorted(self._group_ends, wanted, side="right")):
+            group = groups[index]
+            low, high = np.searchsorted(wanted, [group.first_row, group.first_row + group.rows])
+            table = zoo_format.read_groups(self.store, self.parts[group.part].file, [group.group], ["weights"])
+            weights_GP = zoo_format.weights_array(table["weights"])
+            out_SP[order[low:high]] = weights_GP[wanted[low:high] - group.first_row]
+        return out_SP
+
+    @cached_property
+    def _group_ends(self) -> np.ndarray:
+        return np.array([group.first_row + group.rows for group in self.row_groups])
+
+    def sample(self, count: int, seed: int, split: str | None = "train") -> Tensor:
+        """theta[count, P] of different states drawn at random; the same for the same zoo and seed."""
+        rows_S = self.rows(split).numpy()
+        if count > len(rows_S):
+            raise UserError(f"{self.store}: {count} states wanted, split {split!r} has {len(rows_S)}")
+        return torch.from_numpy(self.read_rows(np.random.default_rng(seed).choice(rows_S, count, replace=False)))
+
+    def dataset(self, split: str | None = None, columns: Sequence[str] | None = None) -> "ray.data.Dataset":
+        """The rows as a Ray dataset, read lazily where Ray runs its tasks."""
+        import pyarrow.compute as pc
+        import ray.data
+
+        files = [self.store.path(part.file) for part in self.parts]
+        chosen = {} if split is None else {"filter": pc.field("split") == split}
+        return ray.data.read_parquet(
+            files, filesystem=self.store.filesystem, columns=None if columns is None else list(columns), **chosen
+        )
+
+
+def open_zoo(path: str | os.PathLike[str] | Store, filesystem: Any = None) -> Zoo:
+    """The zoo at a local path, a URL (`s3://...`), or a path on a pyarrow or fsspec filesystem.
+
+    Raises UserError when there is none, when it is unfinished, or when its format is newer than this distrecon knows.
+    """
+    where = path if isinstance(path, Store) else store(path, filesystem)
+    if where.exists(zoo_format.UNFINISHED) and not where.exists(zoo_format.MANIFEST):
+        raise UserError(f"{where} is an unfinished zoo: run the command that began it again, and it continues")
+    return Zoo(where, zoo_format.read_manifest(where))

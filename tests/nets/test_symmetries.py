@@ -1,0 +1,122 @@
+"""Reordering and rescaling hidden units keeps the function; alignment undoes a reordering."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distrecon.errors import UserError
+from distrecon.nets import Architecture, architecture, initialise, rescale
+from distrecon.nets.architectures import mlp
+
+CASES = {
+    "mlp": {"sizes": (6, 5, 4, 3)},
+    "cnn_small": {},
+    "cnn3": {},
+}
+
+
+def models(arch: Architecture, count: int, seed: int) -> torch.Tensor:
+    theta_BP = initialise(arch, ["normal"] * count, range(seed, seed + count)).double()
+    return theta_BP + 0.05 * torch.randn(theta_BP.shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def inputs(arch: Architecture) -> torch.Tensor:
+    return torch.randn(4, *arch.input_shape, generator=torch.Generator().manual_seed(3)).double()
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**20), shared=st.booleans())
+def test_permuting_hidden_units_keeps_every_function(name: str, seed: int, shared: bool) -> None:
+    arch = architecture(name, **CASES[name])
+    theta_BP = models(arch, 3, seed)
+    permutation = arch.random_permutation(torch.Generator().manual_seed(seed), 1 if shared else 3)
+    permuted_BP = arch.permute(theta_BP, permutation)
+    assert not torch.equal(permuted_BP, theta_BP)
+    assert torch.equal(permuted_BP.sort(1).values, theta_BP.sort(1).values)
+    x = inputs(arch)
+    torch.testing.assert_close(arch.forward(permuted_BP, x), arch.forward(theta_BP, x), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**20), sizes=st.lists(st.integers(2, 7), min_size=3, max_size=5))
+def test_align_recovers_a_planted_permutation(seed: int, sizes: list[int]) -> None:
+    arch = mlp(tuple(sizes))
+    reference_P = models(arch, 1, seed)[0]
+    planted = arch.random_permutation(torch.Generator().manual_seed(seed), 4)
+    permuted_BP = arch.permute(reference_P.expand(4, -1), planted)
+    aligned_BP = arch.align(permuted_BP, reference_P)
+    distance_B = (aligned_BP - reference_P).norm(dim=1)
+    if len(sizes) == 3:  # one hidden layer: the assignment is exact
+        assert distance_B.max() == 0
+    assert (distance_B <= (permuted_BP - reference_P).norm(dim=1) + 1e-12).all()
+
+
+def test_align_recovers_planted_permutations_of_trained_like_cnns() -> None:
+    arch = architecture("cnn_small")
+    reference_P = models(arch, 1, 5)[0]
+    permuted_BP = arch.permute(reference_P.expand(6, -1), arch.random_permutation(torch.Generator().manual_seed(1), 6))
+    assert (permuted_BP - reference_P).norm(dim=1).min() > 1
+    assert torch.equal(arch.align(permuted_BP, reference_P), reference_P.expand(6, -1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_align_never_increases_the_distance_and_keeps_the_functions(name: str) -> None:
+    arch = architecture(name, **CASES[name])
+    theta_BP, reference_P = models(arch, 5, 1), models(arch, 1, 77)[0]
+    aligned_BP = arch.align(theta_BP, reference_P)
+    before_B, after_B = ((t - reference_P).norm(dim=1) for t in (theta_BP, aligned_BP))
+    assert (after_B <= before_B).all()
+    assert (after_B < before_B - 1e-3).any()
+    x = inputs(arch)
+    torch.testing.assert_close(arch.forward(aligned_BP, x), arch.forward(theta_BP, x), rtol=1e-10, atol=1e-10)
+    assert torch.equal(arch.align(aligned_BP, reference_P), aligned_BP)  # a fixed point
+
+
+SCALES = {  # activation -> a scale that keeps the function
+    "relu": lambda shape, g: torch.rand(shape, generator=g) + 0.5,
+    "leaky_relu": lambda shape, g: torch.rand(shape, generator=g) + 0.5,
+    "tanh": lambda shape, g: torch.randint(0, 2, shape, generator=g) * 2.0 - 1,
+}
+
+
+PAIRS = [(name, activation) for name in CASES for activation in SCALES if (name == "mlp") or activation != "tanh"]
+
+
+@pytest.mark.parametrize(("name", "activation"), PAIRS)
+def test_rescaling_keeps_every_function(name: str, activation: str) -> None:
+    arch = architecture(name, activation=activation, **CASES[name])
+    theta_BP, generator = models(arch, 3, 2), torch.Generator().manual_seed(0)
+    scales = [SCALES[activation]((3, layer.out_features), generator) for layer in arch.layers[:-1]]
+    rescaled_BP = rescale(arch, theta_BP, scales)
+    assert (rescaled_BP - theta_BP).abs().max() > 0.01
+    x = inputs(arch)
+    torch.testing.assert_close(arch.forward(rescaled_BP, x), arch.forward(theta_BP, x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("activation", "scale"), [("relu", -1.0), ("tanh", 2.0), ("gelu", -1.0), ("sigmoid", -1.0), ("g", 1.0)]
+)
+def test_rescaling_that_would_change_the_function_is_refused(activation: str, scale: float) -> None:
+    arch = mlp((3, 4, 2), activation)
+    with pytest.raises(UserError, match=activation):
+        rescale(arch, models(arch, 1, 0), [torch.full((1, 4), scale)])
+
+
+def test_a_sign_does_not_pass_through_max_pooling() -> None:
+    arch = architecture("cnn_small", activation="tanh")
+    signs = [torch.ones(1, layer.out_features) for layer in arch.layers[:-1]]
+    signs[1][0, 0] = -1.0  # not pooled
+    theta_BP, x = models(arch, 1, 0), inputs(arch)
+    kept = rescale(arch, theta_BP, signs)
+    torch.testing.assert_close(arch.forward(kept, x), arch.forward(theta_BP, x), rtol=1e-10, atol=1e-10)
+    signs[0][0, 0] = -1.0
+    with pytest.raises(UserError, match="conv1"):
+        rescale(arch, theta_BP, signs)
+
+
+def test_permute_refuses_a_permutation_of_another_depth() -> None:
+    arch = mlp((3, 4, 4, 2))
+    with pytest.raises(UserError, match="2 hidden layers"):
+        arch.permute(models(arch, 1, 0), [torch.arange(4)[None]])
