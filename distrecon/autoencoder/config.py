@@ -52,11 +52,11 @@ class ModelConfig:
     fisher_queries: int = 60
     fisher_temperature: float = 2.0
     fisher_ridge: float = 0.03
-    fisher_blocks: str = "global"  # or "layer": one linear map a layer, latents split by eigenvalue
+    fisher_blocks: str = "global"  # or one linear map a "layer", or a layer's "token"; latents split by eigenvalue
 
     def __post_init__(self) -> None:
         _one_of("model.kind", self.kind, KINDS)
-        _one_of("model.fisher_blocks", self.fisher_blocks, ("global", "layer"))
+        _one_of("model.fisher_blocks", self.fisher_blocks, ("global", "layer", "token"))
         for name in ("width", "layers", "heads", "latent", "projection", "fisher_models", "fisher_queries"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         if self.width % self.heads:
@@ -162,7 +162,7 @@ class TasksConfig:
 
     samples: int = 100
     samplers: tuple[str, ...] = ("joint_kde",)  # the first gives the headline numbers
-    bandwidth: float = 1.0  # in units of the kernel's rule-of-thumb width; the Gaussian's temperature
+    bandwidth: float = 0.3  # in units of the kernel's rule-of-thumb width; the Gaussian's temperature
     good: float = 0.3  # share of the training models, best on validation images, that samplers draw from
     select: int = 1  # samples drawn for each one kept; the best on validation images are
     refine: int = 0  # steps on the latent of reconstructions (reported under refined/)

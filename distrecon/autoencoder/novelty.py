@@ -1,8 +1,8 @@
 """How new generated models are: aligned distance to the nearest training model, overlap of errors, diversity.
 
 Zeng et al. ("Generative Modeling of Weights: Generalization or Memorization?", CVPR 2026, arXiv 2506.07998) judge
-novelty by the nearest training model in weights and by the intersection over union of the sets of images that two models get
-wrong. A distance in weights means nothing before the order of hidden units is matched.
+novelty by the nearest training model in weights, and by the intersection over union of the sets of images that two
+models get wrong. A distance in weights means nothing before the order of hidden units is matched.
 
 Legend: B models, M generated, N training models, K candidates, P parameters, Q images.
 """

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrecon.autoencoder.model import Autoencoder, pooled
+from distrecon.autoencoder.model import Autoencoder, decode_latents, pooled
 from distrecon.errors import UserError
 from distrecon.nets import Architecture
 from distrecon.zoos.models import Models
@@ -84,12 +84,14 @@ def predict(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """`predict/<property>_r2` with its baseline, and per property the actual and predicted values [2, B].
 
-    `splits` and `latents` are those of training, validation and test models.
+    `splits` and `latents` are those of training, validation and test models. The features tried are the latents pooled
+    by layer, whole, and the statistics of the weights that they decode to.
     """
     arch = autoencoder.architectures[zoo]
     embeddings = {
         "pooled": [pooled(z, arch).double().numpy() for z in latents],
         "whole": [z.flatten(1).double().numpy() for z in latents],
+        "decoded": [weight_statistics(arch, decode_latents(autoencoder, z, zoo)).double().numpy() for z in latents],
     }
     metrics, arrays = _probe(embeddings, splits, "predict")
     statistics = {"statistics": [weight_statistics(arch, m.theta_BP).double().numpy() for m in splits]}

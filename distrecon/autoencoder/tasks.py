@@ -6,19 +6,16 @@ Test images and test models only judge; whatever is chosen is chosen on validati
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.generate import generate
-from distrecon.autoencoder.model import Autoencoder, check_finite
+from distrecon.autoencoder.model import Autoencoder, decode_latents, encode_models
 from distrecon.autoencoder.predict import predict
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
 from distrecon.zoos.models import Models
-
-CHUNK = 256  # models encoded at once
 
 
 @dataclass(frozen=True)
@@ -28,20 +25,6 @@ class TaskResults:
     metrics: dict[str, float]
     arrays: dict[str, np.ndarray]
     generated_theta_BP: Tensor
-
-
-@torch.no_grad()
-def encode_models(autoencoder: Autoencoder, models: Models, zoo: int = 0, refine: int = 0) -> Tensor:
-    """Latents of all models, in chunks, on the CPU; UserError names a model whose weights are not finite."""
-    check_finite(models.theta_BP, "zoo", models.model_id)
-    chunks = models.theta_BP.split(CHUNK)
-    return torch.cat([autoencoder.encode(chunk, refine=refine, zoo=zoo).cpu() for chunk in chunks])
-
-
-@torch.no_grad()
-def decode_latents(autoencoder: Autoencoder, z: Tensor, zoo: int = 0) -> Tensor:
-    """Weights [B, P] of latents, in chunks, float32 on the CPU."""
-    return torch.cat([autoencoder.decode(chunk, zoo=zoo).float().cpu() for chunk in z.split(CHUNK)])
 
 
 def run_tasks(
