@@ -15,15 +15,13 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("options", nargs="*", help="options of distrecon.tune, after --")
     args = parser.parse_args()
-    before = set(psutil.pids())
+    before = _pids()
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "distrecon.tune", *args.options],
@@ -31,7 +29,7 @@ def main() -> int:
         stdout=subprocess.PIPE,
         text=True,
     )
-    peak = {"bytes": 0, "processes": 0}
+    peak = {"bytes": 0}
     watcher = threading.Thread(target=_watch, args=(process, before, peak), daemon=True)
     watcher.start()
     marks = []
@@ -56,20 +54,25 @@ def main() -> int:
     return process.returncode
 
 
+def _pids() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
+
+
 def _watch(process: subprocess.Popen, before: set[int], peak: dict[str, int]) -> None:
     while process.poll() is None:
-        total = sum(_pss(pid) for pid in psutil.pids() if pid not in before and pid != os.getpid())
-        peak["bytes"] = max(peak["bytes"], total)
+        peak["bytes"] = max(peak["bytes"], sum(map(_pss, _pids() - before - {os.getpid()})))
         time.sleep(0.5)
 
 
 def _pss(pid: int) -> int:
+    """Bytes; 0 for a process that has gone or belongs to somebody else."""
     try:
-        if psutil.Process(pid).uids().real != os.getuid():
-            return 0
-        return psutil.Process(pid).memory_full_info().pss
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        pass
+    return 0
 
 
 if __name__ == "__main__":
