@@ -1,7 +1,7 @@
 """Wall time, stage by stage, and peak memory of all processes of `python -m distrecon.tune`.
 
-Memory is the sum over all processes of this user that started during the run of their proportional set size (PSS:
-shared pages are counted once), sampled twice a second.
+Memory is the sum over the command and all its descendants, Ray's processes among them, of their proportional set size
+(PSS: shared pages are counted once), sampled twice a second.
 
     python benchmarks/default_run.py [--out FILE.json] [-- OPTIONS OF distrecon.tune]
 """
@@ -21,7 +21,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("options", nargs="*", help="options of distrecon.tune, after --")
     args = parser.parse_args()
-    before = _pids()
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "distrecon.tune", *args.options],
@@ -30,7 +29,7 @@ def main() -> int:
         text=True,
     )
     peak = {"bytes": 0}
-    watcher = threading.Thread(target=_watch, args=(process, before, peak), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(process, peak), daemon=True)
     watcher.start()
     marks = []
     for line in process.stderr:
@@ -54,14 +53,25 @@ def main() -> int:
     return process.returncode
 
 
-def _pids() -> set[int]:
-    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
-
-
-def _watch(process: subprocess.Popen, before: set[int], peak: dict[str, int]) -> None:
+def _watch(process: subprocess.Popen, peak: dict[str, int]) -> None:
     while process.poll() is None:
-        peak["bytes"] = max(peak["bytes"], sum(map(_pss, _pids() - before - {os.getpid()})))
+        peak["bytes"] = max(peak["bytes"], sum(map(_pss, _family(process.pid))))
         time.sleep(0.5)
+
+
+def _family(root: int) -> set[int]:
+    """The process and everything that descends from it."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parents[int(name)] = int(Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    family, grown = {root}, True
+    while grown:
+        more = {pid for pid, parent in parents.items() if parent in family} - family
+        family, grown = family | more, bool(more)
+    return family
 
 
 def _pss(pid: int) -> int:
