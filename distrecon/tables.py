@@ -82,6 +82,8 @@ def label(config: Mapping[str, Any]) -> str:
     for key, value in config.items():
         if isinstance(value, str):
             words.append(value)
+        elif isinstance(value, list):
+            words.append("+".join(map(str, value)))
         else:
             words.append(f"{key.rsplit('.', 1)[-1]} {value:.3g}" if isinstance(value, float) else f"{value}")
     return ", ".join(words) or "single"

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import platform
 import socket
 import warnings
 from collections.abc import Iterator
@@ -84,3 +85,11 @@ def available() -> dict[str, float]:
 
     resources = ray.cluster_resources()
     return {"CPU": resources.get("CPU", 0.0), "GPU": resources.get("GPU", 0.0)}
+
+
+def machine() -> str:
+    """What the work runs on, for people: the cluster's CPUs and GPUs, or this process's without Ray."""
+    import ray
+
+    has = available() if ray.is_initialized() else {"CPU": float(os.cpu_count() or 1), "GPU": 0.0}
+    return f"{has['CPU']:g} CPUs, {has['GPU']:g} GPUs, {platform.system()} {platform.machine()}"

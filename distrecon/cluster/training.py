@@ -11,17 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from distrecon import config as configuration
 from distrecon.autoencoder.model import ZooSample
-from distrecon.autoencoder.store import save_autoencoder
-from distrecon.autoencoder.tasks import run_tasks
 from distrecon.autoencoder.training import Batch, Training
 from distrecon.cluster.artifacts import FINISHED, upload
 from distrecon.cluster.kinds import AutoencoderRun
+from distrecon.cluster.scoring import score
 from distrecon.zoos import Zoo
 from distrecon.zoos.stream import plan, stream
 
@@ -158,14 +155,7 @@ def _score(run: AutoencoderRun, zoo: Zoo, training: Training, rank: int, artifac
 
     metrics: dict[str, Any] = {}
     if rank == 0:
-        began = time.monotonic()
-        results = run_tasks(
-            training.autoencoder, *(zoo.models(s) for s in ("train", "val", "test")), zoo.images(), run.autoencoder
-        )
-        metrics = {**results.metrics, "time/scoring_seconds": time.monotonic() - began}
         with tempfile.TemporaryDirectory() as folder:
-            save_autoencoder(Path(folder), training.autoencoder)
-            save_file({"theta": results.generated_theta_BP.contiguous()}, Path(folder) / "generated.safetensors")
-            np.savez_compressed(Path(folder) / "arrays.npz", **results.arrays)
+            metrics = score(training.autoencoder, zoo, run.autoencoder, Path(folder))
             upload(Path(folder), artifacts)
     train.report({"epoch": run.optim.epochs, **metrics, FINISHED: 1})
