@@ -63,10 +63,8 @@ def run(args: argparse.Namespace) -> int:
     request = {"autoencoder": str(args.autoencoder), "zoo": str(zoo.store), "sampler": sampler, "seed": seed}
     folder = runs.create(args.out, "generate", request)
     _write(folder, zoo, theta_MP, accuracy_M, request, milliseconds)
-    mean, best = float(accuracy_M.mean()), float(accuracy_M.max())
-    print(
-        f"{len(theta_MP)} models of {arch.name}: test accuracy {mean:.3f} mean, {best:.3f} best; {milliseconds:.2f} ms each"
-    )
+    accuracy = f"test accuracy {float(accuracy_M.mean()):.3f} mean, {float(accuracy_M.max()):.3f} best"
+    print(f"{len(theta_MP)} models of {arch.name}: {accuracy}; {milliseconds:.2f} ms each")
     print(f"models   {folder / 'models'}\nnumbers  {folder / 'summary.json'}")
     return console.DONE
 
