@@ -5,7 +5,6 @@ which is missing, incomplete or of another format. `UserError` messages begin wi
 """
 
 import gzip
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,26 +52,24 @@ def idx(path: Path, dimensions: int) -> np.ndarray:
     return values.reshape(shape)
 
 
-def records(path: Path, layout: Sequence[int], shape: tuple[int, int, int]) -> tuple[np.ndarray, Tensor]:
-    """Fixed-length records (CIFAR-10's binary version): `layout` bytes of label, then one image of `shape`."""
-    (label_bytes,) = layout
-    size = label_bytes + int(np.prod(shape))
+def records(path: Path, shape: tuple[int, int, int]) -> Labelled:
+    """Records of one label byte and one image of `shape` (CIFAR-10's binary version)."""
+    size = 1 + int(np.prod(shape))
     values = np.frombuffer(read_bytes(path), np.uint8)
     if not len(values) or len(values) % size:
         raise UserError(f"{path}: incomplete: {len(values)} bytes are no multiple of {size}")
-    rows = values.reshape(-1, size)
-    return rows[:, :label_bytes], torch.from_numpy(rows[:, label_bytes:].copy()).unflatten(1, shape)
+    rows = torch.from_numpy(values.reshape(-1, size).copy())
+    return rows[:, 1:].unflatten(1, shape), rows[:, 0].long()
 
 
 def mat(path: Path) -> Labelled:
     """SVHN's cropped digits: X [32, 32, 3, Q], y [Q, 1] with ten for zero."""
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     try:
         content = loadmat(path, variable_names=("X", "y"))
         images, labels = content["X"], content["y"].reshape(-1)
-    except (MatReadError, KeyError, ValueError, NotImplementedError, TypeError, OSError) as error:
+    except Exception as error:  # the reader raises nearly anything on a damaged file
         raise UserError(f"{path}: not SVHN's .mat file with X and y ({type(error).__name__})") from None
     if images.ndim != 4 or images.shape[2] != 3 or images.shape[3] != len(labels):
         raise UserError(f"{path}: X is {images.shape}, y {labels.shape}: not SVHN's cropped digits")
@@ -137,7 +134,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def arrays(images: Path, labels: Path) -> Labelled:
-    """Two .npy files: images [Q, H, W], [Q, C, H, W] or [Q, H, W, C], labels [Q]; the images keep their numbers' type."""
+    """Two .npy files: images [Q, H, W], [Q, C, H, W] or [Q, H, W, C], labels [Q]; the pixels keep their type."""
     pixels, classes = _npy(images), _npy(labels).reshape(-1)
     if pixels.ndim == 3:
         pixels = pixels[:, None]

@@ -286,14 +286,14 @@ def lenet5(in_channels: int = 3, image_size: int = 32, num_classes: int = 10, ac
 def zoo_cnn(
     in_channels: int = 1, image_size: int = 28, num_classes: int = 10, activation: str = "tanh"
 ) -> Architecture:
-    """"CNN" of the published model zoos (modelzoos.cc): 2,464 parameters for 1x28x28 images."""
+    """ "CNN" of the published model zoos (modelzoos.cc): 2,464 parameters for 1x28x28 images."""
     return _module_list("zoo_cnn", (8, 6, 4), in_channels, image_size, num_classes, activation)
 
 
 def zoo_cnn2(
     in_channels: int = 1, image_size: int = 28, num_classes: int = 10, activation: str = "tanh"
 ) -> Architecture:
-    """"CNN2" of the published model zoos: its sibling with 6, 9 and 6 channels."""
+    """ "CNN2" of the published model zoos: its sibling with 6, 9 and 6 channels."""
     return _module_list("zoo_cnn2", (6, 9, 6), in_channels, image_size, num_classes, activation)
 
 

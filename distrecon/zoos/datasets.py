@@ -1,6 +1,6 @@
-"""The images that some published zoos bring along: `dataset.pt`, where it is plain tensors.
+"""The images that published zoos bring along: `dataset.pt`, where it holds tensors or torch's own TensorDataset.
 
-Most such files hold pickled dataset objects of somebody's classes; those are refused.
+Files that hold anything else (datasets of somebody's classes) are refused.
 """
 
 import io
@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from distrecon.errors import UserError
 from distrecon.zoos.checkpoints import load
@@ -29,7 +31,8 @@ def copy_images(source: Store, where: Store) -> dict[str, Any]:
 
     Raises UserError for a file that is damaged, holds more than tensors, or has no training and test images.
     """
-    content = load(source.read(FILE), FILE)
+    with torch.serialization.safe_globals([TensorDataset]):  # a list of tensors; building one runs nothing else
+        content = load(source.read(FILE), FILE)
     parts = {}
     if isinstance(content, Mapping):
         for part, names in PARTS.items():
@@ -49,6 +52,8 @@ def copy_images(source: Store, where: Store) -> dict[str, Any]:
 
 def _pair(value: Any) -> tuple[Tensor, Tensor] | None:
     """Images [Q, ...] and labels [Q] in a mapping or a pair, if they are there."""
+    if isinstance(value, TensorDataset):
+        value = value.tensors
     if isinstance(value, Mapping):
         images = next((value[name] for name in IMAGES if name in value), None)
         labels = next((value[name] for name in LABELS if name in value), None)

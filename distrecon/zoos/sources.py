@@ -28,6 +28,7 @@ METRIC_NAMES = {
     "generalization_gap": ("generalization_gap", "ggap"),
     "train_loss": ("train_loss",),
 }
+NOT_MEASURED = -999  # what published zoos write for the training metrics of the untrained model
 REQUIRED = ("train_accuracy", "test_accuracy")
 ACCURACIES = ("train_accuracy", "test_accuracy")
 
@@ -251,7 +252,7 @@ def metrics_of(entry: Mapping[str, Any]) -> Metrics:
     """The format's metrics out of a result; None where one is missing. ValueError for what is no number."""
     metrics: Metrics = {}
     for metric, names in METRIC_NAMES.items():
-        value = next((entry[name] for name in names if entry.get(name) not in (None, "")), None)
+        value = next((entry[name] for name in names if entry.get(name) not in (None, "", NOT_MEASURED)), None)
         metrics[metric] = None if value is None else float(value)
     train, test = metrics["train_accuracy"], metrics["test_accuracy"]
     if metrics["generalization_gap"] is None and train is not None and test is not None:

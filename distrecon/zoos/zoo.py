@@ -63,9 +63,11 @@ class Zoo:
     def images(self, directory: str | Path | None = None) -> ImageSet:
         """The images its models were trained on, from `directory` or where they were when it was trained."""
         if self.image_set is None:
-            raise UserError(f"{self.store} does not tell which images its models were trained on: import it with --images")
+            raise UserError(
+                f"{self.store} does not tell which images its models were trained on: import it with --images"
+            )
         own = self.info["image_set"]["directory"]
-        if own is not None and self.store.exists(f"{own}/"):  # brought along with the zoo
+        if own is not None and self.store.exists(own):  # brought along with the zoo
             own = self.store.path(own)
         return load(self.image_set, directory or own)
 
