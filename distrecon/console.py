@@ -89,6 +89,6 @@ def _interrupt(signum: int, frame: object) -> None:
 def common_options(parser: argparse.ArgumentParser) -> None:
     """Options that every command has."""
     parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/<time>-<command>)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     parser.add_argument("--smoke", action="store_true", help="a tiny instance of every stage; its numbers mean nothing")
     parser.add_argument("--verbose", action="store_true", help="show Ray's and MLflow's messages, and tracebacks")

@@ -68,7 +68,7 @@ def shipped_spaces() -> list[str]:
 
 def read_sweeps(request: Request) -> list[Sweep]:
     """All sweeps of a request, completely checked; UserError names the file and key that are wrong."""
-    sweeps = [read_space(path, {"seed": request.seed, **request.overrides}, request.smoke) for path in request.spaces]
+    sweeps = [read_space(path, request.overrides, request.smoke) for path in request.spaces]
     known = {name for s in sweeps for name in configuration.fields(type(s.base))}
     for key in request.overrides:
         if key not in known:

@@ -114,9 +114,12 @@ def _autoencoder_drawings(sweep: SweepRecord, arrays: Mapping[str, Mapping[str, 
                 figures.losses_by_epoch(curves),
             )
         )
-    kinds = ("original", "reconstructed", "generated")
     groups = {
-        tables.label(sweep.trials[trial].config): {kind: values[f"accuracy_{kind}"] for kind in kinds}
+        tables.label(sweep.trials[trial].config): {
+            "original": values["reconstruct/accuracy"][0],
+            "reconstructed": values["reconstruct/accuracy"][1],
+            "generated": values["generate/accuracy"],
+        }
         for trial, values in arrays.items()
     }
     if groups:

@@ -1,7 +1,7 @@
 """The only room that knows MLflow. Journals are sent to the tracking store as they grow, from the driver.
 
 The journal is the record, the store a copy: what was sent is remembered in the run folder, so when the store is down
-the rest is sent later, and nothing is sent twice. One experiment a sweep name, a parent run a sweep, a child run a trial.
+the rest is sent later, and nothing is sent twice. An experiment a sweep name, a parent run a sweep, a child a trial.
 """
 
 import json

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The options that stand for dotted settings, and `--set`, which wins."""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {} if args.seed is None else {"seed": args.seed}
     if args.num_workers is not None:
         values["resources.num_workers"] = args.num_workers
     if args.use_gpu:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         request = job.Request(
             spaces=tuple(args.space or job.shipped_spaces()),
             overrides=overrides(args),
-            seed=args.seed,
+            seed=args.seed or 0,
             smoke=args.smoke,
             address=args.address,
             storage=args.storage,

@@ -1,7 +1,7 @@
 """Settings of one weight autoencoder; the dotted field names (`loss.beta`) are the keys of space files and of `--set`.
 
-The defaults are the demo's: minutes on one core for the digits zoo. `PAPER` holds the dotted values of "Structure Is Not
-Enough" (arXiv 2503.17138).
+The defaults are the demo's: a minute on one core for the digits zoo. `PAPER` holds the dotted values of "Structure Is
+Not Enough" (arXiv 2503.17138).
 """
 
 from collections.abc import Collection
@@ -39,7 +39,7 @@ def _between(setting: str, value: float, low: float, high: float) -> None:
 class ModelConfig:
     """What maps weights to latents and back.
 
-    `latent` counts numbers per token; the Fisher kinds have one vector of `latent * tokens` numbers for the whole model.
+    `latent` counts numbers per token; the Fisher kinds have one vector of `latent * tokens` numbers a model.
     """
 
     kind: str = "transformer"
@@ -52,11 +52,11 @@ class ModelConfig:
     fisher_queries: int = 60
     fisher_temperature: float = 2.0
     fisher_ridge: float = 0.03
-    fisher_blocks: str = "global"  # or "layer": one linear map a layer, latents split by eigenvalue
+    fisher_blocks: str = "global"  # or one linear map a "layer", or a layer's "token"; latents split by eigenvalue
 
     def __post_init__(self) -> None:
         _one_of("model.kind", self.kind, KINDS)
-        _one_of("model.fisher_blocks", self.fisher_blocks, ("global", "layer"))
+        _one_of("model.fisher_blocks", self.fisher_blocks, ("global", "layer", "token"))
         for name in ("width", "layers", "heads", "latent", "projection", "fisher_models", "fisher_queries"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         if self.width % self.heads:
@@ -74,7 +74,7 @@ class LossConfig:
 
     terms: str = "C+S+B"
     gamma: float = 0.05
-    beta: float = 0.1
+    beta: float = 0.5
     lam: float = 0.0  # cycle consistency
     temperature: float = 0.1  # of the contrastive loss
     behavioral: str = "mse_softmax"
@@ -116,7 +116,7 @@ class OptimConfig:
     lr: float = 1e-3
     weight_decay: float = 0.01
     batch_size: int = 32  # models of a global batch, over all workers
-    epochs: int = 10
+    epochs: int = 8
     schedule: str = "cosine"
     warmup: float = 0.05  # share of the steps
     clip: float = 1.0  # norm of the gradient; 0 for none
@@ -137,11 +137,11 @@ class DataConfig:
     """What the autoencoder sees: queries for the behavioural loss, views for the contrastive one."""
 
     query_set: str = "data"  # data, uniform, gaussian, patches, an image set's name, or a union: "data+uniform"
-    query_pool: int = 1024  # queries on which the originals' outputs are kept
+    query_pool: int = 512  # queries on which the originals' outputs are kept
     queries: int = 128  # drawn anew from the pool at each step
-    views: str = "permutation"
+    views: str = "noise"
     noise: float = 0.1  # of the views "noise", in standard deviations of a layer's weights
-    align: bool = False  # weight matching of every model to one reference, before encoding
+    align: bool = True  # weight matching of every model to one reference, before encoding
     shards: int = 16  # virtual shards of the stream of models, whatever the number of workers
     target_precision: str = "float16"  # of the originals' outputs kept
     image_directory: str | None = None  # where another image set named in query_set lies
@@ -162,7 +162,7 @@ class TasksConfig:
 
     samples: int = 100
     samplers: tuple[str, ...] = ("joint_kde",)  # the first gives the headline numbers
-    bandwidth: float = 1.0  # in units of the kernel's rule-of-thumb width; the Gaussian's temperature
+    bandwidth: float = 0.3  # in units of the kernel's rule-of-thumb width; the Gaussian's temperature
     good: float = 0.3  # share of the training models, best on validation images, that samplers draw from
     select: int = 1  # samples drawn for each one kept; the best on validation images are
     refine: int = 0  # steps on the latent of reconstructions (reported under refined/)
@@ -206,6 +206,9 @@ PAPER: dict[str, Any] = {
     "model.layers": 8,
     "model.heads": 8,
     "model.latent": 64,
+    "loss.beta": 0.1,
+    "data.views": "permutation",
+    "data.align": False,
     "optim.batch_size": 64,
     "optim.lr": 1e-5,
     "optim.epochs": 100,

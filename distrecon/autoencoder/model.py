@@ -13,15 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from distrecon.autoencoder import fisher
 from distrecon.autoencoder.config import AutoencoderConfig, ModelConfig
-from distrecon.autoencoder.transformer import PlainTransformer, Projection
+from distrecon.autoencoder.residual import FisherCoder
+from distrecon.autoencoder.transformer import PlainTransformer
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
 from distrecon.images.queries import query_pool
 from distrecon.nets import Architecture
+from distrecon.zoos.models import Models
 
 DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}  # of the parameters
 REFINE_QUERIES = 512
+CHUNK = 256  # models encoded or decoded at once
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,12 @@ def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
     for i in range(len(arch.layers)):
         values = sample_BP[:, layer_P == i]
         mean_P[layer_P == i], std_P[layer_P == i] = values.mean(), values.std().clamp_min(1e-8)
-    pool = query_pool("data", zoo.images, arch, REFINE_QUERIES, config.seed)
-    return {"reference_P": reference_P, "mean_P": mean_P, "std_P": std_P, "queries": pool.to(sample_BP)}
+    pool = query_pool("data", zoo.images, arch, REFINE_QUERIES, config.seed).to(sample_BP)
+    tensors = {"reference_P": reference_P, "mean_P": mean_P, "std_P": std_P, "queries": pool}
+    if config.model.kind.startswith("fisher") or config.loss.structural == "fisher":
+        canonical_BP = arch.align(sample_BP, reference_P) if config.data.align else sample_BP
+        tensors |= fisher.fit(config.model, arch, canonical_BP, mean_P, std_P, pool)
+    return tensors
 
 
 def check_finite(theta_BP: Tensor, where: str, names: Sequence[str] | None = None) -> None:
@@ -75,9 +83,16 @@ class Statistics(nn.Module):
     def __getitem__(self, name: str) -> Tensor:
         return self.get_buffer(name)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The live buffers by name: they follow this module to another device."""
+        return self._buffers  # type: ignore[return-value]
+
 
 def _coder(config: ModelConfig, architectures: Sequence[Architecture], fitted: Sequence[Statistics]) -> nn.Module:
-    return PlainTransformer(config, architectures)
+    if config.kind == "transformer":
+        return PlainTransformer(config, architectures)
+    return FisherCoder(config, architectures, [statistics.tensors for statistics in fitted])
 
 
 class Autoencoder(nn.Module):
@@ -97,7 +112,6 @@ class Autoencoder(nn.Module):
         self.config, self.architectures = config, tuple(architectures)
         self.statistics = nn.ModuleList(Statistics(tensors) for tensors in fitted)
         self.coder = _coder(config.model, self.architectures, list(self.statistics))  # type: ignore[arg-type]
-        self.projection = Projection(config.model.latent, config.model.projection)
         self.to(DTYPES[config.optim.precision])
 
     # -- choosing the zoo ---------------------------------------------------------------------------------------------
@@ -154,8 +168,9 @@ class Autoencoder(nn.Module):
         return x_BP * s["std_P"] + s["mean_P"]  # type: ignore[index]
 
     def encode(self, theta_BP: Tensor, refine: int = 0, zoo: int | Architecture | None = None) -> Tensor:
-        """Latents [B, T, Z] of models theta[B, P]; `refine` steps on the latent bring it closer to their outputs.
+        """Latents of models theta[B, P]; `refine` steps on the latent bring it closer to their outputs.
 
+        The transformer's are [B, T, Z], one vector a token; the Fisher kinds' [B, Z], one vector a model.
         Raises UserError that names a model whose weights are not finite.
         """
         index = self._zoo_by_weights(theta_BP, zoo)
@@ -178,13 +193,29 @@ class Autoencoder(nn.Module):
         return self.unstandardise(self.coder.decode(z, index), index)  # type: ignore[operator]
 
     def embed(self, theta_BP: Tensor, zoo: int | Architecture | None = None) -> Tensor:
-        """Features [B, F] for predicting a model's properties: per layer the mean and deviation of its latents."""
+        """Features [B, F] for predicting a model's properties (see `pooled`)."""
         index = self._zoo_by_weights(theta_BP, zoo)
         return pooled(self.encode(theta_BP, zoo=index), self.architectures[index])
 
 
 def pooled(z_BTZ: Tensor, arch: Architecture) -> Tensor:
-    """[B, layers * 2 * Z]: mean and deviation over a layer's tokens, which no order of its units changes much."""
+    """Per layer the mean and deviation of its tokens' latents, [B, layers * 2 * Z]; latents [B, Z] stay as they are."""
+    if z_BTZ.ndim == 2:
+        return z_BTZ
     layer_T = arch.token_positions_T3[:, 1].to(z_BTZ.device)
     parts = [z_BTZ[:, layer_T == i] for i in range(len(arch.layers))]
     return torch.cat([f for part in parts for f in (part.mean(1), part.std(1, correction=0))], dim=1)
+
+
+@torch.no_grad()
+def encode_models(autoencoder: Autoencoder, models: Models, zoo: int = 0, refine: int = 0) -> Tensor:
+    """Latents of all models, in chunks, on the CPU; UserError names a model whose weights are not finite."""
+    check_finite(models.theta_BP, "zoo", models.model_id)
+    chunks = models.theta_BP.split(CHUNK)
+    return torch.cat([autoencoder.encode(chunk, refine=refine, zoo=zoo).cpu() for chunk in chunks])
+
+
+@torch.no_grad()
+def decode_latents(autoencoder: Autoencoder, z: Tensor, zoo: int = 0) -> Tensor:
+    """Weights [B, P] of latents, in chunks, float32 on the CPU."""
+    return torch.cat([autoencoder.decode(chunk, zoo=zoo).float().cpu() for chunk in z.split(CHUNK)])

@@ -1,7 +1,7 @@
 """A tensor per row of a zoo, computed when first asked for and kept: originals' outputs, aligned weights.
 
 A zoo may have millions of states and a worker sees its share of them only, so storage grows by blocks. Blocks lie in a
-folder when one is given (memory-mapped, unlinked by the caller with the folder); without one they lie in memory, up to a
+folder when one is given (memory-mapped; the caller removes the folder); without one they lie in memory, up to a
 limit, beyond which values are computed anew.
 """
 
@@ -17,7 +17,7 @@ MEMORY_LIMIT = 1 << 30  # bytes held without a folder
 
 
 class RowCache:
-    """`get(row_B, compute)` returns [B, *shape]; `compute(missing)` makes the values at those positions of the batch."""
+    """`get(row_B, compute)` is [B, *shape]; `compute(missing)` makes the values at those positions of the batch."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None = None) -> None:
         self.shape, self.dtype, self.folder = shape, dtype, folder

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrecon.autoencoder import distributed, losses
+from distrecon.autoencoder import distributed, fisher, losses
 from distrecon.autoencoder.config import AutoencoderConfig, OptimConfig
 from distrecon.autoencoder.model import Autoencoder, ZooSample, check_finite, statistics
 from distrecon.autoencoder.rows import RowCache
@@ -103,7 +103,7 @@ class Training:
             self.autoencoder = Autoencoder(config, [zoo.architecture for zoo in zoos], fitted).to(self.device)
         distributed.broadcast([*self.autoencoder.parameters(), *self.autoencoder.buffers()])
         self.optimizer = torch.optim.AdamW(
-            [p for p in self.autoencoder.parameters() if p.requires_grad],
+            self.autoencoder.parameters(),
             lr=config.optim.lr,
             weight_decay=config.optim.weight_decay,
         )
@@ -193,8 +193,8 @@ class Training:
         return theta_BP.to(self.device)
 
     def _contrastive(self, z: Tensor, batch: Batch) -> Tensor:
-        local_2BJ = self.autoencoder.projection(z.flatten(2) if z.ndim > 2 else z[:, None]).float()
-        local_2BJ = local_2BJ.to(self.autoencoder.dtype).unflatten(0, (2, -1))
+        local_BJ = self.autoencoder.coder.project(z, batch.zoo)  # type: ignore[operator]
+        local_2BJ = local_BJ.to(self.autoencoder.dtype).unflatten(0, (2, -1))
         everyone_2GJ = distributed.global_rows(local_2BJ, batch.offset, batch.global_size)
         return losses.contrastive(local_2BJ, everyone_2GJ, batch.offset, self.config.loss.temperature)
 
@@ -203,6 +203,8 @@ class Training:
         if kind == "layer":
             return losses.structural(x_hat - x)
         theta, difference = autoencoder.unstandardise(x, zoo), (x_hat - x) * autoencoder.statistics[zoo]["std_P"]  # type: ignore[index]
+        if kind == "fisher":
+            return fisher.weighted(autoencoder.statistics[zoo].tensors, x_hat - x)  # type: ignore[arg-type]
         if kind == "token":
             return losses.structural_per_token(self.zoos[zoo].architecture, difference, theta)
         return losses.structural(difference)

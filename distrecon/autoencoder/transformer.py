@@ -1,9 +1,9 @@
 """The plain weight autoencoder: a transformer over the tokens of a model, one latent vector per token.
 
 After SANE (Schürholt et al., ICML 2024) and "Structure Is Not Enough" (arXiv 2503.17138): a linear tokeniser with three
-position embeddings, an encoder, a linear map to the latent; the decoder mirrors it. Unlike the published code, attention
-runs over the tokens of one model and never over the batch. One set of weights serves several architectures, whose
-tokens are padded to the longest.
+position embeddings, an encoder, a linear map to the latent; the decoder mirrors it. Unlike the published code,
+attention runs over the tokens of one model and never over the batch. One set of weights serves several architectures,
+whose tokens are padded to the longest.
 
 Legend: B models, T tokens, D token size, W width, Z latent per token, H heads.
 """
@@ -71,6 +71,7 @@ class PlainTransformer(nn.Module):
         self.to_latent, self.from_latent = nn.Linear(width, config.latent), nn.Linear(config.latent, width)
         self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
         self.detokeniser = nn.Linear(width, self.token_size)
+        self.projection = Projection(config.latent, config.projection)
         self.latent = config.latent
 
     def latent_shape(self, zoo: int) -> tuple[int, ...]:
@@ -87,6 +88,10 @@ class PlainTransformer(nn.Module):
         arch = self.architectures[zoo]
         hidden_BTW = self.decoder(self.from_latent(z_BTZ) + self.decoder_positions(zoo))
         return arch.detokenize(self.detokeniser(hidden_BTW)[..., : arch.token_size])
+
+    def project(self, z_BTZ: Tensor, zoo: int) -> Tensor:
+        """[B, J] for the contrastive loss."""
+        return self.projection(z_BTZ)
 
 
 class Projection(nn.Module):

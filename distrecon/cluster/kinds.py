@@ -1,7 +1,7 @@
 """What a sweep can run: kinds of trials as data. A kind is a configuration, its objectives, its smallest instance."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from distrecon.autoencoder.config import AutoencoderConfig
@@ -44,10 +44,15 @@ class AutoencoderRun(AutoencoderConfig):
         if self.data.shards % workers:
             raise UserError(f"data.shards ({self.data.shards}) must be a multiple of resources.num_workers ({workers})")
 
+    @property
+    def autoencoder(self) -> AutoencoderConfig:
+        """What of the run belongs to the autoencoder itself, and is stored with it."""
+        return AutoencoderConfig(**{f.name: getattr(self, f.name) for f in fields(AutoencoderConfig)})
+
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The black box of a recovery trial: a classifier of an image set, trained on the spot, known to the scores only."""
+    """The black box of a recovery trial: a classifier of an image set, trained on the spot, known to scores only."""
 
     images: str = "digits"
     hidden: tuple[int, ...] = (20,)

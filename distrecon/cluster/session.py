@@ -17,7 +17,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal is the record
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "3600",  # sweeps queue for each other's CPUs by design
-    "RAY_memory_monitor_refresh_ms": "1000",
+    "RAY_worker_maximum_startup_concurrency": "8",  # trials start several small processes each; fewer is warned about
 }
 
 
@@ -32,8 +32,11 @@ def connect(address: str | None, *, verbose: bool = False) -> None:
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # objectives come with a trial's last report
     import ray
 
+    if address is not None:
+        _check_reachable(address)
     if ray.is_initialized():
         return
     level = logging.INFO if verbose else logging.ERROR
@@ -42,7 +45,6 @@ def connect(address: str | None, *, verbose: bool = False) -> None:
         with _private_files():
             ray.init(address="local", _node_ip_address="127.0.0.1", **options)
     else:
-        _check_reachable(address)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -66,9 +68,9 @@ def _private_files() -> Iterator[None]:
 def _check_reachable(address: str) -> None:
     """A quick refusal: Ray itself retries a dead address for a minute."""
     host, colon, port = address.rpartition(":")
-    if address == "auto" or "://" in address or not colon:
+    if address == "auto" or "://" in address:
         return
-    if not port.isdigit():
+    if not colon or not port.isdigit():
         raise UserError(f"--address {address}: wanted auto or HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

@@ -118,6 +118,11 @@ def read_space(path: str | Path, overrides: Mapping[str, Any] | None = None, smo
         base=base,
         space=dimensions,
     )
+    if sweep.scheduler == "asha" and not sweep.metric.startswith("loss/"):
+        raise UserError(
+            f"{path}: scheduler asha compares trials at every epoch, and {sweep.metric} is known at their end only: "
+            "use metric loss/total, or scheduler fifo"
+        )
     _check_every_corner(sweep, path)
     return sweep
 

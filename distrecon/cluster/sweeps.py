@@ -67,12 +67,14 @@ class JournalCallback(Callback):
 
 
 def root_cause(trial: Any) -> str:
-    """The last line of the innermost error, which is the one that says what went wrong."""
-    error = trial.get_pickled_error() if trial.pickled_error_file else None
-    text = str(error) if error is not None else "the trial's process was lost"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"^[\w.]*(Error|Exception|Interrupt)\b.*: ", line)]
-    return (named or lines or [type(error).__name__])[-1][:500]
+    """One line of the trial's error text: the last that names an error, which is the innermost."""
+    file = Path(trial.error_file) if trial.error_file else None
+    if file is None or not file.exists():
+        return "the trial's process was lost"
+    lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)(\(\w+\))?: ", line)]
+    line = (named or lines)[-1]
+    return re.sub(r"^[\w.]*UserError: ", "", line)[:500]
 
 
 def run_sweeps(
@@ -138,12 +140,11 @@ def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journ
         trainable,
         param_space=_param_space(sweep),
         tune_config=tune.TuneConfig(
-            metric=sweep.metric,
-            mode=sweep.mode,
             num_samples=sweep.samples,
-            max_concurrent_trials=sweep.max_concurrent or concurrent(sweep.kind, sweep.base.resources),
             scheduler=_scheduler(sweep),
-            search_alg=tune.search.BasicVariantGenerator(random_state=seed),
+            search_alg=tune.search.BasicVariantGenerator(
+                max_concurrent=sweep.max_concurrent or concurrent(sweep.kind, sweep.base.resources), random_state=seed
+            ),
         ),
         run_config=tune.RunConfig(
             name=sweep.name, storage_path=storage, callbacks=[JournalCallback(sweep, journal)], verbose=0
@@ -177,9 +178,11 @@ def concurrent(kind: str, resources: ResourcesConfig) -> int:
 def _scheduler(sweep: Sweep) -> Any:
     if sweep.scheduler == "fifo":
         return None
-    epochs = sweep.base.optim.epochs if sweep.kind == "autoencoder" else 100
+    epochs = sweep.base.optim.epochs
     # counted in epochs: Tune's own count of reports starts again when a sweep is restored
-    return tune.schedulers.ASHAScheduler(time_attr="epoch", max_t=epochs + 1, grace_period=max(1, epochs // 4))
+    return tune.schedulers.ASHAScheduler(
+        time_attr="epoch", metric=sweep.metric, mode=sweep.mode, max_t=epochs + 1, grace_period=max(1, epochs // 4)
+    )
 
 
 def _param_space(sweep: Sweep) -> dict[str, Any]:

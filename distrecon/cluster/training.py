@@ -26,6 +26,7 @@ from distrecon.zoos import Zoo
 from distrecon.zoos.stream import plan, stream
 
 STATE = "training.pt"
+SAMPLE = 4096  # training states that statistics and the linear start are computed from
 RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
 
 
@@ -123,11 +124,9 @@ def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
     from ray import train
 
     device = torch.device("cuda" if run.resources.use_gpu else "cpu")
-    samples = [
-        ZooSample(zoo.architecture, zoo.sample(run.model.fisher_models, seed=run.seed), zoo.images()) for zoo in zoos
-    ]
+    samples = [ZooSample(zoo.architecture, _sample(zoo, run.seed), zoo.images()) for zoo in zoos]
     steps = plan(zoos, batch_size=run.optim.batch_size, shards=run.data.shards, seed=run.seed)
-    training = Training(run, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
+    training = Training(run.autoencoder, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
     checkpoint = train.get_checkpoint()
     if checkpoint is None:
         return training, 1
@@ -135,6 +134,10 @@ def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
         state = torch.load(Path(folder) / STATE, map_location=device, weights_only=True)
     training.load_state_dict(state["training"])
     return training, state["epoch"] + 1
+
+
+def _sample(zoo: Zoo, seed: int) -> torch.Tensor:
+    return zoo.sample(min(SAMPLE, len(zoo.rows("train"))), seed)
 
 
 def _report(epoch: int, metrics: Mapping[str, float], training: Training, rank: int) -> None:
@@ -156,7 +159,9 @@ def _score(run: AutoencoderRun, zoo: Zoo, training: Training, rank: int, artifac
     metrics: dict[str, Any] = {}
     if rank == 0:
         began = time.monotonic()
-        results = run_tasks(training.autoencoder, *(zoo.models(s) for s in ("train", "val", "test")), zoo.images(), run)
+        results = run_tasks(
+            training.autoencoder, *(zoo.models(s) for s in ("train", "val", "test")), zoo.images(), run.autoencoder
+        )
         metrics = {**results.metrics, "time/scoring_seconds": time.monotonic() - began}
         with tempfile.TemporaryDirectory() as folder:
             save_autoencoder(Path(folder), training.autoencoder)

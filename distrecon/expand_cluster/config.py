@@ -37,7 +37,7 @@ class ProbesConfig:
     """The queries that the students learn from, and those that verify the result."""
 
     count: int = 0  # training queries; 0: several times the unknowns
-    data_share: float = 1 / 3  # share of the training queries taken from the user's data, where given
+    data_share: float = 0.0  # share of the training queries taken from the user's data, where given
     subspace: bool = True  # find the inputs' relevant directions by finite differences
     fresh: int = 1000  # queries that verify the result, never trained on
 
@@ -72,7 +72,7 @@ class SolverConfig:
     """The Levenberg-Marquardt solver; losses are relative to the outputs' variance."""
 
     iterations: int = 100  # at most, for one fit
-    floor: float = 1e-20  # a fit at or below this loss is exact; raised to what a noisy (float32) teacher allows
+    floor: float = 1e-24  # a fit at or below this loss is exact; raised to what a noisy (float32) teacher allows
     student_parameters: int = 400  # students up to this size are fitted by the solver too, not only the recovered net
     polish_parameters: int = 3500  # recovered networks up to this size are polished in all inputs at once
     rows: int = 1000  # queries used in one fit (more when the unknowns need them)

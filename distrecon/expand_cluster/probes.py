@@ -18,6 +18,7 @@ from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.nets.activations import Activation
 
 GRADIENT_POINTS = 8
+KINK_STEP = 1e-3  # longer differences straddle a kink too often
 GAP = 100.0  # ratio of neighbouring singular values that separates gradient from rounding
 CONDITION = 1e-3  # directions weaker than this (relative) are not stretched any further
 SCALES = tuple(2.0**k for k in range(-4, 7))
@@ -32,6 +33,7 @@ class Coordinates:
     back_IR: Tensor
     outside_II: Tensor
     scale: float
+    error: float  # relative, of the directions; 0 where they are the inputs themselves
 
     @property
     def rank(self) -> int:
@@ -58,16 +60,17 @@ def find_coordinates(
     """
     identity_II = torch.eye(box.inputs, dtype=torch.float64)
     if not subspace:
-        return _scaled(box, identity_II, torch.ones(box.inputs, dtype=torch.float64), generator)
+        return _scaled(box, identity_II, torch.ones(box.inputs, dtype=torch.float64), 0.0, generator)
     gradients_GI = input_gradients(box, activation, GRADIENT_POINTS, generator)
     rank = numerical_rank(gradients_GI)
     while rank < box.inputs and len(gradients_GI) < 2 * rank + 10:
         gradients_GI = torch.cat([gradients_GI, input_gradients(box, activation, GRADIENT_POINTS, generator)])
         rank = numerical_rank(gradients_GI)
-    _, _, right_RI = torch.linalg.svd(gradients_GI, full_matrices=False)
+    _, values, right_RI = torch.linalg.svd(gradients_GI, full_matrices=False)
+    error = float(values[rank] / values[0]) if rank < min(gradients_GI.shape) else 0.0
     basis_RI = right_RI[:rank]
     strength_R = (gradients_GI @ basis_RI.T).square().mean(0).sqrt()
-    return _scaled(box, basis_RI, strength_R.clamp(min=CONDITION * float(strength_R.max())), generator)
+    return _scaled(box, basis_RI, strength_R.clamp(min=CONDITION * float(strength_R.max())), error, generator)
 
 
 def input_gradients(
@@ -85,7 +88,7 @@ def input_gradients(
         raise UserError("the teacher's answers do not depend on its inputs: nothing can be recovered")
     noise = max(box.noise / spread, 1e-17)
     kinked = activation is None or activation.symmetry == "scaled"
-    step = noise**0.4 if kinked else noise**0.2
+    step = min(noise**0.25, KINK_STEP) if kinked else noise**0.2
 
     def shifted(multiple: int) -> Tensor:
         moves_II = multiple * step * torch.eye(box.inputs, dtype=torch.float64)
@@ -112,7 +115,9 @@ def numerical_rank(gradients_GI: Tensor) -> int:
     return len(values)
 
 
-def _scaled(box: BlackBox, basis_RI: Tensor, strength_R: Tensor, generator: torch.Generator) -> Coordinates:
+def _scaled(
+    box: BlackBox, basis_RI: Tensor, strength_R: Tensor, error: float, generator: torch.Generator
+) -> Coordinates:
     """Coordinates along the rows of basis[R, I], stretched by the strengths, at the scale that shows the nonlinearity.
 
     The scale is the smallest at which the outputs' share that is not linear reaches half of its largest value.
@@ -126,7 +131,7 @@ def _scaled(box: BlackBox, basis_RI: Tensor, strength_R: Tensor, generator: torc
     back_IR = scale * back_IR
     to_RI = torch.linalg.pinv(back_IR)
     outside_II = torch.eye(inputs, dtype=torch.float64) - basis_RI.T @ basis_RI
-    return Coordinates(to_RI, back_IR, outside_II, scale)
+    return Coordinates(to_RI, back_IR, outside_II, scale, error)
 
 
 def _nonlinear_share(box: BlackBox, z_QR: Tensor, back_IR: Tensor) -> float:

@@ -28,10 +28,12 @@ from distrecon.expand_cluster.scores import compare
 from distrecon.expand_cluster.shallow import Collapsed, collapse, neuron_pool, takes_skip
 from distrecon.expand_cluster.teachers import Weights
 from distrecon.expand_cluster.warm_start import warm_start
-from distrecon.nets.activations import Activation, activation as find_activation
+from distrecon.nets.activations import Activation
+from distrecon.nets.activations import activation as find_activation
 
 UNDERFIT = 1e-4  # a best student worse than this (relative loss) is too narrow
 NOISE_MARGIN = 10.0  # the floor lies this far above the teacher's rounding noise
+DIRECTION_MARGIN = 100.0  # likewise for a fit in relevant directions that are known to a relative error
 LEAST_GUESS = 4
 
 Progress = Callable[[str, float], None]
@@ -141,7 +143,7 @@ def _round(run: _Run, guess: int, patience: int, attempt: int) -> tuple[Recovery
         if recovery.verified:
             verified.append(recovery.layer_sizes[0])
         underfit = recovery.metrics["recover/student_loss_best"] > UNDERFIT
-        if len(verified) > 1 and verified[-1] == verified[-2] or underfit or run.late():
+        if (len(verified) > 1 and verified[-1] == verified[-2]) or underfit or run.late():
             break
         if not recovery.verified and len(theta_NP) >= 2 * settings.batch:
             break
@@ -216,10 +218,12 @@ def _collapse(run: _Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recov
     }
     run.losses = loss_N.tolist()
     floor = max(run.config.solver.floor, (NOISE_MARGIN * run.box.noise / data.scale) ** 2)
+    # the relevant directions are known to their own error only; the polish in all inputs removes it
+    rough = max(floor, (DIRECTION_MARGIN * run.coordinates.error) ** 2)
     found: Collapsed | None = None
     if finite_N.any():
         pool = neuron_pool(net, theta_NP[finite_N], data.z_QR, data.y_QO)
-        found = collapse(pool, data, run.activation, run.config, floor, run.deadline)
+        found = collapse(pool, data, run.activation, run.config, rough, run.deadline)
     if found is None:
         zero = torch.zeros(1, run.coordinates.rank + 1, dtype=torch.float64)
         nothing = DenseNet((run.coordinates.rank, 1, run.box.outputs), run.activation)
@@ -230,19 +234,22 @@ def _collapse(run: _Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recov
     run.timed("collapse", started)
     metrics["recover/train_loss"] = found.loss
     weights = to_weights(found.net, found.theta_1P[0], data, run.coordinates.to_RI)
-    if found.loss <= floor:
+    polished = found.loss <= rough and _polishable(run, weights)
+    if polished:
         weights = _polish(run, weights, data)
-    verified, reason = _verify(run, weights, floor, found.loss)
+    verified, reason = _verify(run, weights, floor if polished else rough, found.loss)
     run.say("size", found.net.sizes[1])
     return Recovery(weights, run.activation.name, verified, reason, [found.linkage], metrics)
 
 
+def _polishable(run: _Run, weights: Weights) -> bool:
+    unknowns = sum(w.numel() + b.numel() for w, b in weights)
+    return run.coordinates.rank < run.box.inputs and unknowns <= run.config.solver.polish_parameters
+
+
 def _polish(run: _Run, weights: Weights, data: Probed) -> Weights:
     """The last digits, in all inputs at once: frees the first layer from the relevant directions' own rounding."""
-    sizes = (run.box.inputs, *(len(b) for _, b in weights))
-    net = DenseNet(sizes, run.activation)
-    if run.coordinates.rank == run.box.inputs or net.num_parameters > run.config.solver.polish_parameters:
-        return weights
+    net = DenseNet((run.box.inputs, *(len(b) for _, b in weights)), run.activation)
     started = time.monotonic()
     rows = data.rows(rows_needed(net, run.config.solver.rows))
     before = from_weights(weights, data)

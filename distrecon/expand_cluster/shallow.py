@@ -131,8 +131,12 @@ def exact_network(
     best_student = int(pool.loss_N.argmin())
     own_HK = pool.vectors_VK[torch.from_numpy(pool.students == best_student)]
     target = max(4 * float(pool.loss_N[best_student]), floor)
-    neurons_HK = pursue(neurons_HK, own_HK, data.z_QR, data.y_QO, activation, skip, target)
-    neurons_HK, loss = _refit(neurons_HK, data, activation, skip, config, deadline)
+    alone_HK, loss = _refit(neurons_HK, data, activation, skip, config, deadline)
+    if loss > floor:  # the clusters alone are not enough
+        neurons_HK = pursue(neurons_HK, own_HK, data.z_QR, data.y_QO, activation, skip, target)
+        neurons_HK, loss = _refit(neurons_HK, data, activation, skip, config, deadline)
+    else:
+        neurons_HK = alone_HK
     if skip:
         neurons_HK = _eliminate(neurons_HK, loss, data, activation, True, config, floor, deadline)[0]
         neurons_HK = _unflip(neurons_HK, data, activation)

@@ -53,7 +53,10 @@ def _patches(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     crops = []
     for i in range(count):
         photo = photographs[i % len(photographs)]
-        y, x = (int(torch.randint(s - 4 * t, (1,), generator=generator)) for s, t in zip(photo.shape[1:], (height, width), strict=True))
+        y, x = (
+            int(torch.randint(s - 4 * t, (1,), generator=generator))
+            for s, t in zip(photo.shape[1:], (height, width), strict=True)
+        )
         crops.append(photo[:, y : y + 4 * height, x : x + 4 * width])
     small = F.avg_pool2d(torch.stack(crops), 4)
     return low + (high - low) * _with_channels(small, channels, "patches")

@@ -1,0 +1,219 @@
+"""Generation task: sample latents of good models, decode, and judge accuracy, diversity and novelty beside baselines.
+
+Good models are training models, one state each, with the best accuracy on validation images. Samples may be filtered on
+validation images and refined or fine-tuned on training images; test images only judge. The baselines of Zeng et al.
+(arXiv 2506.07998) stand beside every table: weight noise on a good model, scaled to the same validation accuracy, and
+the average of two aligned good models. `baseline_heldout` are good models that the autoencoder never saw.
+
+Legend: B models, M generated, N good, P parameters, Q images, C classes.
+"""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distrecon.autoencoder import novelty
+from distrecon.autoencoder.config import TasksConfig
+from distrecon.autoencoder.model import Autoencoder, check_finite
+from distrecon.autoencoder.refine import refine
+from distrecon.autoencoder.samplers import sample
+from distrecon.errors import UserError
+from distrecon.images import ImageSet, LabelledImages
+from distrecon.images.queries import inputs_for
+from distrecon.nets import Architecture, Scores, evaluate, fit, outputs
+from distrecon.zoos.models import Models
+
+NOISE_SCALES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # in deviations of a layer's weights
+FINETUNE_LR = 1e-3
+
+
+def scores(arch: Architecture, theta_BP: Tensor, part: LabelledImages) -> Scores:
+    return evaluate(arch, theta_BP, inputs_for(arch, part.images), part.labels_Q)
+
+
+def best_states(arch: Architecture, models: Models, images: ImageSet) -> Tensor:
+    """Position of the best state of each model, best model first, by accuracy on validation images."""
+    accuracy_B = scores(arch, models.theta_BP, images.validation).accuracy_B
+    first: dict[str, int] = {}
+    for i in accuracy_B.argsort(descending=True, stable=True).tolist():
+        first.setdefault(models.model_id[i], i)
+    return torch.tensor([*first.values()])
+
+
+def top(best_N: Tensor, share: float) -> Tensor:
+    """The first `share` of them, at least 3."""
+    return best_N[: max(3, round(share * len(best_N)))]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What generated models are compared with, made once: aligned training models, their errors, held-out models."""
+
+    arch: Architecture
+    images: ImageSet
+    config: TasksConfig
+    reference_P: Tensor
+    train_NP: Tensor  # aligned to the reference
+    train_wrong_NQ: Tensor  # of the best state of each training model
+    heldout_BP: Tensor
+    heldout_distance: float
+
+    @staticmethod
+    def make(
+        arch: Architecture, train: Models, best_N: Tensor, test: Models, images: ImageSet, config: TasksConfig
+    ) -> "Judge":
+        """`best_N` are the positions of the best state of each training model."""
+        good = top(best_states(arch, test, images), config.good)[: config.samples]
+        heldout_BP, reference_P = test.theta_BP[good], train.theta_BP[0]
+        train_NP = arch.align(train.theta_BP, reference_P)
+        distance_B = novelty.nearest_aligned(arch, heldout_BP, train_NP, reference_P, config.candidates)
+        wrong_NQ = scores(arch, train.theta_BP[best_N], images.test).predictions_BQ != images.test.labels_Q
+        return Judge(
+            arch, images, config, reference_P, train_NP, wrong_NQ, heldout_BP, float(distance_B.mean().clamp_min(1e-12))
+        )
+
+    def __call__(self, theta_MP: Tensor) -> tuple[dict[str, float], np.ndarray]:
+        """Metrics of generated models, without prefix, and their accuracies [M]."""
+        check_finite(theta_MP, "generate")
+        arch, config = self.arch, self.config
+        judged = scores(arch, theta_MP, self.images.test)
+        distance_M = novelty.nearest_aligned(arch, theta_MP, self.train_NP, self.reference_P, config.candidates)
+        wrong_MQ = judged.predictions_BQ != self.images.test.labels_Q
+        metrics = {
+            "accuracy_mean": float(judged.accuracy_B.mean()),
+            "accuracy_max": float(judged.accuracy_B.max()),
+            "accuracy_p10": float(torch.quantile(judged.accuracy_B, 0.1)),
+            "diversity_l2": float(novelty.aligned_pairwise(arch, theta_MP[: config.pairs]).mean()),
+            "diversity_agreement": novelty.mean_pairwise_agreement(judged.predictions_BQ, arch.num_outputs),
+            "novelty": float(distance_M.mean()) / self.heldout_distance,
+            "novelty_iou": float(novelty.error_overlap(wrong_MQ, self.train_wrong_NQ).mean()),
+        }
+        return metrics, judged.accuracy_B.numpy()
+
+
+def generate_models(
+    autoencoder: Autoencoder,
+    good_NP: Tensor,
+    z_N: Tensor,
+    images: ImageSet,
+    config: TasksConfig,
+    sampler: str,
+    seed: int = 0,
+    zoo: int = 0,
+) -> tuple[Tensor, float]:
+    """`config.samples` new models [M, P] from good models and their latents, and the milliseconds that each took."""
+    arch = autoencoder.architectures[zoo]
+    start = perf_counter()
+    drawn = sample(sampler, z_N, config.samples * config.select, config.bandwidth, seed)
+    if config.generate_refine:
+        targets_BQC = teacher_targets(autoencoder, good_NP, len(drawn), config.teachers, seed, zoo)
+        drawn = refine(autoencoder, drawn, targets_BQC, config.generate_refine, zoo, seed)
+    with torch.no_grad():
+        theta_MP = autoencoder.decode(drawn, zoo=zoo).float()
+    if config.select > 1:
+        accuracy_M = scores(arch, theta_MP, images.validation).accuracy_B
+        theta_MP = theta_MP[accuracy_M.argsort(descending=True, stable=True)[: config.samples]]
+    theta_MP = finetuned(arch, theta_MP, images, config.finetune_epochs, seed)
+    return theta_MP, 1000 * (perf_counter() - start) / len(theta_MP)
+
+
+def teacher_targets(
+    autoencoder: Autoencoder, good_NP: Tensor, count: int, teachers: int, seed: int, zoo: int
+) -> Tensor:
+    """Averaged probabilities [count, Q, C] of `teachers` good models drawn anew for each generated one."""
+    arch, queries = autoencoder.architectures[zoo], autoencoder.statistics[zoo]["queries"]  # type: ignore[index]
+    probabilities_NQC = outputs(arch, good_NP.to(queries), queries).softmax(2)
+    draw = torch.Generator().manual_seed(seed + 1)
+    size = min(teachers, len(good_NP))
+    chosen = [torch.randperm(len(good_NP), generator=draw)[:size] for _ in range(count)]
+    return torch.stack([probabilities_NQC[c].mean(0) for c in chosen])
+
+
+def finetuned(arch: Architecture, theta_MP: Tensor, images: ImageSet, epochs: int, seed: int) -> Tensor:
+    """All models after `epochs` epochs of Adam on the training images, batched."""
+    if not epochs:
+        return theta_MP
+    inputs = inputs_for(arch, images.train.images)
+    lr_M = torch.full((len(theta_MP),), FINETUNE_LR)
+    for epoch in fit(arch, theta_MP, inputs, images.train.labels_Q, epochs=epochs, lr_B=lr_M, seed=seed):
+        last = epoch
+    return last.theta_BP.clone()
+
+
+# -- baselines ---------------------------------------------------------------------------------------------------------
+
+
+def noisy(good_NP: Tensor, std_P: Tensor, scale: float, count: int, seed: int) -> Tensor:
+    """Good models drawn at random plus normal noise of `scale` deviations of each layer's weights: [count, P]."""
+    draw = torch.Generator().manual_seed(seed)
+    pick_M = torch.randint(len(good_NP), (count,), generator=draw)
+    return good_NP[pick_M] + scale * std_P * torch.randn(count, good_NP.shape[1], generator=draw)
+
+
+def averaged(arch: Architecture, good_NP: Tensor, count: int, seed: int, share: float = 0.5) -> Tensor:
+    """Averages of two different good models each, the second aligned to the first: [count, P]."""
+    draw = torch.Generator().manual_seed(seed)
+    first_M = torch.randint(len(good_NP), (count,), generator=draw)
+    second_M = (first_M + torch.randint(1, len(good_NP), (count,), generator=draw)) % len(good_NP)
+    pairs = zip(good_NP[first_M], good_NP[second_M], strict=True)
+    return torch.stack([torch.lerp(a_P, arch.align(b_P[None], a_P)[0], share) for a_P, b_P in pairs])
+
+
+def matched_noise(
+    arch: Architecture, good_NP: Tensor, std_P: Tensor, accuracy: float, images: ImageSet, count: int, seed: int
+) -> float:
+    """The noise scale whose mean accuracy on validation images is nearest to `accuracy`."""
+
+    def gap(scale: float) -> float:
+        noisy_MP = noisy(good_NP, std_P, scale, count, seed)
+        return abs(float(scores(arch, noisy_MP, images.validation).accuracy_B.mean()) - accuracy)
+
+    return min(NOISE_SCALES, key=gap)
+
+
+def generate(
+    autoencoder: Autoencoder,
+    train: Models,
+    test: Models,
+    z: Tensor,
+    images: ImageSet,
+    config: TasksConfig,
+    seed: int = 0,
+    zoo: int = 0,
+) -> tuple[dict[str, float], dict[str, np.ndarray], Tensor]:
+    """`generate/...` of the first sampler and the baselines, `generate/<sampler>/...` of the others; models [M, P]."""
+    arch = autoencoder.architectures[zoo]
+    if len(set(train.model_id)) < 3 or not len(test):
+        raise UserError("generation needs at least 3 training models and one test model")
+    best_N = best_states(arch, train, images)
+    good_N = top(best_N, config.good)
+    good_NP = train.theta_BP[good_N]
+    judge = Judge.make(arch, train, best_N, test, images, config)
+    metrics: dict[str, float] = {}
+    arrays: dict[str, np.ndarray] = {}
+
+    def report(prefix: str, theta_MP: Tensor) -> None:
+        found, accuracy_M = judge(theta_MP)
+        metrics.update({f"{prefix}/{key}": value for key, value in found.items()})
+        arrays[f"{prefix}/accuracy"] = accuracy_M
+
+    headline: Tensor | None = None
+    for i, sampler in enumerate(config.samplers):
+        prefix = f"generate/{sampler}" if i else "generate"
+        theta_MP, milliseconds = generate_models(autoencoder, good_NP, z[good_N], images, config, sampler, seed, zoo)
+        report(prefix, theta_MP)
+        metrics[f"{prefix}/ms_per_model"] = milliseconds
+        headline = theta_MP if headline is None else headline
+    assert headline is not None
+    std_P = autoencoder.statistics[zoo]["std_P"].float().cpu()  # type: ignore[index, union-attr]
+    reached = float(scores(arch, headline, images.validation).accuracy_B.mean())
+    scale = matched_noise(arch, good_NP, std_P, reached, images, config.samples, seed)
+    metrics["generate/baseline_noise/scale"] = scale
+    report("generate/baseline_noise", noisy(good_NP, std_P, scale, config.samples, seed))
+    report("generate/baseline_average", averaged(arch, good_NP, config.samples, seed))
+    if len(judge.heldout_BP) > 1:
+        report("generate/baseline_heldout", judge.heldout_BP)
+    return metrics, arrays, headline

@@ -1,0 +1,66 @@
+"""The three tasks on one trained autoencoder: predict, reconstruct, generate.
+
+Test images and test models only judge; whatever is chosen is chosen on validation images and validation models.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from distrecon.autoencoder.config import AutoencoderConfig
+from distrecon.autoencoder.generate import generate
+from distrecon.autoencoder.model import Autoencoder, decode_latents, encode_models
+from distrecon.autoencoder.predict import predict
+from distrecon.autoencoder.reconstruct import compare
+from distrecon.errors import UserError
+from distrecon.images import ImageSet
+from distrecon.zoos.models import Models
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """Metrics by DESIGN's names, arrays for figures by the same names, and the generated models [M, P]."""
+
+    metrics: dict[str, float]
+    arrays: dict[str, np.ndarray]
+    generated_theta_BP: Tensor
+
+
+def run_tasks(
+    autoencoder: Autoencoder,
+    train: Models,
+    validation: Models,
+    test: Models,
+    images: ImageSet,
+    config: AutoencoderConfig | None = None,
+    zoo: int = 0,
+) -> TaskResults:
+    """All tasks of one autoencoder on one zoo; `config` (default: the autoencoder's) gives `tasks` and `seed`."""
+    config = config or autoencoder.config
+    arch = autoencoder.architectures[zoo]
+    for name, split in (("training", train), ("validation", validation), ("test", test)):
+        if len(split) < 2:
+            raise UserError(f"the tasks need at least 2 {name} models, the zoo has {len(split)}")
+    autoencoder.eval()
+    splits = [train, validation, test]
+    latents = [encode_models(autoencoder, split, zoo) for split in splits]
+    metrics = {
+        "zoo/accuracy_mean": float(test.test_accuracy_B.mean()),
+        "zoo/accuracy_max": float(test.test_accuracy_B.max()),
+    }
+    arrays: dict[str, np.ndarray] = {}
+
+    def add(found: dict[str, float], made: dict[str, np.ndarray]) -> None:
+        metrics.update(found)
+        arrays.update(made)
+
+    add(*predict(autoencoder, splits, latents, zoo))
+    originals_BP = autoencoder.canonical(test.theta_BP, zoo)
+    add(*compare(arch, originals_BP, decode_latents(autoencoder, latents[2], zoo), images.test))
+    if config.tasks.refine:
+        refined = encode_models(autoencoder, test, zoo, config.tasks.refine)
+        add(*compare(arch, originals_BP, decode_latents(autoencoder, refined, zoo), images.test, "reconstruct/refined"))
+    found, made, theta_MP = generate(autoencoder, train, test, latents[0], images, config.tasks, config.seed, zoo)
+    add(found, made)
+    return TaskResults(metrics, arrays, theta_MP)

@@ -1,0 +1,224 @@
+"""The main job end to end, as a user runs it: `python -m distrecon.tune --smoke` in an empty folder."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from distrecon import tune
+from distrecon.console import DONE, INTERRUPTED, SOME_FAILED, WRONG_REQUEST
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+ONE_RECOVERY = """
+name: recoveries
+kind: expand_cluster
+base: {teacher.hidden: [3], students.count: 2}
+space: {SPACE}
+"""
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "distrecon.tune", *map(str, arguments)]
+
+
+def environment():
+    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "MLFLOW_TRACKING_URI": ""}
+
+
+def run(folder, *arguments, timeout=400):
+    return subprocess.run(
+        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def recoveries(folder, space):
+    path = folder / "space.yaml"
+    path.write_text(ONE_RECOVERY.replace("{SPACE}", space))
+    return path
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A finished smoke run: the folder it was started in, its run folder, its process."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = run(folder, "--smoke", "--out", "out")
+    assert done.returncode == DONE, done.stdout + done.stderr
+    return folder, folder / "out", done
+
+
+def test_prints_both_tables_and_where_to_look_next(smoke):
+    _, out, done = smoke
+    for words in ("loss_weights", "C+S+B", "student_counts", "students.count", "numbers mean nothing"):
+        assert words in done.stdout
+    assert str(out / "report.html") in done.stdout
+    assert "mlflow ui --backend-store-uri sqlite:" in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines() if "/" not in line) <= 80
+    for chatter in ("Warning", "WARNING", "raylet", "Traceback"):
+        assert chatter not in done.stdout + done.stderr
+
+
+def test_progress_names_the_stages(smoke):
+    stages = [line.split()[0] for line in smoke[2].stderr.splitlines()]
+    assert [s for i, s in enumerate(stages) if i == 0 or stages[i - 1] != s] == ["zoo", "sweeps", "report"]
+
+
+def test_summary_has_every_trial_with_its_metrics(smoke):
+    summary = json.loads((smoke[1] / "summary.json").read_text())
+    assert summary["smoke"] is True
+    sweeps = {sweep["name"]: sweep for sweep in summary["sweeps"]}
+    assert set(sweeps) == {"loss_weights", "student_counts"}
+    for sweep in sweeps.values():
+        assert len(sweep["trials"]) == 2
+        assert {t["status"] for t in sweep["trials"]} == {"completed"}
+        assert sweep["best"] in {t["trial_id"] for t in sweep["trials"]}
+        assert all(sweep["metric"] in t["metrics"] for t in sweep["trials"])
+    losses = {t["config"]["loss.terms"]: t["metrics"] for t in sweeps["loss_weights"]["trials"]}
+    assert "loss/behavioral" in losses["C+S+B"]
+    assert "loss/behavioral" not in losses["C+S"]
+    for task in ("predict/test_accuracy_r2", "reconstruct/agreement", "generate/accuracy_mean", "generate/novelty"):
+        assert task in losses["C+S"]
+    assert all(t["metrics"]["recover/layer_sizes"] == [3] for t in sweeps["student_counts"]["trials"])
+
+
+def test_the_sweeps_ran_at_the_same_time(smoke):
+    summary = json.loads((smoke[1] / "summary.json").read_text())
+    spans = [(min(t["started"] for t in s["trials"]), max(t["ended"] for t in s["trials"])) for s in summary["sweeps"]]
+    assert max(start for start, _ in spans) < min(end for _, end in spans)
+
+
+def test_mlflow_has_parents_children_epochs_and_artifacts(smoke):
+    folder, out, _ = smoke
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    for name in ("loss_weights", "student_counts"):
+        runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        assert {r.info.status for r in runs} == {"FINISHED"}
+        parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+        children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+        assert (len(parents), len(children)) == (1, 2)
+        files = {a.path for a in client.list_artifacts(parents[0].info.run_id)}
+        assert {"report.html", "summary.json", "figures"} <= files
+        for child in children:
+            models = [a.path for a in client.list_artifacts(child.info.run_id, "model")]
+            assert any(path.endswith(".safetensors") for path in models)
+            assert list(child.data.params)
+    child = next(
+        r for r in client.search_runs([client.get_experiment_by_name("loss_weights").experiment_id]) if r.data.params
+    )
+    assert [m.step for m in client.get_metric_history(child.info.run_id, "loss/total")] == [1, 2]
+    summary = json.loads((out / "summary.json").read_text())
+    told = {t["config"]["loss.terms"]: t["metrics"] for t in summary["sweeps"][0]["trials"]}
+    assert child.data.metrics["reconstruct/agreement"] == told[child.data.params["loss.terms"]]["reconstruct/agreement"]
+
+
+def test_report_stands_alone(smoke):
+    page = (smoke[1] / "report.html").read_text()
+    assert page.count("<svg") == page.count("</svg>") >= 5
+    assert page.count("<svg") == page.count("<title>") - 1 == page.count("<desc>")
+    assert "smoke run" in page
+    assert not re.search(r"""(src|href)=["'](?!#)""", page)  # nothing is fetched
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert len(list((smoke[1] / "figures").glob("*.png"))) >= 5
+
+
+def test_a_run_is_never_overwritten(smoke, capsys, monkeypatch):
+    monkeypatch.chdir(smoke[0])
+    before = (smoke[1] / "summary.json").read_bytes()
+    assert tune.main(["--smoke", "--out", "out"]) == WRONG_REQUEST
+    assert "--out out: exists already" in capsys.readouterr().err
+    assert (smoke[1] / "summary.json").read_bytes() == before
+
+
+def test_resuming_a_finished_run_repeats_nothing(smoke):
+    folder, out, _ = smoke
+    before = json.loads((out / "summary.json").read_text())
+    done = run(folder, "--resume", "out")
+    assert done.returncode == DONE, done.stdout + done.stderr
+    after = json.loads((out / "summary.json").read_text())
+    assert after["sweeps"] == before["sweeps"]
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("student_counts").experiment_id])
+    assert len(runs) == 3
+
+
+def test_a_failed_trial_is_told_and_the_others_finish(tmp_path):
+    space = recoveries(tmp_path, "{probes.count: {grid: [0, 5]}}")
+    done = run(tmp_path, "--space", space, "--out", "out")
+    assert done.returncode == SOME_FAILED, done.stdout + done.stderr
+    (sweep,) = json.loads((tmp_path / "out" / "summary.json").read_text())["sweeps"]
+    statuses = {t["config"]["probes.count"]: t for t in sweep["trials"]}
+    assert statuses[0]["status"] == "completed"
+    assert statuses[5]["status"] == "failed"
+    assert "probes.count" in statuses[5]["error"]
+    assert "failed: 5:" in done.stdout
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("recoveries").experiment_id])
+    assert sorted(r.info.status for r in runs) == ["FAILED", "FINISHED", "FINISHED"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
+    space = recoveries(tmp_path, "{seed: {grid: [0, 1, 2, 3, 4, 5, 6, 7]}}")
+    process = subprocess.Popen(
+        command("--space", space, "--out", "out"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    finished = tmp_path / "out" / "trials" / "recoveries"
+    deadline = time.monotonic() + 200
+    while not list(finished.glob("*/finished.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == INTERRUPTED
+        assert "continue with --resume" in errors
+        assert "Traceback" not in errors
+        client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        runs = client.search_runs([client.get_experiment_by_name("recoveries").experiment_id])
+        assert "RUNNING" not in {r.info.status for r in runs}
+    before = {path.parent.name: path.stat().st_mtime_ns for path in finished.glob("*/finished.json")}
+    assert 0 < len(before) < 8
+    done = run(tmp_path, "--resume", "out")
+    assert done.returncode == DONE, done.stdout + done.stderr
+    (sweep,) = json.loads((tmp_path / "out" / "summary.json").read_text())["sweeps"]
+    assert sorted(t["config"]["seed"] for t in sweep["trials"]) == list(range(8))
+    assert {t["status"] for t in sweep["trials"]} == {"completed"}
+    for trial, written in before.items():
+        assert (finished / trial / "finished.json").stat().st_mtime_ns == written
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("recoveries").experiment_id])
+    assert len(runs) == 9
+    assert {r.info.status for r in runs} == {"FINISHED"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--space", "none.yaml"], ["none.yaml", "no such space file"]),
+        (["--set", "loss.betta=0.1"], ["loss.betta", "did you mean 'loss.beta'"]),
+        (["--set", "loss.beta=high"], ["loss.beta", "float", "'high'"]),
+        (["--set", "loss.beta"], ["KEY=VALUE"]),
+        (["--address", "127.0.0.1:1"], ["127.0.0.1:1", "nothing answers"]),
+        (["--address", "nowhere"], ["nowhere", "auto or HOST:PORT"]),
+        (["--resume", "nowhere"], ["nowhere", "no run there"]),
+        (["--num-workers", "3"], ["data.shards", "multiple of resources.num_workers (3)"]),
+        (["--out", "/proc/out"], ["/proc/out", "cannot be written"]),
+    ],
+)
+def test_wrong_requests_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, ray_session, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert tune.main(["--smoke", *arguments]) == WRONG_REQUEST
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    for word in words:
+        assert word in error
+    assert not list(tmp_path.iterdir())
