@@ -1,0 +1,37 @@
+"""distrecon: learn from, recover and generate neural networks' weights.
+
+The names below are what notebooks and other projects import; each is loaded when first used, so `import distrecon` is
+quick and does not import Ray.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distrecon.autoencoder.store import load_autoencoder
+    from distrecon.errors import UserError
+    from distrecon.expand_cluster import recover
+    from distrecon.nets import Architecture, architecture
+    from distrecon.zoos import Zoo, open_zoo
+
+_HOMES = {
+    "Architecture": "distrecon.nets",
+    "architecture": "distrecon.nets",
+    "Zoo": "distrecon.zoos",
+    "open_zoo": "distrecon.zoos",
+    "load_autoencoder": "distrecon.autoencoder.store",
+    "recover": "distrecon.expand_cluster",
+    "UserError": "distrecon.errors",
+}
+
+__all__ = ["Architecture", "UserError", "Zoo", "architecture", "load_autoencoder", "open_zoo", "recover"]
+__version__ = version("distrecon")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distrecon' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

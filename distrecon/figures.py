@@ -34,9 +34,10 @@ def _figure(width: float = SIZE[0], height: float = SIZE[1], columns: int = 1) -
 def losses_by_epoch(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> Figure:
     """curves[loss][trial] = [(epoch, value), ...]: one panel a loss, one line a trial, on log scales."""
     figure, axes = _figure(2.6 * max(2, len(curves)), 3.2, len(curves))
+    names = list(dict.fromkeys(trial for trials in curves.values() for trial in trials))
     for axis, (loss, trials) in zip(axes, curves.items(), strict=True):
-        for colour, (trial, points) in zip(_cycle(len(trials)), trials.items(), strict=True):
-            axis.plot(*zip(*points, strict=True), color=colour, label=trial, linewidth=1.8)
+        for trial, points in trials.items():
+            axis.plot(*zip(*points, strict=True), color=_colour(names.index(trial)), label=trial, linewidth=1.8)
         axis.set_title(loss, fontsize=10, color=INK)
         axis.set_xlabel("epoch", color=INK)
         if all(value > 0 for points in trials.values() for _, value in points):
@@ -77,7 +78,7 @@ def accuracy_novelty(points: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
     figure, (axis,) = _figure()
     for i, (method, values) in enumerate(points.items()):
         values = sorted(values)
-        axis.plot(*zip(*values, strict=True), "o-", color=COLOURS[i % len(COLOURS)], label=method, markersize=6)
+        axis.plot(*zip(*values, strict=True), "o-", color=_colour(i), label=method, markersize=6)
     axis.axvline(1.0, color=INK, linewidth=0.8, linestyle=":")
     axis.set_xlabel("novelty (1 = as far from the training models as a held-out good model)", color=INK, fontsize=9)
     axis.set_ylabel("mean accuracy", color=INK)
@@ -108,7 +109,7 @@ def recovered_sizes(
             )
     axis.set_xticks(places, students, color=INK)
     axis.set_ylabel("hidden neurons recovered", color=INK)
-    axis.set_ylim(0, None)
+    axis.set_ylim(0, 1.15 * max([*sizes, true or 0]))
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
@@ -149,8 +150,8 @@ def similarity(similarity_VV: np.ndarray, cluster_V: np.ndarray) -> Figure:
     return figure
 
 
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
 
 
 def save_png(figure: Figure, path: Path) -> None:

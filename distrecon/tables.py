@@ -9,11 +9,11 @@ from distrecon.cluster.journal import SweepRecord
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}"
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}"
+    return f"{value:.2f}"
 
 
 def _scientific(value: float) -> str:
@@ -45,21 +45,30 @@ class Column:
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "autoencoder": (
         Column("R2 acc", "predict/test_accuracy_r2", _number, "test accuracy predicted from the embedding (R2)"),
+        Column("R2 gap", "predict/generalization_gap_r2", _number, "generalisation gap predicted likewise (R2)"),
         Column(
-            "R2 gap", "predict/generalization_gap_r2", _number, "generalisation gap predicted from the embedding (R2)"
+            "agree",
+            "reconstruct/agreement",
+            _percent,
+            "% of test images on which a reconstruction predicts as its original",
         ),
-        Column("agree", "reconstruct/agreement", _percent, "reconstructions predict as their originals on test images"),
+        Column(
+            "own",
+            "reconstruct/own_nearest",
+            _percent,
+            "% of reconstructions that agree best with their own original; low means that many models became one",
+        ),
         Column("L2", "reconstruct/weight_l2", _number, "distance of a reconstruction's weights to its original's"),
-        Column("rec", "reconstruct/accuracy_mean", _percent, "reconstructions' accuracy, mean"),
-        Column("rec max", "reconstruct/accuracy_max", _percent, "reconstructions' accuracy, best"),
-        Column("gen", "generate/accuracy_mean", _percent, "generated models' accuracy, mean"),
-        Column("gen max", "generate/accuracy_max", _percent, "generated models' accuracy, best"),
+        Column("rec", "reconstruct/accuracy_mean", _percent, "reconstructions' accuracy, mean, %"),
+        Column("rec max", "reconstruct/accuracy_max", _percent, "the best one's"),
+        Column("gen", "generate/accuracy_mean", _percent, "generated models' accuracy, mean, %"),
+        Column("gen max", "generate/accuracy_max", _percent, "the best one's"),
     ),
     "expand_cluster": (
         Column("sizes", "recover/layer_sizes", _sizes, "recovered hidden layer sizes"),
-        Column("overhead", "recover/size_overhead", _percent, "neurons too many, as a share of the teacher's"),
+        Column("overhead", "recover/size_overhead", _percent, "neurons too many, in % of the teacher's"),
         Column("cos dist", "recover/max_cosine_distance", _scientific, "largest cosine distance to a teacher's neuron"),
-        Column("agree", "recover/agreement", _percent, "predicts as the teacher on test images"),
+        Column("agree", "recover/agreement", _percent, "% of test images on which it predicts as the teacher"),
         Column("verified", "recover/verified", _yes, "fresh queries agree to the numerical floor"),
         Column("queries", "recover/queries", str, "inputs the teacher was asked about"),
         Column("s", "time/seconds", _seconds, "seconds, teacher's training included"),

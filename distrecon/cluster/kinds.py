@@ -1,7 +1,7 @@
 """What a sweep can run: kinds of trials as data. A kind is a configuration, its objectives, its smallest instance."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from distrecon.autoencoder.config import AutoencoderConfig
@@ -43,6 +43,11 @@ class AutoencoderRun(AutoencoderConfig):
         workers = max(1, self.resources.num_workers)
         if self.data.shards % workers:
             raise UserError(f"data.shards ({self.data.shards}) must be a multiple of resources.num_workers ({workers})")
+
+    @property
+    def autoencoder(self) -> AutoencoderConfig:
+        """What of the run belongs to the autoencoder itself, and is stored with it."""
+        return AutoencoderConfig(**{f.name: getattr(self, f.name) for f in fields(AutoencoderConfig)})
 
 
 @dataclass(frozen=True)

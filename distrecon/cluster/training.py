@@ -126,7 +126,7 @@ def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
     device = torch.device("cuda" if run.resources.use_gpu else "cpu")
     samples = [ZooSample(zoo.architecture, _sample(zoo, run.seed), zoo.images()) for zoo in zoos]
     steps = plan(zoos, batch_size=run.optim.batch_size, shards=run.data.shards, seed=run.seed)
-    training = Training(run, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
+    training = Training(run.autoencoder, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
     checkpoint = train.get_checkpoint()
     if checkpoint is None:
         return training, 1
@@ -159,7 +159,9 @@ def _score(run: AutoencoderRun, zoo: Zoo, training: Training, rank: int, artifac
     metrics: dict[str, Any] = {}
     if rank == 0:
         began = time.monotonic()
-        results = run_tasks(training.autoencoder, *(zoo.models(s) for s in ("train", "val", "test")), zoo.images(), run)
+        results = run_tasks(
+            training.autoencoder, *(zoo.models(s) for s in ("train", "val", "test")), zoo.images(), run.autoencoder
+        )
         metrics = {**results.metrics, "time/scoring_seconds": time.monotonic() - began}
         with tempfile.TemporaryDirectory() as folder:
             save_autoencoder(Path(folder), training.autoencoder)

@@ -56,6 +56,13 @@ def schema(num_parameters: int) -> pa.Schema:
     )
 
 
+def weights_column(weights_SP: np.ndarray) -> pa.FixedShapeTensorArray:
+    """weights[S, P] float32 as a column; S may be 0."""
+    kind = weights_type(weights_SP.shape[1])
+    values = pa.array(weights_SP.reshape(-1), pa.float32())
+    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(values, weights_SP.shape[1]))
+
+
 def states_table(
     arch: Architecture,
     *,
@@ -84,7 +91,7 @@ def states_table(
         pa.array(model_id, pa.string()),
         pa.array(epoch, pa.int32()),
         pa.array(split, pa.string()),
-        pa.FixedShapeTensorArray.from_numpy_ndarray(weights_SP),
+        weights_column(weights_SP),
         *(pa.array(metrics[metric], pa.float32()) for metric in METRICS),
         pa.array(config, pa.string()),
     ]

@@ -207,14 +207,21 @@ def _read_ahead(
         (number, window, first, last) = batch["item"][0]
         steps = order.window(int(number), int(window), *worker)[first:last]
         rows_S = np.concatenate(steps)
-        weights = pa.FixedShapeTensorArray.from_numpy_ndarray(zoo.read_rows(rows_S))
-        return pa.table({"row": rows_S, "weights": weights})
+        return pa.table({"row": rows_S, "weights": zoo_format.weights_column(zoo.read_rows(rows_S))})
 
     with ray.data.DataContext.current(_context()):
         dataset = ray.data.from_items(
             [{"item": list(item)} for item in items], override_num_blocks=len(items)
-        ).map_batches(read, batch_size=1, num_cpus=READ_CPUS, compute=ray.data.TaskPoolStrategy(size=WINDOWS_AHEAD))
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        ).map_batches(
+            read,
+            batch_size=1,
+            num_cpus=READ_CPUS,
+            compute=ray.data.TaskPoolStrategy(size=min(WINDOWS_AHEAD, len(items))),
+        )
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
 
 
 def _context() -> "ray.data.DataContext":
@@ -225,6 +232,7 @@ def _context() -> "ray.data.DataContext":
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     return context
 

@@ -161,14 +161,14 @@ class Zoo:
 
     def dataset(self, split: str | None = None, columns: Sequence[str] | None = None) -> "ray.data.Dataset":
         """The rows as a Ray dataset, read lazily where Ray runs its tasks."""
-        import pyarrow.compute as pc
         import ray.data
+        from ray.data.expressions import col
 
         files = [self.store.path(part.file) for part in self.parts]
-        chosen = {} if split is None else {"filter": pc.field("split") == split}
-        return ray.data.read_parquet(
-            files, filesystem=self.store.filesystem, columns=None if columns is None else list(columns), **chosen
-        )
+        dataset = ray.data.read_parquet(files, filesystem=self.store.filesystem)
+        if split is not None:
+            dataset = dataset.filter(expr=col("split") == split)
+        return dataset if columns is None else dataset.select_columns(list(columns))
 
 
 def open_zoo(path: str | os.PathLike[str] | Store, filesystem: Any = None) -> Zoo:

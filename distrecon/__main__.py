@@ -1,0 +1,33 @@
+"""python -m distrecon: lists the commands; `distrecon COMMAND ...` runs one."""
+
+import runpy
+import sys
+
+from distrecon.errors import nearest
+
+COMMANDS = {
+    "tune": "sweeps on Ray Tune, recorded in MLflow; with no arguments both digits sweeps",
+    "zoo": "train, import, check, describe and export model zoos",
+    "recover": "recover a black box's layer sizes and weights from its answers",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: distrecon COMMAND [options]   (or python -m distrecon.COMMAND)\n")
+        for name, text in COMMANDS.items():
+            print(f"  {name:<10} {text}")
+        print("\ndistrecon COMMAND --help tells a command's options")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f"distrecon: error: unknown command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    sys.argv = [f"distrecon.{name}", *arguments[1:]]
+    runpy.run_module(f"distrecon.{name}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
