@@ -225,7 +225,8 @@ class Training:
         """Losses averaged over the global batch; every worker learns of a loss that is not finite."""
         sums = distributed.total(torch.stack([v.sum() for v in values.values()])) / batch.global_size
         means = dict(zip(values, sums.tolist(), strict=True))
-        for name, mean in means.items():
+        # one bad model makes every contrastive loss bad, so the others say first which it was
+        for name, mean in sorted(means.items(), key=lambda item: item[0] == "contrastive"):
             if not math.isfinite(mean):
                 bad_B = ~values[name].isfinite()
                 where = f"row {int(batch.row_b[bad_B.cpu()][0])}" if bad_B.any() else "a model of another worker"

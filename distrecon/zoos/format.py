@@ -135,6 +135,10 @@ def part_name(number: int) -> str:
     return f"states/part-{number:05d}.parquet"
 
 
+def part_number(file: str) -> int:
+    return int(file.removeprefix("states/part-").removesuffix(".parquet"))
+
+
 def rows_per_group(num_parameters: int) -> int:
     return max(1, ROW_GROUP_BYTES // (4 * num_parameters))
 

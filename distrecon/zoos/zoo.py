@@ -56,13 +56,20 @@ class Zoo:
         return Architecture.from_dict(self.info["architecture"])
 
     @property
-    def image_set(self) -> str:
-        """Name of the image set its models were trained on."""
+    def image_set(self) -> str | None:
+        """Name of the image set its models were trained on; None where an imported zoo does not tell."""
         return self.info["image_set"]["name"]
 
     def images(self, directory: str | Path | None = None) -> ImageSet:
         """The images its models were trained on, from `directory` or where they were when it was trained."""
-        return load(self.image_set, directory or self.info["image_set"]["directory"])
+        if self.image_set is None:
+            raise UserError(
+                f"{self.store} does not tell which images its models were trained on: import it with --images"
+            )
+        own = self.info["image_set"]["directory"]
+        if own is not None and self.store.exists(own):  # brought along with the zoo
+            own = self.store.path(own)
+        return load(self.image_set, directory or own)
 
     @property
     def num_states(self) -> int:
