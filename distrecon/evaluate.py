@@ -40,8 +40,9 @@ def run(args: argparse.Namespace) -> int:
     outcome = single.record(
         name="evaluate",
         kind="autoencoder",
-        metric="reconstruct/agreement",
-        settings={"autoencoder": str(args.autoencoder), "zoo": str(args.zoo), **changes},
+        metric="reconstruct/agreement_on_errors",
+        config={"zoo": [str(args.zoo)]},
+        settings={"autoencoder": str(args.autoencoder), **changes},
         zoos={str(args.zoo): zoo},
         out=args.out,
         seed=settings.seed,

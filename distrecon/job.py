@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distrecon import config as configuration
-from distrecon import report, runs
+from distrecon import report, runs, tables
 from distrecon.cluster import session
 from distrecon.cluster.journal import SweepRecord, read_sweep
 from distrecon.cluster.space import Sweep, read_space
@@ -191,7 +191,7 @@ class _SweepsProgress:
             running = [t for t in record.trials.values() if t.status == "running"]
             ended = len(record.trials) - len(running)
             share = (ended + sum(_share(t, epochs) for t in running)) / max(1, sweep.trials)
-            now = ", ".join(_now(sweep.label(t.config), t, epochs) for t in running)
+            now = ", ".join(_now(tables.label(t.config), t, epochs) for t in running)
             parts.append(f"{sweep.name} {ended}/{sweep.trials}" + (f" ({now})" if now else ""))
             shares.append(share)
         self.stage.show(f"{'; '.join(parts)}; {time_left(min(shares), time.monotonic() - self.stage.start)}")

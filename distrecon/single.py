@@ -18,6 +18,7 @@ def record(
     name: str,
     kind: str,
     metric: str,
+    config: Mapping[str, Any],
     settings: Mapping[str, Any],
     zoos: Mapping[str, Zoo],
     out: str | None,
@@ -30,7 +31,7 @@ def record(
     When the work raises, the folder keeps the request only and the error goes on.
     """
     request = job.Request(spaces=(), overrides=dict(settings), seed=seed, smoke=smoke)
-    folder = runs.create(out, name, {"settings": dict(settings), "seed": seed})
+    folder = runs.create(out, name, {"config": dict(config), "settings": dict(settings), "seed": seed})
     place = Place(folder, str(folder))
     journal, began = place.journal(name), time.monotonic()
     artifacts = folder / ".work"
@@ -41,7 +42,7 @@ def record(
         file.unlink()
     artifacts.rmdir()
     journal.write("sweep", name=name, kind=kind, metric=metric, mode="max", trials=1)
-    journal.write("started", trial=TRIAL, config=dict(settings))
+    journal.write("started", trial=TRIAL, config=dict(config))
     journal.write("metrics", trial=TRIAL, epoch=0, metrics={**metrics, FINISHED: 1})
     journal.write("finished", trial=TRIAL, status="completed", error=None)
     journal.write("done")

@@ -87,7 +87,9 @@ KINDS: dict[str, Kind] = {
     "autoencoder": Kind(
         config_type=AutoencoderRun,
         metrics=(
+            "reconstruct/agreement_on_errors",
             "reconstruct/agreement",
+            "reconstruct/own_nearest",
             "reconstruct/accuracy_mean",
             "reconstruct/accuracy_max",
             "reconstruct/output_mse",
