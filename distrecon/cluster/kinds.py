@@ -12,7 +12,10 @@ from distrecon.nets import activation
 
 @dataclass(frozen=True)
 class ResourcesConfig:
-    """What one trial takes of the cluster. An autoencoder trial is `num_workers` data-parallel workers."""
+    """What one trial takes of the cluster. An autoencoder trial is `num_workers` data-parallel workers.
+
+    0 workers train in the trial's own process: a quick start for debugging, without checkpoints to resume from.
+    """
 
     num_workers: int = 1
     use_gpu: bool = False

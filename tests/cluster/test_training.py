@@ -71,9 +71,10 @@ def test_in_process_training_reports_and_leaves_everything(zoo, tmp_path):
     assert "resources.num_workers" not in stored["config"]
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_its_last_epoch_with_the_same_result(zoo, tmp_path):
     """Two epochs in one go, and one epoch, then a restart for the second, end at the same weights."""
-    whole = small_run(**{"resources.num_workers": 0, "optim.schedule": "constant", "optim.warmup": 0.0})
+    whole = small_run(**{"resources.num_workers": 1, "optim.schedule": "constant", "optim.warmup": 0.0})
     half = dataclasses.replace(whole, optim=dataclasses.replace(whole.optim, epochs=1))
     train(whole, zoo, tmp_path, "whole")
     train(half, zoo, tmp_path, "parts")
