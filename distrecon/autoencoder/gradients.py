@@ -6,8 +6,8 @@ The poster of "Structure Is Not Enough" (arXiv 2503.17138), with delta_j = theta
     dL_B/dw ~ 1/k sum_j delta_j^T F_j d theta_hat_j/dw,   F_j = 1/n sum_i J_theta_j(x_i)^T J_theta_hat_j(x_i),
 
 for L_B = 1/(2kn) sum_j sum_i ||f_theta_hat_j(x_i) - f_theta_j(x_i)||^2. The approximation is
-f_theta_hat - f_theta ~ J_theta delta; it is exact as delta goes to 0, and for a network linear in its weights. Gradients
-here are with respect to theta_hat_j and without the common 1/k; d theta_hat_j/dw only transports them.
+f_theta_hat - f_theta ~ J_theta delta; it is exact as delta goes to 0, and for a network linear in its weights.
+Gradients here are with respect to theta_hat_j and without the common 1/k; d theta_hat_j/dw only transports them.
 
 Legend: B models, P parameters, Q queries, C classes, L layers.
 """
@@ -91,6 +91,6 @@ def analyse(arch: Architecture, theta_BP: Tensor, theta_hat_BP: Tensor, inputs: 
 def cosine_curve(
     arch: Architecture, theta_BP: Tensor, theta_hat_BP: Tensor, inputs: Tensor, scales: Sequence[float]
 ) -> Tensor:
-    """Mean cosine of predicted and autograd gradients [len(scales)] as delta is scaled: at 1 the reconstruction itself."""
+    """Mean cosine of predicted and autograd gradients [len(scales)] by the scale of delta; 1 is the reconstruction."""
     delta_BP = theta_hat_BP - theta_BP
     return torch.stack([analyse(arch, theta_BP, theta_BP + s * delta_BP, inputs).cosine_B.mean() for s in scales])

@@ -32,9 +32,11 @@ from distrecon.nets.activations import Activation
 from distrecon.nets.activations import activation as find_activation
 
 UNDERFIT = 1e-4  # a best student worse than this (relative loss) is too narrow
+UNDERFIT_SOLVED = 1e-12  # the same after the least-squares solver
 NOISE_MARGIN = 10.0  # the floor lies this far above the teacher's rounding noise
 DIRECTION_MARGIN = 100.0  # likewise for a fit in relevant directions that are known to a relative error
 LEAST_GUESS = 4
+SCALE_ROUNDS = (1.0, 2.0, 0.5)
 
 Progress = Callable[[str, float], None]
 
@@ -103,14 +105,26 @@ def recover(
     return _finish(run, _attempts(run))
 
 
-def _attempts(run: _Run) -> tuple[Recovery, Probed]:
-    """Rounds of students until one is verified: wider ones after an underfit, else longer training on more probes."""
+def _better(new: Recovery, old: Recovery) -> bool:
+    """Verified beats unverified; then the later of two verified ones, or the lower loss."""
+    if new.verified or old.verified:
+        return new.verified
+    return bool(new.metrics["recover/train_loss"] < old.metrics["recover/train_loss"])
+
+
+def _attempts(run: _Run) -> Recovery:
+    """Rounds of students until one is verified, each on fresh probes of another scale.
+
+    After an underfit the next students are wider, else they train longer on more probes.
+    """
     guess = run.config.students.width or max(run.coordinates.rank, LEAST_GUESS)
-    patience, best = 1, None
+    patience, coordinates = 1, run.coordinates
+    best: Recovery | None = None
     for attempt in range(run.config.budget.attempts):
-        recovery, data, underfit = _round(run, guess, patience, attempt)
-        if best is None or recovery.metrics["recover/train_loss"] < best[0].metrics["recover/train_loss"]:
-            best = recovery, data
+        run.coordinates = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
+        recovery, underfit = _round(run, guess, patience, attempt)
+        if best is None or _better(recovery, best):
+            best = recovery
         if recovery.verified or run.late():
             break
         if underfit and not run.config.students.width:
@@ -121,34 +135,35 @@ def _attempts(run: _Run) -> tuple[Recovery, Probed]:
     return best
 
 
-def _round(run: _Run, guess: int, patience: int, attempt: int) -> tuple[Recovery, Probed, bool]:
+def _round(run: _Run, guess: int, patience: int, attempt: int) -> tuple[Recovery, bool]:
     """Students of one width: a fixed number, or batches until two in a row give the same verified size."""
     settings = run.config.students
     net = DenseNet(
-        (run.coordinates.rank, math.ceil(settings.rho * guess), run.box.outputs), run.activation, takes_skip(run.activation)
+        (run.coordinates.rank, math.ceil(settings.rho * guess), run.box.outputs),
+        run.activation,
+        takes_skip(run.activation),
     )
     data = _probe(run, net, patience)
     batches = [settings.count] if settings.count else [settings.batch] * math.ceil(settings.maximum / settings.batch)
     theta_NP = torch.empty(0, net.num_parameters, dtype=torch.float64)
     best: Recovery | None = None
     verified: list[int] = []
+    underfit = False
+    limit = UNDERFIT_SOLVED if net.num_parameters <= run.config.solver.student_parameters else UNDERFIT
     for count in batches:
         theta_NP = torch.cat([theta_NP, _train(run, net, count, data, patience, f"students {attempt + 1}")])
         recovery = _collapse(run, net, theta_NP, data)
-        if best is None or (recovery.verified, -recovery.metrics["recover/train_loss"]) >= (
-            best.verified,
-            -best.metrics["recover/train_loss"],
-        ):
+        if best is None or _better(recovery, best):
             best = recovery
         if recovery.verified:
             verified.append(recovery.layer_sizes[0])
-        underfit = recovery.metrics["recover/student_loss_best"] > UNDERFIT
+        underfit = not recovery.verified and recovery.metrics["recover/student_loss_best"] > limit
         if (len(verified) > 1 and verified[-1] == verified[-2]) or underfit or run.late():
             break
         if not recovery.verified and len(theta_NP) >= 2 * settings.batch:
             break
     assert best is not None
-    return best, data, best.metrics["recover/student_loss_best"] > UNDERFIT
+    return best, underfit
 
 
 def _probe(run: _Run, net: DenseNet, patience: int) -> Probed:
@@ -156,8 +171,8 @@ def _probe(run: _Run, net: DenseNet, patience: int) -> Probed:
     settings, unknowns = run.config.probes, net.num_parameters
     if settings.count and settings.count * net.sizes[-1] < unknowns:
         raise UserError(
-            f"probes.count = {settings.count} gives {settings.count * net.sizes[-1]} equations, fewer than the students' "
-            f"{unknowns} unknowns"
+            f"probes.count = {settings.count} gives {settings.count * net.sizes[-1]} equations, "
+            f"fewer than the students' {unknowns} unknowns"
         )
     started = time.monotonic()
     count = settings.count * patience or patience * max(2000, 4 * unknowns // net.sizes[-1])
@@ -173,16 +188,23 @@ def _probe(run: _Run, net: DenseNet, patience: int) -> Probed:
 
 
 def _train(run: _Run, net: DenseNet, count: int, data: Probed, patience: int, stage: str) -> Tensor:
-    """`count` students: a first-order warm start, then the least-squares solver where they are small enough."""
+    """`count` students: by the least-squares solver where they are small enough, else by the first-order optimiser."""
     started, settings = time.monotonic(), run.config.warm_start
 
     def note(step: int, loss_N: Tensor) -> None:
         run.history.append((stage, step, loss_N.tolist()))
         run.say(stage, float(loss_N.min()))
 
+    theta_NP = net.random(count, run.generator)
+    if net.num_parameters <= run.config.solver.student_parameters:  # the solver finds better minima from a random start
+        rows = data.rows(rows_needed(net, run.config.solver.rows))
+        solution = fit(net, theta_NP, rows.z_QR, rows.y_QO, run.config.solver.iterations, deadline=run.deadline)
+        note(solution.iterations, solution.loss_N)
+        run.timed("students", started)
+        return solution.theta_NP
     theta_NP = warm_start(
         net,
-        net.random(count, run.generator),
+        theta_NP,
         data.z_QR,
         data.y_QO,
         run.generator,
@@ -194,13 +216,6 @@ def _train(run: _Run, net: DenseNet, count: int, data: Probed, patience: int, st
         note,
     )
     run.timed("students", started)
-    if net.num_parameters <= run.config.solver.student_parameters:
-        started = time.monotonic()
-        rows = data.rows(rows_needed(net, run.config.solver.rows))
-        solution = fit(net, theta_NP, rows.z_QR, rows.y_QO, run.config.solver.iterations, deadline=run.deadline)
-        theta_NP = solution.theta_NP
-        note(settings.steps * patience + solution.iterations, solution.loss_N)
-        run.timed("students' solver", started)
     return theta_NP
 
 
@@ -262,6 +277,8 @@ def _verify(run: _Run, weights: Weights, floor: float, train_loss: float) -> tup
     """Fresh queries at two scales must agree to the floor, and every neuron must be needed."""
     started = time.monotonic()
     x_QI = run.coordinates.draw(run.config.probes.fresh, run.generator)
+    if run.data_QI is not None:
+        x_QI = torch.cat([x_QI, run.data_QI[: run.config.probes.fresh]])
     answers_QO = run.box(x_QI)
     recovered = Recovery(weights, run.activation.name, False, "")
     error = relative_rmse(answers_QO, recovered(x_QI))
@@ -269,7 +286,8 @@ def _verify(run: _Run, weights: Weights, floor: float, train_loss: float) -> tup
     run.timed("queries", started)
     if not error <= allowed:
         if train_loss > floor:
-            return False, f"the best fit leaves a relative error of {math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
+            left = f"{math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
+            return False, f"the best fit leaves a relative error of {left}"
         return False, f"fresh queries differ by {error:.1e} (relative RMSE; allowed {allowed:.1e})"
     w, b = weights[0]
     design_QF = features(torch.cat([w, b[:, None]], dim=1), x_QI, run.activation, False)
@@ -280,9 +298,8 @@ def _verify(run: _Run, weights: Weights, floor: float, train_loss: float) -> tup
     return True, f"{len(x_QI)} fresh queries agree to {error:.1e} (relative RMSE) and every neuron is needed"
 
 
-def _finish(run: _Run, best: tuple[Recovery, Probed]) -> Recovery:
+def _finish(run: _Run, recovery: Recovery) -> Recovery:
     """Put the totals into the metrics."""
-    recovery, _ = best
     x_QI = run.coordinates.draw(run.config.probes.fresh, run.generator) if run.data_QI is None else run.data_QI
     metrics = {
         **recovery.metrics,

@@ -165,7 +165,12 @@ def _refit(
     net = DenseNet((data.z_QR.shape[1], len(neurons_HK), data.y_QO.shape[1]), activation, skip)
     rows = data.rows(rows_needed(net, config.solver.rows))
     solution = fit(
-        net, _pack(neurons_HK, rows, activation, skip), rows.z_QR, rows.y_QO, config.solver.iterations, deadline=deadline
+        net,
+        _pack(neurons_HK, rows, activation, skip),
+        rows.z_QR,
+        rows.y_QO,
+        config.solver.iterations,
+        deadline=deadline,
     )
     return net.matrices(solution.theta_NP)[0][0], float(solution.loss_N[0])
 

@@ -108,7 +108,7 @@ def import_zoo(
     report = ImportReport(
         zoo=str(where),
         source=str(origin.store),
-        models=sum(sum(part.models.values()) for part in parts),
+        models=sum(report["models"] for report in reports),
         states=sum(part.rows for part in parts),
         skipped=tuple(skipped),
     )
@@ -274,7 +274,7 @@ def import_unit(
                 rows.append((model.model_id, split, found))
                 thetas.append(result)
     if not rows:
-        return {"part": None, "skipped": skipped}
+        return {"part": None, "skipped": skipped, "models": 0}
     table = zoo_format.states_table(
         arch,
         model_id=[model_id for model_id, _, _ in rows],
@@ -284,7 +284,8 @@ def import_unit(
         metrics={m: [(state.metrics or {}).get(m) for _, _, state in rows] for m in zoo_format.METRICS},
         config=[state.config for _, _, state in rows],
     )
-    return {"part": asdict(zoo_format.write_part(where, zoo_format.part_name(unit.number), table)), "skipped": skipped}
+    part = zoo_format.write_part(where, zoo_format.part_name(unit.number), table, known)
+    return {"part": asdict(part), "skipped": skipped, "models": len({model_id for model_id, _, _ in rows})}
 
 
 def _read(state: State, seen: set[int], origin: Source, arch: Architecture) -> Tensor | Skip:

@@ -43,11 +43,13 @@ def ensure(
         zoo = open_zoo(where)
         _check_same(where, zoo.info["origin"], config)
         return zoo
+    images = load(config.images.name, config.images.directory)
+    arch = config.architecture.build(images)
     if (interrupted := build.begun(where)) is not None:
         _check_same(where, interrupted[1], config)
     else:
         build.begin(where, _origin(config))
-    return _train(config, where, progress, resources or {"num_cpus": 1})
+    return _train(config, arch, images, where, progress, resources or {"num_cpus": 1})
 
 
 def _origin(config: ZooConfig) -> dict[str, Any]:
@@ -76,9 +78,14 @@ class Group:
     models: tuple[ModelPlan, ...]
 
 
-def _train(config: ZooConfig, where: Store, progress: build.Progress | None, resources: dict[str, Any]) -> Zoo:
-    images = load(config.images.name, config.images.directory)
-    arch = config.architecture.build(images)
+def _train(
+    config: ZooConfig,
+    arch: Architecture,
+    images: ImageSet,
+    where: Store,
+    progress: build.Progress | None,
+    resources: dict[str, Any],
+) -> Zoo:
     every = [Group(number, tuple(models)) for number, models in enumerate(groups(config))]
     reports = list(build.run(every, train_group, where, config, arch, images, progress=progress, resources=resources))
     parts = [zoo_format.Part(**report["part"]) for report in reports if report["part"]]

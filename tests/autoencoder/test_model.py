@@ -169,7 +169,7 @@ def test_query_sets(arch, images):
     real = (union[:, None] == train[None]).flatten(2).all(2).any(1)
     assert real.sum() == 16
     assert query_pool("data", images, architecture("mlp", sizes=(64, 3, 10)), 5).shape == (5, 64)
-    with pytest.raises(UserError, match="data.query_set: 'datta'.*'data'"):
+    with pytest.raises(UserError, match=r"data\.query_set: 'datta'.*'data'"):
         query_pool("datta", images, arch, 5)
     with pytest.raises(UserError, match=r"\(1, 8, 8\).*cnn3 reads \(3, 32, 32\)"):
         query_pool("data", images, architecture("cnn3"), 5)

@@ -19,6 +19,7 @@ from distrecon.nets.architectures import mlp
 from distrecon.zoos import importing as importing_module
 from distrecon.zoos import open_zoo
 from distrecon.zoos.importing import ImportOptions, import_zoo
+from distrecon.zoos.inspection import check
 from distrecon.zoos.storage import store
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -252,7 +253,7 @@ def test_chosen_epochs_and_then_the_others_by_appending(tmp_path: Path) -> None:
     assert (first.models, first.states, first.skipped) == (6, 12, ())
     before = open_zoo(tmp_path / "zoo").models()
     second = import_zoo(tmp_path / "tree", tmp_path / "zoo")
-    assert second.states == 12
+    assert (second.models, second.states) == (6, 12)
     assert second.reasons == {"epoch 20 is already in the zoo": 6, "epoch 50 is already in the zoo": 6}
     check_zoo = open_zoo(tmp_path / "zoo")
     after = check_zoo.models()
@@ -261,7 +262,8 @@ def test_chosen_epochs_and_then_the_others_by_appending(tmp_path: Path) -> None:
     for row in check_zoo.table(columns=["model_id", "split"]).to_pylist():
         home.setdefault(row["model_id"], set()).add(row["split"])
     assert all(len(splits) == 1 for splits in home.values())
-    assert check_zoo.num_states == 24
+    assert (check_zoo.num_models, check_zoo.num_states) == (6, 24)
+    assert check(check_zoo).problems == ()
     third = import_zoo(tmp_path / "tree", tmp_path / "zoo")
     assert third.states == 0
     assert torch.equal(open_zoo(tmp_path / "zoo").models().theta_BP, after.theta_BP)
