@@ -109,7 +109,12 @@ def train_epochs(
             means = {key: value / seen for key, value in sums.items()}
             yield (
                 batch.epoch + 1,
-                {**means, "time/models_per_second": seen / spent, "time/data_wait_share": waited / spent},
+                {
+                    **means,
+                    "time/models_per_second": seen / spent,
+                    "time/data_wait_share": waited / spent,
+                    "data/rows": seen,
+                },
             )
             sums.clear()
             seen, waited, started = 0, 0.0, time.monotonic()
