@@ -76,7 +76,11 @@ def main(folder: Path) -> None:
         for name, tensor in one["training"]["autoencoder"].items()
     ]
     rows = [metrics["data/rows"] for result in (quiet, lossy) for _, metrics in result.best_checkpoints]
-    answer = {**seen, "epochs": [one["epoch"], two["epoch"]], "steps": [s["training"]["steps_done"] for s in (one, two)]}
+    answer = {
+        **seen,
+        "epochs": [one["epoch"], two["epoch"]],
+        "steps": [s["training"]["steps_done"] for s in (one, two)],
+    }
     print(json.dumps({**answer, "largest_gap": max(gaps), "rows": rows, "states": len(zoo.rows("train"))}))
     ray.shutdown()
     cluster.shutdown()
