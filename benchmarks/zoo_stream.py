@@ -54,10 +54,10 @@ def make(folder: Path, states: int) -> Zoo:
     return open_zoo(folder)
 
 
-def peak_mib(pid: str = "self") -> float:
-    """The most memory the process ever held, shared pages included."""
+def memory_mib(kind: str, pid: str = "self") -> float:
+    """A process's memory; VmHWM: the most it ever held, shared pages included."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
 
 
 @ray.remote(num_cpus=0.9)
@@ -90,32 +90,39 @@ class Worker:
         end = time.monotonic()
         for rows in seen.values():
             assert torch.equal(torch.cat(rows).sort().values, share)
-        return {"seconds": end - start, "first": first - start, "peak": peak_mib(), "rows": len(share)}
+        shared = memory_mib("RssShmem")  # of it, pages of Ray's object store, which both workers and the readers share
+        return {"seconds": end - start, "first": first - start, "peak": memory_mib("VmHWM"), "shared": shared}
+
+
+def stat(pid: str) -> list[str]:
+    """The fields of /proc/PID/stat after the name: state, parent, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def ray_processes() -> Iterator[tuple[str, str]]:
-    """(pid, name) of the processes of this machine's Ray session that work: tasks, actors and the object store."""
+    """(pid, name) of this Ray session's raylet, which holds the object store, and of its workers."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    names = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            name = path.read_text().split("\0")[0]
+            names[path.parent.name] = path.read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if name.startswith("ray::") or name.endswith("raylet/raylet"):
-            yield path.parent.name, name
+    raylets = {pid for pid, name in names.items() if "raylet/raylet" in name.split("\0")[0] and session in name}
+    for pid, name in names.items():
+        if pid in raylets or (name.startswith("ray::") and stat(pid)[1] in raylets):
+            yield pid, name
 
 
 def cpu_seconds() -> float:
-    """Processor time that all of them have used."""
-    ticks = 0
-    for pid, _ in ray_processes():
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
+    """Processor time that all of them have used, and their children that have ended."""
+    ticks = sum(int(ticks) for pid, _ in ray_processes() for ticks in stat(pid)[11:15])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def reader_peaks() -> list[float]:
     """Peak memory of the processes that read, busy or idle now."""
-    return [peak_mib(pid) for pid, name in ray_processes() if "MapBatches" in name or "IDLE" in name]
+    return [memory_mib("VmHWM", pid) for pid, name in ray_processes() if "MapBatches" in name or "IDLE" in name]
 
 
 def pyarrow_seconds(zoo: Zoo, threads: bool) -> tuple[float, float]:
@@ -149,23 +156,21 @@ def main() -> None:
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(dir=args.folder))
     try:
-        start = time.monotonic()
         zoo = make(work / "zoo", args.states)
         mib = args.states * ARCH.num_parameters * 4 / 2**20
-        print(
-            f"{args.states} states, {mib:.0f} MiB, {len(zoo.row_groups)} row groups, made in {time.monotonic() - start:.0f} s"
-        )
+        print(f"{args.states} states, {mib:.0f} MiB, {len(zoo.row_groups)} row groups")
         loads = tuple(args.states * seconds for seconds in torch_load_seconds(work / "files"))
         alone = min(pyarrow_seconds(zoo, threads=False) for _ in range(2))
         threaded = min(pyarrow_seconds(zoo, threads=True) for _ in range(2))
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         workers = [Worker.remote(str(work / "zoo"), rank, 2, args.batch_size) for rank in range(2)]
         ray.get([w.run.remote(0, 0) for w in workers])  # starts the reading processes
         start, cpu = time.monotonic(), cpu_seconds()
         results = ray.get([w.run.remote(1, args.epochs) for w in workers])
         streamed = ((time.monotonic() - start) / args.epochs, (cpu_seconds() - cpu) / args.epochs)
         print("every row exactly once in each epoch, by ids: yes")
-        print(f"peak memory of the workers {[round(r['peak']) for r in results]} MiB")
+        print(f"peak memory of the workers {[round(r['peak']) for r in results]} MiB, ", end="")
+        print(f"of it shared with the object store {[round(r['shared']) for r in results]} MiB")
         print(f"peak memory of the readers {[round(p) for p in reader_peaks()]} MiB")
         print(f"{'':28} {'states/s':>10} {'MiB/s':>8} {'of pyarrow':>10} {'CPU-s':>8}")
         for name, (wall, cpu) in (
