@@ -12,10 +12,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from distrecon.config import flatten
 from distrecon.errors import UserError
 from distrecon.expand_cluster.blackbox import BlackBox, Teacher
 from distrecon.expand_cluster.collapse import drop_costs, features, solve_outgoing
@@ -26,9 +29,10 @@ from distrecon.expand_cluster.probes import Coordinates, find_coordinates
 from distrecon.expand_cluster.result import Recovery, relative_rmse
 from distrecon.expand_cluster.scores import compare
 from distrecon.expand_cluster.shallow import Collapsed, collapse, neuron_pool, takes_skip
+from distrecon.expand_cluster.stages import Stages
 from distrecon.expand_cluster.teachers import Weights
 from distrecon.expand_cluster.warm_start import warm_start
-from distrecon.nets.activations import Activation
+from distrecon.nets.activations import ACTIVATIONS, Activation
 from distrecon.nets.activations import activation as find_activation
 
 UNDERFIT = 1e-4  # a best student worse than this (relative loss) is too narrow
@@ -37,6 +41,8 @@ NOISE_MARGIN = 10.0  # the floor lies this far above the teacher's rounding nois
 DIRECTION_MARGIN = 100.0  # likewise for a fit in relevant directions that are known to a relative error
 LEAST_GUESS = 4
 SCALE_ROUNDS = (1.0, 2.0, 0.5)
+
+UNKNOWN = "unknown"
 
 Progress = Callable[[str, float], None]
 
@@ -53,9 +59,15 @@ class _Run:
     progress: Progress | None
     deadline: float | None
     coordinates: Coordinates
+    memory: Stages | None = None
     history: list[tuple[str, int, list[float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+
+    def floors(self, data: Probed) -> tuple[float, float]:
+        """The relative loss of an exact fit, and of one in relevant directions that carry an error of their own."""
+        floor = max(self.config.solver.floor, (NOISE_MARGIN * self.box.noise / data.scale) ** 2)
+        return floor, max(floor, (DIRECTION_MARGIN * self.coordinates.error) ** 2)
 
     def timed(self, stage: str, started: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
@@ -77,17 +89,22 @@ def recover(
     config: RecoveryConfig | None = None,
     data_QI: Tensor | None = None,
     progress: Progress | None = None,
+    stages: Path | None = None,
 ) -> Recovery:
     """Recover the layer sizes and weights of a black box from its answers alone.
 
     `teacher` is any deterministic function [Q, I] -> [Q, O]; `data_QI` are inputs of interest, queried too; `progress`
-    sees (stage, value). `seed` is added to `config.seed`. The same arguments give the same result.
+    sees (stage, value). `seed` is combined with `config.seed`. The same arguments give the same result. `activation`
+    "unknown" tries all and keeps the verified one. `stages` is a folder for trained students: an interrupted recovery
+    called again with the same arguments and folder continues after the last of them, with the same result.
 
     Raises UserError for a wrong request: an unknown activation, answers of a wrong shape, not finite or not repeatable,
     a query budget that is too small, fewer probes than unknowns. A recovery that fails is no error: its `verified` is
     False and its `reason` says why.
     """
     config = config or RecoveryConfig()
+    if activation == UNKNOWN:
+        return _try_all(teacher, input_size, hidden_layers, seed, config, data_QI, progress, stages)
     act = find_activation(activation)
     if hidden_layers != 1:
         raise UserError(f"hidden_layers must be 1, not {hidden_layers}")
@@ -99,10 +116,40 @@ def recover(
     coordinates = find_coordinates(box, act, config.probes.subspace, generator)
     deadline = started + config.budget.seconds if config.budget.seconds else None
     data = data_QI.double() if data_QI is not None else None
-    run = _Run(box, act, config, generator, data, progress, deadline, coordinates)
+    memory = Stages(stages, [input_size, activation, hidden_layers, seed, flatten(config)]) if stages else None
+    run = _Run(box, act, config, generator, data, progress, deadline, coordinates, memory)
     run.timed("queries", started)
     run.say("directions", coordinates.rank)
     return _finish(run, _attempts(run))
+
+
+def _try_all(
+    teacher: Teacher,
+    input_size: int,
+    hidden_layers: int,
+    seed: int,
+    config: RecoveryConfig,
+    data_QI: Tensor | None,
+    progress: Progress | None,
+    stages: Path | None,
+) -> Recovery:
+    """One round with every activation, then all rounds with the one that fitted best, unless one is verified before."""
+    found: dict[str, Recovery] = {}
+    brief = dataclasses.replace(config, budget=dataclasses.replace(config.budget, attempts=1))
+    queries = 0
+    for name in ACTIVATIONS:
+        folder = stages / name if stages else None
+        found[name] = recover(teacher, input_size, name, hidden_layers, seed, brief, data_QI, progress, folder)
+        queries += found[name].metrics["recover/queries"]
+        if found[name].verified:
+            break
+    result = found[name]
+    if not result.verified:
+        name = min(found, key=lambda n: found[n].metrics["recover/train_loss"])
+        folder = stages / f"{name}-all" if stages else None
+        result = recover(teacher, input_size, name, hidden_layers, seed, config, data_QI, progress, folder)
+        queries += result.metrics["recover/queries"]
+    return dataclasses.replace(result, metrics={**result.metrics, "recover/queries": queries})
 
 
 def _better(new: Recovery, old: Recovery) -> bool:
@@ -115,7 +162,7 @@ def _better(new: Recovery, old: Recovery) -> bool:
 def _attempts(run: _Run) -> Recovery:
     """Rounds of students until one is verified, each on fresh probes of another scale.
 
-    After an underfit the next students are wider, else they train longer on more probes.
+    After an underfit the next students are wider; else, now and again, they train longer on more probes.
     """
     guess = run.config.students.width or max(run.coordinates.rank, LEAST_GUESS)
     patience, coordinates = 1, run.coordinates
@@ -127,9 +174,10 @@ def _attempts(run: _Run) -> Recovery:
             best = recovery
         if recovery.verified or run.late():
             break
-        if underfit and not run.config.students.width:
+        loss = recovery.metrics["recover/student_loss_best"]
+        if underfit and not run.config.students.width and (loss > UNDERFIT or attempt % 2 == 0):
             guess *= 2
-        else:
+        elif attempt % 2:
             patience *= 2
     assert best is not None
     return best
@@ -151,7 +199,10 @@ def _round(run: _Run, guess: int, patience: int, attempt: int) -> tuple[Recovery
     underfit = False
     limit = UNDERFIT_SOLVED if net.num_parameters <= run.config.solver.student_parameters else UNDERFIT
     for count in batches:
-        theta_NP = torch.cat([theta_NP, _train(run, net, count, data, patience, f"students {attempt + 1}")])
+        stage = f"students {attempt + 1}"
+        train = partial(_train, run, net, count, data, patience, stage)
+        new_NP = run.memory.keep(f"{stage} from {len(theta_NP)}", run.generator, train) if run.memory else train()
+        theta_NP = torch.cat([theta_NP, new_NP])
         recovery = _collapse(run, net, theta_NP, data)
         if best is None or _better(recovery, best):
             best = recovery
@@ -198,7 +249,8 @@ def _train(run: _Run, net: DenseNet, count: int, data: Probed, patience: int, st
     theta_NP = net.random(count, run.generator)
     if net.num_parameters <= run.config.solver.student_parameters:  # the solver finds better minima from a random start
         rows = data.rows(rows_needed(net, run.config.solver.rows))
-        solution = fit(net, theta_NP, rows.z_QR, rows.y_QO, run.config.solver.iterations, deadline=run.deadline)
+        _, enough = run.floors(data)
+        solution = fit(net, theta_NP, rows.z_QR, rows.y_QO, run.config.solver.iterations, enough, run.deadline)
         note(solution.iterations, solution.loss_N)
         run.timed("students", started)
         return solution.theta_NP
@@ -232,9 +284,7 @@ def _collapse(run: _Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recov
         "recover/width": net.sizes[1],
     }
     run.losses = loss_N.tolist()
-    floor = max(run.config.solver.floor, (NOISE_MARGIN * run.box.noise / data.scale) ** 2)
-    # the relevant directions are known to their own error only; the polish in all inputs removes it
-    rough = max(floor, (DIRECTION_MARGIN * run.coordinates.error) ** 2)
+    floor, rough = run.floors(data)
     found: Collapsed | None = None
     if finite_N.any():
         pool = neuron_pool(net, theta_NP[finite_N], data.z_QR, data.y_QO)
