@@ -8,6 +8,7 @@ Legend: N students, Q queries, I inputs, R relevant input directions, H hidden, 
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster.blackbox import BlackBox, Teacher
 from distrecon.expand_cluster.collapse import drop_costs, features, solve_outgoing
 from distrecon.expand_cluster.config import RecoveryConfig
+from distrecon.expand_cluster.deep import Peeled, peel
 from distrecon.expand_cluster.fitting import Probed, fit, from_weights, rows_needed, to_weights
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.probes import Coordinates, find_coordinates
@@ -59,6 +61,7 @@ class _Run:
     progress: Progress | None
     deadline: float | None
     coordinates: Coordinates
+    hidden_layers: int = 1
     memory: Stages | None = None
     history: list[tuple[str, int, list[float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -106,8 +109,8 @@ def recover(
     if activation == UNKNOWN:
         return _try_all(teacher, input_size, hidden_layers, seed, config, data_QI, progress, stages)
     act = find_activation(activation)
-    if hidden_layers != 1:
-        raise UserError(f"hidden_layers must be 1, not {hidden_layers}")
+    if hidden_layers < 1:
+        raise UserError(f"hidden_layers must be at least 1, not {hidden_layers}")
     if data_QI is not None and (data_QI.ndim != 2 or data_QI.shape[1] != input_size):
         raise UserError(f"data_QI has shape {list(data_QI.shape)}, not [Q, {input_size}]")
     started = time.monotonic()
@@ -117,7 +120,7 @@ def recover(
     deadline = started + config.budget.seconds if config.budget.seconds else None
     data = data_QI.double() if data_QI is not None else None
     memory = Stages(stages, [input_size, activation, hidden_layers, seed, flatten(config)]) if stages else None
-    run = _Run(box, act, config, generator, data, progress, deadline, coordinates, memory)
+    run = _Run(box, act, config, generator, data, progress, deadline, coordinates, hidden_layers, memory)
     run.timed("queries", started)
     run.say("directions", coordinates.rank)
     return _finish(run, _attempts(run))
@@ -186,11 +189,9 @@ def _attempts(run: _Run) -> Recovery:
 def _round(run: _Run, guess: int, patience: int, attempt: int) -> tuple[Recovery, bool]:
     """Students of one width: a fixed number, or batches until two in a row give the same verified size."""
     settings = run.config.students
-    net = DenseNet(
-        (run.coordinates.rank, math.ceil(settings.rho * guess), run.box.outputs),
-        run.activation,
-        takes_skip(run.activation),
-    )
+    widths = [math.ceil(settings.rho * guess)] * run.hidden_layers
+    skip = run.hidden_layers == 1 and takes_skip(run.activation)
+    net = DenseNet((run.coordinates.rank, *widths, run.box.outputs), run.activation, skip)
     data = _probe(run, net, patience)
     batches = [settings.count] if settings.count else [settings.batch] * math.ceil(settings.maximum / settings.batch)
     theta_NP = torch.empty(0, net.num_parameters, dtype=torch.float64)
@@ -271,6 +272,23 @@ def _train(run: _Run, net: DenseNet, count: int, data: Probed, patience: int, st
     return theta_NP
 
 
+def _train_on(run: _Run, net: DenseNet, theta_NP: Tensor, inputs_QH: Tensor, y_QO: Tensor) -> Tensor:
+    """Students of the layers that are left, trained on from where they were carried over to."""
+    settings = run.config.warm_start
+    return warm_start(
+        net,
+        theta_NP,
+        inputs_QH,
+        y_QO,
+        run.generator,
+        settings.optimiser,
+        settings.steps,
+        settings.learning_rate / 2,
+        settings.batch,
+        run.deadline,
+    )
+
+
 def _collapse(run: _Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recovery:
     """Cluster, collapse, polish and verify all students so far."""
     started = time.monotonic()
@@ -285,15 +303,17 @@ def _collapse(run: _Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recov
     }
     run.losses = loss_N.tolist()
     floor, rough = run.floors(data)
-    found: Collapsed | None = None
-    if finite_N.any():
+    found: Collapsed | Peeled | None = None
+    if finite_N.any() and run.hidden_layers > 1:
+        train = partial(_train_on, run)
+        found = peel(net, theta_NP[finite_N], data, run.activation, run.config, rough, run.deadline, train)
+    elif finite_N.any():
         pool = neuron_pool(net, theta_NP[finite_N], data.z_QR, data.y_QO)
         found = collapse(pool, data, run.activation, run.config, rough, run.deadline)
     if found is None:
-        zero = torch.zeros(1, run.coordinates.rank + 1, dtype=torch.float64)
-        nothing = DenseNet((run.coordinates.rank, 1, run.box.outputs), run.activation)
-        theta_1P = DenseNet.flatten([zero[None], torch.zeros(1, run.box.outputs, 2, dtype=torch.float64)])
-        weights = to_weights(nothing, theta_1P[0], data, run.coordinates.to_RI)
+        nothing = DenseNet((run.coordinates.rank, *[1] * run.hidden_layers, run.box.outputs), run.activation)
+        theta_P = torch.zeros(nothing.num_parameters, dtype=torch.float64)
+        weights = to_weights(nothing, theta_P, data, run.coordinates.to_RI)
         metrics["recover/train_loss"] = 1.0
         return Recovery(weights, run.activation.name, False, "no student has neurons that contribute", [], metrics)
     run.timed("collapse", started)
@@ -303,8 +323,9 @@ def _collapse(run: _Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recov
     if polished:
         weights = _polish(run, weights, data)
     verified, reason = _verify(run, weights, floor if polished else rough, found.loss)
-    run.say("size", found.net.sizes[1])
-    return Recovery(weights, run.activation.name, verified, reason, [found.linkage], metrics)
+    run.say("size", sum(found.net.sizes[1:-1]))
+    linkage = found.linkage if isinstance(found, Peeled) else [found.linkage]
+    return Recovery(weights, run.activation.name, verified, reason, linkage, metrics)
 
 
 def _polishable(run: _Run, weights: Weights) -> bool:
@@ -339,13 +360,22 @@ def _verify(run: _Run, weights: Weights, floor: float, train_loss: float) -> tup
             left = f"{math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
             return False, f"the best fit leaves a relative error of {left}"
         return False, f"fresh queries differ by {error:.1e} (relative RMSE; allowed {allowed:.1e})"
-    w, b = weights[0]
-    design_QF = features(torch.cat([w, b[:, None]], dim=1), x_QI, run.activation, False)
-    coefficients_FO, _ = solve_outgoing(design_QF, answers_QO)
-    needed = drop_costs(design_QF, coefficients_FO, len(b)) / answers_QO.var()
-    if needed.min() <= 100 * floor:
-        return False, f"a neuron can be dropped without leaving the floor (cost {float(needed.min()):.1e})"
+    needed = _least_needed(run.activation, weights, x_QI)
+    if needed <= 100 * floor:
+        return False, f"a neuron can be dropped without leaving the floor (cost {needed:.1e})"
     return True, f"{len(x_QI)} fresh queries agree to {error:.1e} (relative RMSE) and every neuron is needed"
+
+
+def _least_needed(activation: Activation, weights: Weights, x_QI: Tensor) -> float:
+    """Smallest relative cost, to the next layer's pre-activations, of dropping any hidden neuron."""
+    least, hidden_QH = math.inf, x_QI
+    for (w, b), (w_next, b_next) in itertools.pairwise(weights):
+        design_QF = features(torch.cat([w, b[:, None]], dim=1), hidden_QH, activation, False)
+        next_QH = design_QF @ torch.cat([w_next, b_next[:, None]], dim=1).T
+        coefficients_FH, _ = solve_outgoing(design_QF, next_QH)
+        least = min(least, float((drop_costs(design_QF, coefficients_FH, len(b)) / next_QH.var()).min()))
+        hidden_QH = design_QF[:, :-1]
+    return least
 
 
 def _finish(run: _Run, recovery: Recovery) -> Recovery:
