@@ -1,9 +1,9 @@
-"""The autoencoder's tables on one zoo: python benchmarks/autoencoder_tables.py PART --zoo ZOO [--seeds N] [--out FILE].
+"""Tables of the autoencoder on a zoo: python benchmarks/autoencoder_tables.py PART --zoo ZOO [--seeds N] [--out FILE].
 
-Parts: `reconstruction` (kinds of coder, amortised and refined, with the two controls), `losses` (the table of
-"Structure Is Not Enough" for five combinations), `generation` (accuracy against novelty by compute budget, with
-baselines), `gradients` (predicted against autograd gradients). Nothing is chosen on test models or test images.
-One thread, no Ray.
+Parts: `reconstruction` (kinds of coder, amortised and refined), `controls` (the same refinement in a random subspace
+and from scratch), `losses` (the table of "Structure Is Not Enough" for five combinations), `generation` (accuracy
+against novelty by compute budget, with baselines), `gradients` (predicted against autograd gradients). Nothing is
+chosen on test models or test images. One thread, no Ray.
 """
 
 import argparse
@@ -79,23 +79,24 @@ def linear(zoo: Zoo, basis_PZ: Tensor, center_P: Tensor) -> Autoencoder:
 
 
 def reconstruction(zoo: Zoo, seeds: int) -> list[Row]:
-    """Coders amortised and refined; a random subspace and students from scratch with the same steps."""
+    """Coders amortised and refined, one seed after the other."""
     residual = {"model.kind": "fisher_residual", "loss.beta": 0.1, "optim.epochs": 4}
     cases: dict[str, tuple[dict[str, Any], int]] = {
-        "Fisher PCA, untrained": ({"model.kind": "fisher_pca"}, 1),
-        "Fisher PCA by layer, untrained": ({"model.kind": "fisher_pca", "model.fisher_blocks": "layer"}, 1),
         "residual on Fisher, C+S+B": (residual, seeds),
-        "residual on Fisher, C+S": (residual | {"loss.terms": "C+S"}, seeds),
+        "Fisher PCA, untrained": ({"model.kind": "fisher_pca"}, 1),
         "transformer, C+S+B": ({}, seeds),
         "transformer, C+S": ({"loss.terms": "C+S"}, seeds),
+        "residual on Fisher, C+S": (residual | {"loss.terms": "C+S"}, seeds),
+        "Fisher PCA by layer, untrained": ({"model.kind": "fisher_pca", "model.fisher_blocks": "layer"}, 1),
     }
-    rows = controls(zoo)
-    for name, (values, repeats) in cases.items():
-        for seed in range(repeats):
+    rows: list[Row] = []
+    for seed in range(seeds):
+        for name, (values, repeats) in cases.items():
+            if seed >= repeats:
+                continue
             autoencoder, seconds = train(zoo, values, seed)
             original_BP = autoencoder.canonical(zoo.test.theta_BP, 0)
-            steps = (0, 10, 30) if seed == 0 and "C+S" != values.get("loss.terms") else (0, 10)
-            for k in steps:
+            for k in (0, 10) if seed or values.get("loss.terms") == "C+S" else (0, 10, 30):
                 start = time.process_time()
                 hat_BP = decode_latents(autoencoder, encode_models(autoencoder, zoo.test, refine=k))
                 row = _compared(zoo, original_BP, hat_BP, name, k, start)
@@ -104,7 +105,7 @@ def reconstruction(zoo: Zoo, seeds: int) -> list[Row]:
     return rows
 
 
-def controls(zoo: Zoo) -> list[Row]:
+def controls(zoo: Zoo, seeds: int) -> list[Row]:
     """The same steps in a random subspace of the latent's size, and on all weights from a random initialisation."""
     arch, theta_BP, rows = zoo.arch, zoo.test.theta_BP, []
     latents = AutoencoderConfig().model.latent * arch.num_tokens
@@ -296,7 +297,13 @@ def _print(row: Row) -> None:
     print(f"{row['case']}: " + ", ".join(cells), flush=True)
 
 
-PARTS = {"reconstruction": reconstruction, "losses": losses, "generation": generation, "gradients": gradient_table}
+PARTS = {
+    "reconstruction": reconstruction,
+    "controls": controls,
+    "losses": losses,
+    "generation": generation,
+    "gradients": gradient_table,
+}
 
 
 def main() -> None:
