@@ -1,8 +1,9 @@
-"""The autoencoder's tables on one zoo: python benchmarks/autoencoder_tables.py PART --zoo ZOO [--seeds N] [--out FILE].
+"""Tables of the autoencoder on a zoo: python benchmarks/autoencoder_tables.py PART --zoo ZOO [--seeds N] [--out FILE].
 
-Parts: `reconstruction` (kinds of coder, amortised and refined, with the two controls), `losses` (the table of
-"Structure Is Not Enough" for five combinations), `generation` (accuracy against novelty by compute budget, with baselines),
-`gradients` (predicted against autograd gradients). Nothing is chosen on test models or test images. One thread, no Ray.
+Parts: `reconstruction` (kinds of coder, amortised and refined), `controls` (the same refinement in a random subspace
+and from scratch), `losses` (the table of "Structure Is Not Enough" for five combinations), `generation` (accuracy
+against novelty by compute budget, with baselines), `gradients` (predicted against autograd gradients). Nothing is
+chosen on test models or test images. One thread, no Ray.
 """
 
 import argparse
@@ -78,32 +79,33 @@ def linear(zoo: Zoo, basis_PZ: Tensor, center_P: Tensor) -> Autoencoder:
 
 
 def reconstruction(zoo: Zoo, seeds: int) -> list[Row]:
-    """Coders amortised and refined; a random subspace and students from scratch with the same steps."""
-    residual = {"model.kind": "fisher_residual", "loss.beta": 0.1, "optim.epochs": 6}
-    cases = {
-        "Fisher PCA, untrained": ({"model.kind": "fisher_pca"}, 1),
-        "Fisher PCA by layer, untrained": ({"model.kind": "fisher_pca", "model.fisher_blocks": "layer"}, 1),
+    """Coders amortised and refined, one seed after the other."""
+    residual = {"model.kind": "fisher_residual", "loss.beta": 0.1, "optim.epochs": 4}
+    cases: dict[str, tuple[dict[str, Any], int]] = {
         "residual on Fisher, C+S+B": (residual, seeds),
-        "residual on Fisher, C+S": (residual | {"loss.terms": "C+S"}, seeds),
+        "Fisher PCA, untrained": ({"model.kind": "fisher_pca"}, 1),
         "transformer, C+S+B": ({}, seeds),
         "transformer, C+S": ({"loss.terms": "C+S"}, seeds),
+        "residual on Fisher, C+S": (residual | {"loss.terms": "C+S"}, seeds),
+        "Fisher PCA by layer, untrained": ({"model.kind": "fisher_pca", "model.fisher_blocks": "layer"}, 1),
     }
     rows: list[Row] = []
-    for name, (values, repeats) in cases.items():
-        for seed in range(repeats):
+    for seed in range(seeds):
+        for name, (values, repeats) in cases.items():
+            if seed >= repeats:
+                continue
             autoencoder, seconds = train(zoo, values, seed)
             original_BP = autoencoder.canonical(zoo.test.theta_BP, 0)
-            steps = (0, 10, 30) if seed == 0 and "C+S" != values.get("loss.terms") else (0, 10)
-            for k in steps:
+            for k in (0, 10) if seed or values.get("loss.terms") == "C+S" else (0, 10, 30):
                 start = time.process_time()
                 hat_BP = decode_latents(autoencoder, encode_models(autoencoder, zoo.test, refine=k))
                 row = _compared(zoo, original_BP, hat_BP, name, k, start)
                 rows.append(row | {"seed": seed, "training_seconds": seconds})
                 _print(rows[-1])
-    return rows + controls(zoo)
+    return rows
 
 
-def controls(zoo: Zoo) -> list[Row]:
+def controls(zoo: Zoo, seeds: int) -> list[Row]:
     """The same steps in a random subspace of the latent's size, and on all weights from a random initialisation."""
     arch, theta_BP, rows = zoo.arch, zoo.test.theta_BP, []
     latents = AutoencoderConfig().model.latent * arch.num_tokens
@@ -130,7 +132,7 @@ def controls(zoo: Zoo) -> list[Row]:
 def _scale(zoo: Zoo) -> float:
     """Initialisation scale whose weights have the deviation of the zoo's (small initialisations, or the paper's)."""
     first = initialise(zoo.arch, ["kaiming_uniform"] * 8, range(8))
-    return float(min(1.0, zoo.train.theta_BP.std() / first.std()))
+    return min(1.0, float(zoo.train.theta_BP.std() / first.std()))
 
 
 def _compared(zoo: Zoo, original_BP: Tensor, hat_BP: Tensor, name: str, steps: int, start: float) -> Row:
@@ -179,7 +181,7 @@ def generation(zoo: Zoo, seeds: int) -> list[Row]:
     """Accuracy against novelty for each compute budget: samplers, refinement, noise, averages, distilled students."""
     rows: list[Row] = []
     for seed in range(seeds):
-        values = {"model.kind": "fisher_residual", "loss.beta": 0.1, "optim.epochs": 6}
+        values = {"model.kind": "fisher_residual", "loss.beta": 0.1, "optim.epochs": 4}
         autoencoder, _ = train(zoo, values, seed)
         tasks = autoencoder.config.tasks
         best_N = generate.best_states(zoo.arch, zoo.train, zoo.images)
@@ -199,7 +201,7 @@ def generation(zoo: Zoo, seeds: int) -> list[Row]:
             name = f"{sampler} {bandwidth:g}"
             name += f", {steps} steps, {teachers} teachers" if steps else ""
             report(name + (f", best of {select}" if select > 1 else ""), theta_MP, milliseconds)
-        std_P = autoencoder.statistics[0]["std_P"]
+        std_P = autoencoder.get_buffer("statistics.0.std_P")
         for scale in (0.1, 0.2, 0.3, 0.5):
             report(f"weight noise {scale:g}", generate.noisy(good_NP, std_P, scale, tasks.samples, seed), 0.0)
         for share in (0.1, 0.25, 0.5):
@@ -242,10 +244,11 @@ def gradient_table(zoo: Zoo, seeds: int) -> list[Row]:
     """Cosine of predicted with autograd gradients as the reconstruction error is scaled; by layer at full error."""
     rows: list[Row] = []
     inputs = zoo.images.train.images[:128]
-    for name, values in {
+    cases: dict[str, dict[str, Any]] = {
         "residual on Fisher": {"model.kind": "fisher_residual", "optim.epochs": 2},
         "transformer": {"optim.epochs": 4},
-    }.items():
+    }
+    for name, values in cases.items():
         autoencoder, _ = train(zoo, values)
         few = replace(zoo.test, theta_BP=zoo.test.theta_BP[:60])
         theta_BP = autoencoder.canonical(few.theta_BP, 0)
@@ -294,7 +297,13 @@ def _print(row: Row) -> None:
     print(f"{row['case']}: " + ", ".join(cells), flush=True)
 
 
-PARTS = {"reconstruction": reconstruction, "losses": losses, "generation": generation, "gradients": gradient_table}
+PARTS = {
+    "reconstruction": reconstruction,
+    "controls": controls,
+    "losses": losses,
+    "generation": generation,
+    "gradients": gradient_table,
+}
 
 
 def main() -> None:

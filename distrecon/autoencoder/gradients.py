@@ -45,7 +45,7 @@ def fisher_matrix(arch: Architecture, theta_BP: Tensor, theta_hat_BP: Tensor, in
 def predicted_gradient(arch: Architecture, theta_BP: Tensor, theta_hat_BP: Tensor, inputs: Tensor) -> Tensor:
     """delta_j^T F_j [B, P], by one product with J_theta and one with J_theta_hat's transpose, F_j never formed."""
     delta_BP = theta_hat_BP - theta_BP
-    _, change_BQC = torch.func.jvp(lambda t: arch.forward(t, inputs), (theta_BP,), (delta_BP,))
+    change_BQC = torch.func.jvp(lambda t: arch.forward(t, inputs), (theta_BP,), (delta_BP,))[1]
     theta_hat_BP = theta_hat_BP.detach().requires_grad_(True)
     logits_BQC = arch.forward(theta_hat_BP, inputs)
     (gradient_BP,) = torch.autograd.grad(logits_BQC, theta_hat_BP, change_BQC / len(inputs))

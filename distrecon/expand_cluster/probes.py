@@ -58,20 +58,21 @@ class Coordinates:
 def find_coordinates(
     box: BlackBox, activation: Activation | None, subspace: bool, generator: torch.Generator
 ) -> Coordinates:
-    """Coordinates from the black box's gradients (or the inputs themselves if not `subspace`), scaled to excite it.
+    """Coordinates from the black box's gradients, or the inputs themselves, with probes scaled to excite it.
+
+    The inputs themselves, taken to be standardised, if not `subspace` or if all directions matter.
 
     `activation` None: unknown. Raises UserError when the answers do not depend on the inputs.
     """
-    identity_II = torch.eye(box.inputs, dtype=torch.float64)
     if not subspace:
-        return _scaled(box, identity_II, torch.ones(box.inputs, dtype=torch.float64), 0.0, generator)
+        return _inputs_themselves(box.inputs)
     gradients_GI = input_gradients(box, activation, GRADIENT_POINTS, generator)
     rank = numerical_rank(gradients_GI)
     while rank < box.inputs and len(gradients_GI) < 2 * rank + 10:
         gradients_GI = torch.cat([gradients_GI, input_gradients(box, activation, GRADIENT_POINTS, generator)])
         rank = numerical_rank(gradients_GI)
     if rank in (0, box.inputs):  # nothing to reduce, and stretching weak directions then only hurts
-        return _scaled(box, identity_II, torch.ones(box.inputs, dtype=torch.float64), 0.0, generator)
+        return _inputs_themselves(box.inputs)
     _, values, right_RI = torch.linalg.svd(gradients_GI, full_matrices=False)
     error = float(values[rank] / values[0]) if rank < min(gradients_GI.shape) else 0.0
     basis_RI = right_RI[:rank]
@@ -117,6 +118,11 @@ def numerical_rank(gradients_GI: Tensor) -> int:
     if len(ratios) and ratios.max() >= GAP:
         return int(ratios.argmax()) + 1
     return len(values)
+
+
+def _inputs_themselves(inputs: int) -> Coordinates:
+    eye_II = torch.eye(inputs, dtype=torch.float64)
+    return Coordinates(eye_II, eye_II, torch.zeros_like(eye_II), 1.0, 0.0)
 
 
 def _scaled(

@@ -1,8 +1,13 @@
-"""Batched forward pass: B different models on the same Q inputs, without a loop over models.
+"""Batched forward pass: B different models on the same Q inputs.
 
-Activations are laid out [B, channels, Q * positions], so that every layer is a batched matrix product
-weights[B, out, fan_in] @ patches[B, fan_in, Q * positions] and the first layer, whose input all models share, is one
-dense product with B * out rows.
+Two ways to one result:
+
+- `plain` is written in differentiable torch operations: every transform of autograd works on it (double backward,
+  forward mode, torch.func, torch.compile), on any device. Activations are laid out [B, channels, Q * positions]: every
+  layer is a batched matrix product, and the first layer, whose input all models share, is one dense product.
+- `convolution.py` runs convolutional networks on the CPU several times faster, with a backward pass of its own.
+
+`forward` takes the fast way where it applies.
 """
 
 from __future__ import annotations
@@ -12,8 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from distrecon.errors import UserError
+from distrecon.nets import convolution
 from distrecon.nets.activations import activation
 
 if TYPE_CHECKING:
@@ -21,11 +28,39 @@ if TYPE_CHECKING:
 
 
 def forward(arch: Architecture, theta_BP: Tensor, inputs: Tensor) -> Tensor:
-    """logits[B, Q, C] of B models on shared inputs [Q, *input_shape]; differentiable in theta and in the inputs."""
+    """logits[B, Q, C] of B models on shared inputs [Q, *input_shape]; differentiable in theta and in the inputs.
+
+    Under autocast convolutional networks compute in autocast's type, as torch's own convolutions do.
+    """
     if tuple(inputs.shape[1:]) != arch.input_shape:
         raise UserError(
             f"{arch.name} reads inputs of shape [Q, {', '.join(map(str, arch.input_shape))}], not {tuple(inputs.shape)}"
         )
+    arch.check(theta_BP)
+    if not _fast(arch, theta_BP, inputs):
+        return plain(arch, theta_BP, inputs)
+    if torch.is_autocast_enabled(theta_BP.device.type) and theta_BP.dtype == torch.float32:
+        theta_BP = theta_BP.to(torch.get_autocast_dtype(theta_BP.device.type))
+    return convolution.forward(arch, theta_BP, inputs.to(theta_BP.dtype))
+
+
+def _fast(arch: Architecture, theta_BP: Tensor, inputs: Tensor) -> bool:
+    """Whether only a backward pass in theta can be asked for, of a convolutional network on the CPU."""
+    return (
+        bool(arch.layers[0].kernel)
+        and theta_BP.device.type == inputs.device.type == "cpu"
+        and len(theta_BP) > 0
+        and len(inputs) > 0
+        and not inputs.requires_grad
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad.unpack_dual(theta_BP).tangent is None
+        and forward_ad.unpack_dual(inputs).tangent is None
+    )
+
+
+def plain(arch: Architecture, theta_BP: Tensor, inputs: Tensor) -> Tensor:
+    """logits[B, Q, C] by differentiable operations alone; see `forward`."""
     inputs = inputs.to(theta_BP.dtype)
     act = activation(arch.activation)
     parameters = arch.weights_and_biases(theta_BP)

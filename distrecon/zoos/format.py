@@ -15,7 +15,7 @@ Legend: S states, P parameters.
 
 import json
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -172,11 +172,15 @@ def to_parquet(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def read_groups(store: Store, file: str, groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
-    """Some row groups of one part; UserError names a file that is missing or damaged."""
+def read_groups(
+    store: Store, file: str, groups: Iterable[int], columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """Row groups of one part, one after the other; UserError names a file that is missing or damaged."""
     try:
         with store.open(file) as source:
-            return pq.ParquetFile(source).read_row_groups(list(groups), columns=columns, use_threads=False)
+            parquet = pq.ParquetFile(source)
+            for group in groups:
+                yield parquet.read_row_group(group, columns=columns, use_threads=False)
     except FileNotFoundError:
         raise UserError(f"{store.path(file)} is missing; the zoo lists it") from None
     except (pa.ArrowInvalid, OSError) as error:

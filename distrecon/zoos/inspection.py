@@ -81,8 +81,8 @@ def _groups(zoo: Zoo, part: zoo_format.Part, problems: list[str]) -> Iterator[pa
     groups = list(part.row_groups())
     if sizes != [rows for _, rows in groups]:
         raise UserError(f"{part.file} has row groups {sizes}, {zoo_format.MANIFEST} says {[r for _, r in groups]}")
-    for number, (split, _) in enumerate(groups):
-        table = zoo_format.read_groups(zoo.store, part.file, [number])
+    tables = zoo_format.read_groups(zoo.store, part.file, range(len(groups)))
+    for number, ((split, _), table) in enumerate(zip(groups, tables, strict=True)):
         found = set(table["split"].to_pylist())
         if found != {split}:
             problems.append(f"{part.file}: row group {number} is of {sorted(found)}, not of {split!r}")

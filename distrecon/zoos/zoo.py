@@ -3,6 +3,7 @@
 Legend: S states, B models' states, P parameters.
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Zoo:
         for number, part in enumerate(self.parts):
             groups = [g.group for g in chosen if g.part == number]
             if groups:
-                yield zoo_format.read_groups(self.store, part.file, groups, columns)
+                yield pa.concat_tables(zoo_format.read_groups(self.store, part.file, groups, columns))
 
     def table(self, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows as one Arrow table with the columns of the format."""
@@ -146,13 +147,15 @@ class Zoo:
         out_SP = np.empty((len(rows_S), self.architecture.num_parameters), np.float32)
         order = np.argsort(rows_S, kind="stable")
         wanted = np.asarray(rows_S)[order]
-        groups = self.row_groups
-        for index in np.unique(np.searchsorted(self._group_ends, wanted, side="right")):
-            group = groups[index]
-            low, high = np.searchsorted(wanted, [group.first_row, group.first_row + group.rows])
-            table = zoo_format.read_groups(self.store, self.parts[group.part].file, [group.group], ["weights"])
-            weights_GP = zoo_format.weights_array(table["weights"])
-            out_SP[order[low:high]] = weights_GP[wanted[low:high] - group.first_row]
+        needed = np.unique(np.searchsorted(self._group_ends, wanted, side="right"))
+        for number, groups in itertools.groupby((self.row_groups[i] for i in needed), key=lambda group: group.part):
+            chosen = list(groups)
+            file = self.parts[number].file
+            tables = zoo_format.read_groups(self.store, file, [group.group for group in chosen], ["weights"])
+            for group, table in zip(chosen, tables, strict=True):
+                low, high = np.searchsorted(wanted, [group.first_row, group.first_row + group.rows])
+                weights_GP = zoo_format.weights_array(table["weights"])
+                out_SP[order[low:high]] = weights_GP[wanted[low:high] - group.first_row]
         return out_SP
 
     @cached_property
