@@ -1,7 +1,7 @@
 """Wall time, stage by stage, and peak memory of all processes of `python -m distrecon.tune`.
 
-Memory is the sum over all processes of this user that started during the run of their proportional set size (PSS:
-shared pages are counted once), sampled twice a second.
+Memory is the sum over the command and all its descendants, Ray's processes among them, of their proportional set size
+(PSS: shared pages are counted once), sampled twice a second.
 
     python benchmarks/default_run.py [--out FILE.json] [-- OPTIONS OF distrecon.tune]
 """
@@ -15,15 +15,12 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("options", nargs="*", help="options of distrecon.tune, after --")
     args = parser.parse_args()
-    before = set(psutil.pids())
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "distrecon.tune", *args.options],
@@ -31,8 +28,8 @@ def main() -> int:
         stdout=subprocess.PIPE,
         text=True,
     )
-    peak = {"bytes": 0, "processes": 0}
-    watcher = threading.Thread(target=_watch, args=(process, before, peak), daemon=True)
+    peak = {"bytes": 0}
+    watcher = threading.Thread(target=_watch, args=(process, peak), daemon=True)
     watcher.start()
     marks = []
     for line in process.stderr:
@@ -56,20 +53,36 @@ def main() -> int:
     return process.returncode
 
 
-def _watch(process: subprocess.Popen, before: set[int], peak: dict[str, int]) -> None:
+def _watch(process: subprocess.Popen, peak: dict[str, int]) -> None:
     while process.poll() is None:
-        total = sum(_pss(pid) for pid in psutil.pids() if pid not in before and pid != os.getpid())
-        peak["bytes"] = max(peak["bytes"], total)
+        peak["bytes"] = max(peak["bytes"], sum(map(_pss, _family(process.pid))))
         time.sleep(0.5)
 
 
+def _family(root: int) -> set[int]:
+    """The process and everything that descends from it."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parents[int(name)] = int(Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    family, grown = {root}, True
+    while grown:
+        more = {pid for pid, parent in parents.items() if parent in family} - family
+        family, grown = family | more, bool(more)
+    return family
+
+
 def _pss(pid: int) -> int:
+    """Bytes; 0 for a process that has gone or belongs to somebody else."""
     try:
-        if psutil.Process(pid).uids().real != os.getuid():
-            return 0
-        return psutil.Process(pid).memory_full_info().pss
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        pass
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distrecon.autoencoder.store import load_autoencoder
     from distrecon.errors import UserError
     from distrecon.expand_cluster import recover
     from distrecon.nets import Architecture, architecture
+    from distrecon.runs import load_autoencoder
     from distrecon.zoos import Zoo, open_zoo
 
 _HOMES = {
@@ -20,7 +20,7 @@ _HOMES = {
     "architecture": "distrecon.nets",
     "Zoo": "distrecon.zoos",
     "open_zoo": "distrecon.zoos",
-    "load_autoencoder": "distrecon.autoencoder.store",
+    "load_autoencoder": "distrecon.runs",
     "recover": "distrecon.expand_cluster",
     "UserError": "distrecon.errors",
 }

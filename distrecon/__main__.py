@@ -7,6 +7,9 @@ from distrecon.errors import nearest
 
 COMMANDS = {
     "tune": "sweeps on Ray Tune, recorded in MLflow; with no arguments both digits sweeps",
+    "train": "one distributed autoencoder training, scored and recorded",
+    "evaluate": "predict, reconstruct and generate with a trained autoencoder on any zoo",
+    "generate": "new models from a trained autoencoder",
     "zoo": "train, import, check, describe and export model zoos",
     "recover": "recover a black box's layer sizes and weights from its answers",
 }

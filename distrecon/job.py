@@ -6,7 +6,6 @@ A job is described by a `Request`, kept in its run folder, so that `resume` need
 import dataclasses
 import hashlib
 import json
-import platform
 import shutil
 import subprocess
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distrecon import config as configuration
-from distrecon import report, runs
+from distrecon import report, runs, tables
 from distrecon.cluster import session
 from distrecon.cluster.journal import SweepRecord, read_sweep
 from distrecon.cluster.space import Sweep, read_space
@@ -27,6 +26,7 @@ from distrecon.errors import UserError, nearest
 from distrecon.tracking import Tracker
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos.settings import ZOOS
+from distrecon.zoos.train import ensure
 
 DEFAULT_SPACES = ("tune_spaces/loss_weights.yaml", "tune_spaces/student_counts.yaml")
 
@@ -80,23 +80,25 @@ def read_sweeps(request: Request) -> list[Sweep]:
     return sweeps
 
 
-def prepare(request: Request, out: str | None, verbose: bool = False) -> Path:
+def prepare(request: Request, out: str | None, command: str, verbose: bool = False) -> Path:
     """Checks all that can be checked, joins Ray, and only then makes the run folder, with the space files in it."""
     runs.check_absent(out)
     sweeps = read_sweeps(request)
+    for name in _zoo_names(sweeps) - set(ZOOS):
+        open_zoo(name)
     session.connect(request.address, verbose=verbose)
     check_resources(sweeps)
     kept = [f"spaces/{sweep.name}.yaml" for sweep in sweeps]
-    folder = runs.create(out, "tune", {**dataclasses.asdict(request), "spaces": kept})
+    folder = runs.create(out, command, {**dataclasses.asdict(request), "spaces": kept})
     (folder / "spaces").mkdir()
     for source, copy in zip(request.spaces, kept, strict=True):
         shutil.copyfile(source, folder / copy)
     return folder
 
 
-def reopen(folder: str, address: str | None) -> tuple[Path, Request]:
+def reopen(folder: str, command: str, address: str | None) -> tuple[Path, Request]:
     """An earlier job's folder and request, as it was made; only the cluster may be another."""
-    path, saved = runs.reopen(folder, "tune")
+    path, saved = runs.reopen(folder, command)
     fields = {f.name: saved[f.name] for f in dataclasses.fields(Request)}
     spaces = tuple(str(path / space) for space in saved["spaces"])
     return path, Request(**{**fields, "spaces": spaces, "address": address or saved["address"]})
@@ -109,7 +111,7 @@ def run(request: Request, folder: Path, verbose: bool = False) -> Outcome:
     session.connect(request.address, verbose=verbose)
     check_resources(sweeps)
     zoos = _zoos(sweeps, request)
-    tracker = Tracker(folder, [s.name for s in sweeps], _tags(request, zoos))
+    tracker = Tracker(folder, [s.name for s in sweeps], tags(request, zoos))
     storage = f"{request.storage.rstrip('/')}/{folder.name}" if request.storage else str(folder)
     place = Place(folder, storage)
     progress = _SweepsProgress(sweeps, place)
@@ -125,28 +127,31 @@ def run(request: Request, folder: Path, verbose: bool = False) -> Outcome:
         tracker.interrupt()
         raise
     progress.done()
-    records = [read_sweep(place.journal(sweep.name).path) for sweep in sweeps]
-    seconds = time.monotonic() - began
+    return finish(request, place, [s.name for s in sweeps], zoos, tracker, time.monotonic() - began)
+
+
+def finish(
+    request: Request, place: Place, names: Sequence[str], zoos: Mapping[str, Zoo], tracker: Tracker, seconds: float
+) -> Outcome:
+    """Everything that is made of the journals: MLflow's rest, summary.json, figures, models, report.html."""
     stage = Progress("report")
+    records = [read_sweep(place.journal(name).path) for name in names]
     tracker.sync(force=True)
     about = _about(request, zoos, seconds)
-    runs.write_json(folder / "summary.json", runs.summary(records, **about))
-    files = report.write(folder, records, place, about, tracker)
+    runs.write_json(place.folder / "summary.json", runs.summary(records, **about))
+    files = report.write(place.folder, records, place, about, tracker)
     _log_artifacts(tracker, records, files)
-    stage.done(f"{folder / 'report.html'}")
-    return Outcome(folder, records, seconds, tracker)
+    stage.done(f"{place.folder / 'report.html'}")
+    return Outcome(place.folder, records, seconds, tracker)
 
 
 def _zoos(sweeps: Sequence[Sweep], request: Request) -> dict[str, Zoo]:
     """Every zoo that the sweeps name: a shipped one is trained unless it is there already, a folder is opened."""
-    names = {name for sweep in sweeps for name in _zoo_names(sweep)}
     zoos = {}
-    for name in sorted(names):
+    for name in sorted(_zoo_names(sweeps)):
         if name not in ZOOS:
             zoos[name] = open_zoo(name)
             continue
-        from distrecon.zoos.train import ensure
-
         config = dataclasses.replace(ZOOS[name], seed=request.seed)
         flat = json.dumps(configuration.flatten(config), sort_keys=True)
         digest = hashlib.sha256(flat.encode()).hexdigest()[:8]
@@ -162,9 +167,9 @@ def _zoos(sweeps: Sequence[Sweep], request: Request) -> dict[str, Zoo]:
     return zoos
 
 
-def _zoo_names(sweep: Sweep) -> list[str]:
-    swept = sweep.space["zoo"].values if "zoo" in sweep.space else [getattr(sweep.base, "zoo", ())]
-    return [name for zoo in swept for name in zoo]
+def _zoo_names(sweeps: Sequence[Sweep]) -> set[str]:
+    swept = [s.space["zoo"].values if "zoo" in s.space else [getattr(s.base, "zoo", ())] for s in sweeps]
+    return {name for values in swept for zoo in values for name in zoo}
 
 
 class _SweepsProgress:
@@ -186,7 +191,7 @@ class _SweepsProgress:
             running = [t for t in record.trials.values() if t.status == "running"]
             ended = len(record.trials) - len(running)
             share = (ended + sum(_share(t, epochs) for t in running)) / max(1, sweep.trials)
-            now = ", ".join(_now(sweep.label(t.config), t, epochs) for t in running)
+            now = ", ".join(_now(tables.label(t.config), t, epochs) for t in running)
             parts.append(f"{sweep.name} {ended}/{sweep.trials}" + (f" ({now})" if now else ""))
             shares.append(share)
         self.stage.show(f"{'; '.join(parts)}; {time_left(min(shares), time.monotonic() - self.stage.start)}")
@@ -207,7 +212,7 @@ def _now(label: str, trial: Any, epochs: int | None) -> str:
     return f"{label} {max(trial.epochs, default=0)}/{epochs}" if epochs else label
 
 
-def _tags(request: Request, zoos: Mapping[str, Zoo]) -> dict[str, str]:
+def tags(request: Request, zoos: Mapping[str, Zoo]) -> dict[str, str]:
     tags = {f"version.{name}": metadata.version(name) for name in ("distrecon", "torch", "ray", "mlflow")}
     commit = _git_commit()
     if commit:
@@ -229,14 +234,13 @@ def _git_commit() -> str | None:
 
 def _about(request: Request, zoos: Mapping[str, Zoo], seconds: float) -> dict[str, Any]:
     """What was run, on what, how long."""
-    has = session.available()
     return {
         "distrecon": metadata.version("distrecon"),
         "smoke": request.smoke,
         "seed": request.seed,
         "seconds": round(seconds, 1),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "machine": f"{has['CPU']:g} CPUs, {has['GPU']:g} GPUs, {platform.system()} {platform.machine()}",
+        "machine": session.machine(),
         "versions": {name: metadata.version(name) for name in ("torch", "ray", "mlflow")},
         "overrides": request.overrides,
         "zoos": {

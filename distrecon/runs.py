@@ -6,10 +6,13 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distrecon.cluster.journal import SweepRecord
 from distrecon.errors import UserError
+
+if TYPE_CHECKING:
+    from distrecon.autoencoder.model import Autoencoder
 
 REQUEST = "request.json"
 FORMAT = 1
@@ -51,6 +54,39 @@ def reopen(folder: str | Path, command: str) -> tuple[Path, dict[str, Any]]:
     if request.get("format", 0) > FORMAT:
         raise UserError(f"--resume {folder}: was made by a newer distrecon; update to continue it")
     return path.absolute(), request
+
+
+def autoencoder_folder(path: str | Path) -> Path:
+    """Where the autoencoder of a run lies: the folder itself, or the best trial's of its first autoencoder sweep.
+
+    Raises UserError when there is none.
+    """
+    path = Path(path)
+    if (path / "autoencoder.json").exists():
+        return path
+    summary = read_summary(path)
+    for sweep in summary["sweeps"]:
+        if sweep["kind"] == "autoencoder" and sweep["best"]:
+            return path / "models" / sweep["name"] / sweep["best"]
+    raise UserError(f"{path}: this run trained no autoencoder")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A run's summary.json; UserError when it is missing (the run did not finish) or damaged."""
+    try:
+        return json.loads((path / "summary.json").read_text())
+    except FileNotFoundError:
+        hint = "it did not finish: continue it with --resume" if (path / REQUEST).exists() else "not a run folder"
+        raise UserError(f"{path}: no autoencoder and no summary.json there ({hint})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}/summary.json cannot be read ({error})") from None
+
+
+def load_autoencoder(path: str | Path) -> "Autoencoder":
+    """The autoencoder of a run folder (the best trial's), or of a folder that `save_autoencoder` wrote, on the CPU."""
+    from distrecon.autoencoder.store import load_autoencoder as load
+
+    return load(autoencoder_folder(path))
 
 
 def write_json(path: Path, data: Any) -> None:

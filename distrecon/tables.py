@@ -52,6 +52,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             _percent,
             "% of test images on which a reconstruction predicts as its original",
         ),
+        Column("err", "reconstruct/agreement_on_errors", _percent, "the same where the original is wrong"),
         Column(
             "own",
             "reconstruct/own_nearest",
@@ -60,9 +61,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ),
         Column("L2", "reconstruct/weight_l2", _number, "distance of a reconstruction's weights to its original's"),
         Column("rec", "reconstruct/accuracy_mean", _percent, "reconstructions' accuracy, mean, %"),
-        Column("rec max", "reconstruct/accuracy_max", _percent, "the best one's"),
+        Column("max", "reconstruct/accuracy_max", _percent, "the best one's"),
         Column("gen", "generate/accuracy_mean", _percent, "generated models' accuracy, mean, %"),
-        Column("gen max", "generate/accuracy_max", _percent, "the best one's"),
+        Column("max", "generate/accuracy_max", _percent, "the best one's"),
     ),
     "expand_cluster": (
         Column("sizes", "recover/layer_sizes", _sizes, "recovered hidden layer sizes"),
@@ -82,6 +83,8 @@ def label(config: Mapping[str, Any]) -> str:
     for key, value in config.items():
         if isinstance(value, str):
             words.append(value)
+        elif isinstance(value, list):
+            words.append("+".join(map(str, value)))
         else:
             words.append(f"{key.rsplit('.', 1)[-1]} {value:.3g}" if isinstance(value, float) else f"{value}")
     return ", ".join(words) or "single"

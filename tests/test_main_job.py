@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
 
-from distrecon import tune
+import distrecon
+from distrecon import evaluate, generate, images, tune
 from distrecon.console import DONE, INTERRUPTED, SOME_FAILED, WRONG_REQUEST
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -123,10 +125,37 @@ def test_report_stands_alone(smoke):
     assert page.count("<svg") == page.count("</svg>") >= 5
     assert page.count("<svg") == page.count("<title>") - 1 == page.count("<desc>")
     assert "smoke run" in page
-    assert not re.search(r"""(src|href)=["'](?!#)""", page)  # nothing is fetched
+    assert not re.search(r"""(src|href)=["'](?!#|data:)""", page)  # nothing is fetched
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert len(list((smoke[1] / "figures").glob("*.png"))) >= 5
+
+
+def test_the_trained_autoencoder_evaluates_and_generates(smoke, capsys, monkeypatch):
+    monkeypatch.chdir(smoke[0])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{smoke[0] / 'evaluate.db'}")
+    (zoo,) = (smoke[0] / "zoos").iterdir()
+    assert evaluate.main(["--smoke", "--autoencoder", "out", "--zoo", str(zoo), "--out", "evaluated"]) == DONE
+    (sweep,) = json.loads(Path("evaluated/summary.json").read_text())["sweeps"]
+    (trial,) = sweep["trials"]
+    assert 0 <= trial["metrics"]["reconstruct/agreement"] <= 1
+    assert generate.main(["--autoencoder", "out", "--count", "3", "--out", "generated"]) == DONE
+    made = json.loads(Path("generated/summary.json").read_text())
+    assert len(made["models"]) == 3
+    arch = distrecon.Architecture.from_dict(made["architecture"])
+    test = images.load("digits").test
+    for model in made["models"]:
+        theta_P = arch.flatten(load_file(Path("generated") / model["file"]))
+        predictions_Q = arch.forward(theta_P[None], test.images)[0].argmax(1)
+        assert float((predictions_Q == test.labels_Q).float().mean()) == pytest.approx(model["test_accuracy"], abs=1e-3)
+    capsys.readouterr()
+    for arguments, words in [
+        (["--autoencoder", "nowhere", "--count", "3"], "nowhere: no autoencoder"),
+        (["--autoencoder", "out", "--count", "0"], "--count must be at least 1"),
+        (["--autoencoder", "out", "--out", "generated"], "--out generated: exists already"),
+    ]:
+        assert generate.main(arguments) == WRONG_REQUEST
+        assert words in capsys.readouterr().err
 
 
 def test_a_run_is_never_overwritten(smoke, capsys, monkeypatch):

@@ -141,6 +141,7 @@ class DataConfig:
     queries: int = 128  # drawn anew from the pool at each step
     views: str = "noise"
     noise: float = 0.1  # of the views "noise", in standard deviations of a layer's weights
+    mix: float = 0.0  # share of the models replaced by a random point between them and another training model
     align: bool = True  # weight matching of every model to one reference, before encoding
     shards: int = 16  # virtual shards of the stream of models, whatever the number of workers
     target_precision: str = "float16"  # of the originals' outputs kept
@@ -152,6 +153,9 @@ class DataConfig:
         for name in ("query_pool", "queries", "shards"):
             _at_least(f"data.{name}", getattr(self, name), 1)
         _at_least("data.noise", self.noise, 0)
+        _between("data.mix", self.mix, 0, 1)
+        if self.mix and not self.align:
+            raise UserError("data.mix joins models whose units correspond: it needs data.align")
         if self.queries > self.query_pool:
             raise UserError(f"data.queries ({self.queries}) cannot exceed data.query_pool ({self.query_pool})")
 

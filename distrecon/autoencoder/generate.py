@@ -108,11 +108,12 @@ def generate_models(
     arch = autoencoder.architectures[zoo]
     start = perf_counter()
     drawn = sample(sampler, z_N, config.samples * config.select, config.bandwidth, seed)
+    drawn = drawn.to(autoencoder.statistics[zoo]["queries"])  # type: ignore[index, arg-type]
     if config.generate_refine:
         targets_BQC = teacher_targets(autoencoder, good_NP, len(drawn), config.teachers, seed, zoo)
         drawn = refine(autoencoder, drawn, targets_BQC, config.generate_refine, zoo, seed)
     with torch.no_grad():
-        theta_MP = autoencoder.decode(drawn, zoo=zoo).float()
+        theta_MP = autoencoder.decode(drawn, zoo=zoo).float().cpu()
     if config.select > 1:
         accuracy_M = scores(arch, theta_MP, images.validation).accuracy_B
         theta_MP = theta_MP[accuracy_M.argsort(descending=True, stable=True)[: config.samples]]

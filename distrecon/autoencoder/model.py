@@ -25,6 +25,7 @@ from distrecon.zoos.models import Models
 
 DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}  # of the parameters
 REFINE_QUERIES = 512
+REFERENCE_MODELS, REFERENCE_ROUNDS = 1000, 10
 CHUNK = 256  # models encoded or decoded at once
 
 
@@ -48,9 +49,7 @@ def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
     if len(sample_BP) < 2:
         raise UserError(f"an autoencoder of {arch.name} needs a sample of at least 2 models, not {len(sample_BP)}")
     check_finite(sample_BP, "the zoo's sample")
-    # any fixed model serves as the reference; the one closest to the sample's mean norm is no outlier
-    norm_B = sample_BP.norm(dim=1)
-    reference_P = sample_BP[(norm_B - norm_B.mean()).abs().argmin()]
+    reference_P = _reference(arch, sample_BP) if config.data.align else sample_BP[0]
     layer_P = arch.layer_of_parameter_P
     mean_P, std_P = torch.empty_like(reference_P), torch.empty_like(reference_P)
     for i in range(len(arch.layers)):
@@ -62,6 +61,20 @@ def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
         canonical_BP = arch.align(sample_BP, reference_P) if config.data.align else sample_BP
         tensors |= fisher.fit(config.model, arch, canonical_BP, mean_P, std_P, pool)
     return tensors
+
+
+def _reference(arch: Architecture, sample_BP: Tensor) -> Tensor:
+    """What models are aligned to: the mean of models aligned to it, found by alternating from a typical model.
+
+    The models then vary less than when they are aligned to one of them, so the same latent holds more of them.
+    """
+    few_BP = sample_BP[torch.linspace(0, len(sample_BP) - 1, min(REFERENCE_MODELS, len(sample_BP))).long()].cpu()
+    norm_B = few_BP.norm(dim=1)
+    reference_P = few_BP[(norm_B - norm_B.mean()).abs().argmin()]
+    for _ in range(REFERENCE_ROUNDS):
+        few_BP = arch.align(few_BP, reference_P)
+        reference_P = few_BP.mean(0)
+    return reference_P.to(sample_BP)
 
 
 def check_finite(theta_BP: Tensor, where: str, names: Sequence[str] | None = None) -> None:

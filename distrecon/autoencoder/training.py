@@ -116,6 +116,7 @@ class Training:
             )
             for zoo, pool in zip(zoos, self.pools, strict=True)
         ]
+        self.partners: dict[int, Tensor] = {}
         self.aligned = [
             RowCache((zoo.architecture.num_parameters,), self.autoencoder.dtype, cache_folder) for zoo in zoos
         ]
@@ -158,7 +159,7 @@ class Training:
         """Each loss in use for each of this worker's models [B], differentiable; every worker must take part."""
         config, zoo, autoencoder = self.config, batch.zoo, self.autoencoder
         arch, coder, in_use = self.zoos[zoo].architecture, autoencoder.coder, config.loss.weights
-        theta_BP = self._models(batch)
+        theta_BP, mixed_B = self._mixed(self._models(batch), batch)
         first_BP, second_BP = views(config, arch, theta_BP, batch, autoencoder.statistics[zoo]["std_P"])  # type: ignore[index]
         both = [autoencoder.standardise(v, zoo) for v in (first_BP, second_BP) if v is not None]
         z = coder.encode(torch.cat(both), zoo)  # type: ignore[operator]
@@ -174,7 +175,7 @@ class Training:
             values["structural"] = per_view.view(decoded, -1).mean(0)
         if "behavioral" in in_use:
             theta_hat_BP = autoencoder.unstandardise(x_hat[: len(theta_BP)].to(autoencoder.dtype), zoo)
-            values["behavioral"] = self._behavioral(theta_hat_BP, first_BP, batch)
+            values["behavioral"] = self._behavioral(theta_hat_BP, first_BP, mixed_B, batch)
         if "cycle" in in_use:
             again = coder.encode(x_hat, zoo)  # type: ignore[operator]
             values["cycle"] = losses.cycle(z, again).view(decoded, -1).mean(0)
@@ -191,6 +192,26 @@ class Training:
                 batch.row_b, lambda missing: self.autoencoder.canonical(theta_BP[missing], batch.zoo)
             )
         return theta_BP.to(self.device)
+
+    def _mixed(self, theta_BP: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The models, some of them moved towards a model of the zoo's sample, and which; drawn for the global batch."""
+        b, size = slice(batch.offset, batch.offset + len(theta_BP)), batch.global_size
+        if not self.config.data.mix:
+            return theta_BP, torch.zeros(len(theta_BP), dtype=torch.bool, device=self.device)
+        draw = generator(self.config.seed, batch.epoch, batch.step, 2)
+        mixed_B = (torch.rand(size, generator=draw) < self.config.data.mix)[b].to(self.device)
+        share_B1 = torch.rand(size, 1, generator=draw)[b].to(theta_BP)
+        partners_NP = self._partners(batch.zoo)
+        partner_B = torch.randint(len(partners_NP), (size,), generator=draw)[b]
+        between_BP = torch.lerp(theta_BP, partners_NP[partner_B].to(theta_BP), share_B1)
+        return torch.where(mixed_B[:, None], between_BP, theta_BP), mixed_B
+
+    def _partners(self, zoo: int) -> Tensor:
+        """The zoo's sample in canonical order, aligned when first needed."""
+        if zoo not in self.partners:
+            sample_BP = self.zoos[zoo].sample_BP.to(self.autoencoder.dtype)
+            self.partners[zoo] = self.autoencoder.canonical(sample_BP, zoo)
+        return self.partners[zoo]
 
     def _contrastive(self, z: Tensor, batch: Batch) -> Tensor:
         local_BJ = self.autoencoder.coder.project(z, batch.zoo)  # type: ignore[operator]
@@ -209,23 +230,28 @@ class Training:
             return losses.structural_per_token(self.zoos[zoo].architecture, difference, theta)
         return losses.structural(difference)
 
-    def _behavioral(self, theta_hat_BP: Tensor, theta_BP: Tensor, batch: Batch) -> Tensor:
+    def _behavioral(self, theta_hat_BP: Tensor, theta_BP: Tensor, mixed_B: Tensor, batch: Batch) -> Tensor:
         data, loss, pool = self.config.data, self.config.loss, self.pools[batch.zoo]
         arch = self.zoos[batch.zoo].architecture
         draw = generator(self.config.seed, batch.epoch, batch.step, 1)
         chosen_Q = torch.randperm(len(pool), generator=draw)[: data.queries]
+        inputs, own_B = pool[chosen_Q.to(pool.device)], (~mixed_B).cpu()
         cached = self.targets[batch.zoo].get(
-            batch.row_b, lambda missing: outputs(arch, theta_BP[missing.to(theta_BP.device)], pool)
+            batch.row_b[own_B], lambda missing: outputs(arch, theta_BP[~mixed_B][missing.to(theta_BP.device)], pool)
         )
-        targets_BQC = cached[:, chosen_Q].to(theta_BP)
-        outputs_BQC = arch.forward(theta_hat_BP, pool[chosen_Q.to(pool.device)])
+        targets_BQC = theta_BP.new_empty(len(theta_BP), len(inputs), arch.num_outputs)
+        targets_BQC[~mixed_B] = cached[:, chosen_Q].to(theta_BP)
+        if mixed_B.any():
+            targets_BQC[mixed_B] = outputs(arch, theta_BP[mixed_B], inputs)
+        outputs_BQC = arch.forward(theta_hat_BP, inputs)
         return losses.behavioral(loss.behavioral, outputs_BQC, targets_BQC, loss.distillation_temperature)
 
     def _means(self, values: Mapping[str, Tensor], batch: Batch) -> dict[str, float]:
         """Losses averaged over the global batch; every worker learns of a loss that is not finite."""
         sums = distributed.total(torch.stack([v.sum() for v in values.values()])) / batch.global_size
         means = dict(zip(values, sums.tolist(), strict=True))
-        for name, mean in means.items():
+        # one bad model makes every contrastive loss bad, so the others say first which it was
+        for name, mean in sorted(means.items(), key=lambda item: item[0] == "contrastive"):
             if not math.isfinite(mean):
                 bad_B = ~values[name].isfinite()
                 where = f"row {int(batch.row_b[bad_B.cpu()][0])}" if bad_B.any() else "a model of another worker"

@@ -138,8 +138,9 @@ class SweepRecord:
 
 
 def read_sweep(path: Path) -> SweepRecord:
-    """The sweep whose journal lies at `path`; its name is the file's folder."""
+    """The sweep whose journal lies at `path`, trials in the order of the space; its name is the file's folder."""
     record = SweepRecord(path.parent.name)
     for event in Journal(path).read()[0]:
         record.apply(event)
+    record.trials = dict(sorted(record.trials.items()))  # Tune numbers them
     return record

@@ -1,7 +1,7 @@
 """What a sweep can run: kinds of trials as data. A kind is a configuration, its objectives, its smallest instance."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from distrecon.autoencoder.config import AutoencoderConfig
@@ -12,7 +12,10 @@ from distrecon.nets import activation
 
 @dataclass(frozen=True)
 class ResourcesConfig:
-    """What one trial takes of the cluster. An autoencoder trial is `num_workers` data-parallel workers."""
+    """What one trial takes of the cluster. An autoencoder trial is `num_workers` data-parallel workers.
+
+    0 workers train in the trial's own process: a quick start for debugging, without checkpoints to resume from.
+    """
 
     num_workers: int = 1
     use_gpu: bool = False
@@ -43,6 +46,11 @@ class AutoencoderRun(AutoencoderConfig):
         workers = max(1, self.resources.num_workers)
         if self.data.shards % workers:
             raise UserError(f"data.shards ({self.data.shards}) must be a multiple of resources.num_workers ({workers})")
+
+    @property
+    def autoencoder(self) -> AutoencoderConfig:
+        """What of the run belongs to the autoencoder itself, and is stored with it."""
+        return AutoencoderConfig(**{f.name: getattr(self, f.name) for f in fields(AutoencoderConfig)})
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,9 @@ KINDS: dict[str, Kind] = {
     "autoencoder": Kind(
         config_type=AutoencoderRun,
         metrics=(
+            "reconstruct/agreement_on_errors",
             "reconstruct/agreement",
+            "reconstruct/own_nearest",
             "reconstruct/accuracy_mean",
             "reconstruct/accuracy_max",
             "reconstruct/output_mse",

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import platform
 import socket
 import warnings
 from collections.abc import Iterator
@@ -83,4 +84,22 @@ def available() -> dict[str, float]:
     import ray
 
     resources = ray.cluster_resources()
-    return {"CPU": resources.get("CPU", 0.0), "GPU": resources.get("GPU", 0.0)}
+    return {name: resources.get(name, 0.0) for name in ("CPU", "GPU")}
+
+
+def largest() -> dict[str, float]:
+    """What the cluster can grow to where an autoscaler's configuration says so, else what it has."""
+    from ray._private.state import (
+        state,
+    )  # the only place that knows the autoscaler's limits; Ray's libraries use it too
+
+    limits = state.get_max_resources_from_cluster_config() or {}
+    return {name: max(amount, float(limits.get(name, 0))) for name, amount in available().items()}
+
+
+def machine() -> str:
+    """What the work runs on, for people: the cluster's CPUs and GPUs, or this process's without Ray."""
+    import ray
+
+    has = available() if ray.is_initialized() else {"CPU": float(os.cpu_count() or 1), "GPU": 0.0}
+    return f"{has['CPU']:g} CPUs, {has['GPU']:g} GPUs, {platform.system()} {platform.machine()}"

@@ -64,17 +64,6 @@ class Sweep:
         grids = {key: d.values for key, d in self.space.items() if d.how == "grid"}
         return (dict(zip(grids, values, strict=True)) for values in itertools.product(*grids.values()))
 
-    def label(self, values: Mapping[str, Any]) -> str:
-        """A trial's short name: its swept values."""
-        return ", ".join(_short(key, values[key]) for key in self.space) if self.space else "single"
-
-
-def _short(key: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return f"{key.rsplit('.', 1)[-1]} {text}"
-
 
 def read_space(path: str | Path, overrides: Mapping[str, Any] | None = None, smoke: bool = False) -> Sweep:
     """Reads and checks a space file.

@@ -160,7 +160,7 @@ def check_resources(sweeps: Sequence[Sweep]) -> None:
 
 def concurrent(kind: str, resources: ResourcesConfig) -> int:
     """How many trials the cluster holds at once; UserError when not even one fits."""
-    has = session.available()
+    has = session.largest()
     workers = max(1, resources.num_workers) if kind == "autoencoder" else 1
     needs = {"CPU": workers * resources.cpus_per_worker}
     if resources.use_gpu:
@@ -168,7 +168,7 @@ def concurrent(kind: str, resources: ResourcesConfig) -> int:
     for name, amount in needs.items():
         if amount > has[name]:
             raise UserError(
-                f"a trial needs {amount:g} {name}s and the whole cluster has {has[name]:g}: "
+                f"a trial needs {amount:g} {name}s and the whole cluster has at most {has[name]:g}: "
                 f"lower resources.num_workers or resources.{name.lower()}s_per_worker"
                 + (", or leave out --use-gpu" if name == "GPU" else "")
             )

@@ -11,17 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from distrecon import config as configuration
 from distrecon.autoencoder.model import ZooSample
-from distrecon.autoencoder.store import save_autoencoder
-from distrecon.autoencoder.tasks import run_tasks
 from distrecon.autoencoder.training import Batch, Training
 from distrecon.cluster.artifacts import FINISHED, upload
 from distrecon.cluster.kinds import AutoencoderRun
+from distrecon.cluster.scoring import score
 from distrecon.zoos import Zoo
 from distrecon.zoos.stream import plan, stream
 
@@ -112,7 +109,12 @@ def train_epochs(
             means = {key: value / seen for key, value in sums.items()}
             yield (
                 batch.epoch + 1,
-                {**means, "time/models_per_second": seen / spent, "time/data_wait_share": waited / spent},
+                {
+                    **means,
+                    "time/models_per_second": seen / spent,
+                    "time/data_wait_share": waited / spent,
+                    "data/rows": seen,
+                },
             )
             sums.clear()
             seen, waited, started = 0, 0.0, time.monotonic()
@@ -126,7 +128,7 @@ def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
     device = torch.device("cuda" if run.resources.use_gpu else "cpu")
     samples = [ZooSample(zoo.architecture, _sample(zoo, run.seed), zoo.images()) for zoo in zoos]
     steps = plan(zoos, batch_size=run.optim.batch_size, shards=run.data.shards, seed=run.seed)
-    training = Training(run, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
+    training = Training(run.autoencoder, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
     checkpoint = train.get_checkpoint()
     if checkpoint is None:
         return training, 1
@@ -158,12 +160,7 @@ def _score(run: AutoencoderRun, zoo: Zoo, training: Training, rank: int, artifac
 
     metrics: dict[str, Any] = {}
     if rank == 0:
-        began = time.monotonic()
-        results = run_tasks(training.autoencoder, *(zoo.models(s) for s in ("train", "val", "test")), zoo.images(), run)
-        metrics = {**results.metrics, "time/scoring_seconds": time.monotonic() - began}
         with tempfile.TemporaryDirectory() as folder:
-            save_autoencoder(Path(folder), training.autoencoder)
-            save_file({"theta": results.generated_theta_BP.contiguous()}, Path(folder) / "generated.safetensors")
-            np.savez_compressed(Path(folder) / "arrays.npz", **results.arrays)
+            metrics = score(training.autoencoder, zoo, run.autoencoder, Path(folder))
             upload(Path(folder), artifacts)
     train.report({"epoch": run.optim.epochs, **metrics, FINISHED: 1})

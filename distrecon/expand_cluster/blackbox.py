@@ -58,7 +58,7 @@ class BlackBox:
             )
         with torch.no_grad():
             y = self.teacher(x_QI)
-        if not isinstance(y, Tensor) or y.ndim != 2 or len(y) != len(x_QI) or (self.outputs and y.shape[1] != self.outputs):
+        if not isinstance(y, Tensor) or y.ndim != 2 or y.shape != (len(x_QI), self.outputs or y.shape[1]):
             shape = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             wanted = f"[{len(x_QI)}, {self.outputs or 'O'}]"
             raise UserError(f"the teacher answered {list(x_QI.shape)} with {shape}, not {wanted}")

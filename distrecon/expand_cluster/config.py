@@ -1,4 +1,4 @@
-"""Settings of a recovery; their dotted names are the keys of tune spaces (`students.count`, `clustering.gamma`, ...)."""
+"""Settings of a recovery; their dotted names are the keys of tune spaces (`students.count`, ...)."""
 
 import math
 from dataclasses import dataclass, field
@@ -73,7 +73,7 @@ class SolverConfig:
 
     iterations: int = 100  # at most, for one fit
     floor: float = 1e-24  # a fit at or below this loss is exact; raised to what a noisy (float32) teacher allows
-    student_parameters: int = 400  # students up to this size are fitted by the solver too, not only the recovered net
+    student_parameters: int = 400  # students up to this size are fitted by the solver alone, without a warm start
     polish_parameters: int = 3500  # recovered networks up to this size are polished in all inputs at once
     rows: int = 1000  # queries used in one fit (more when the unknowns need them)
 
@@ -103,7 +103,7 @@ class BudgetConfig:
 
     queries: int = 0  # 0: no limit
     seconds: float = 0.0  # 0: no limit; results then depend on the machine's speed
-    attempts: int = 4  # rounds of students; later ones are wider, or trained longer on more probes
+    attempts: int = 6  # rounds of students; later ones are wider, or trained longer on more probes
 
     def __post_init__(self) -> None:
         _require(self.queries >= 0, f"budget.queries must be 0 (no limit) or more, not {self.queries}")

@@ -2,7 +2,8 @@
 
 Notable choices:
 - the problem gives its normal equations, so that structure (shared inputs, row chunks) stays its own business;
-- every problem has its own damping, scaled by the diagonal of J^T J (Marquardt), with Nielsen's smooth update;
+- every problem has its own damping, a multiple of the identity (Levenberg) with Nielsen's smooth update: scaling by
+  the diagonal of J^T J (Marquardt) lets parameters of little influence run away, and redundant networks have many;
 - a rejected step tries again with the same J^T J: only the loss is evaluated anew;
 - problems that have converged, stalled or turned non-finite leave the batch, so that the rest runs faster.
 
@@ -73,7 +74,7 @@ def levenberg_marquardt(
 
     A problem ends when its loss is at or below `tolerance`, when its damping exceeds 1e12, when its loss fell by less
     than `stall` (relative) over 12 iterations, or after `max_iterations`; `deadline` is a `time.monotonic` value.
-    `progress(iteration, loss_N)` sees every iteration. Source: Marquardt 1963; damping update of Nielsen 1999.
+    `progress(iteration, loss_N)` sees every iteration. Source: Levenberg 1944; damping update of Nielsen 1999.
     """
     theta, status = theta_NP.clone(), ["iterations"] * theta_NP.shape[0]
     loss = problem.loss(theta)
@@ -120,11 +121,10 @@ def _step(
     """One accepted step of every problem (or none, after TRIALS dampings): new theta, loss, damping and growth."""
     theta, loss, damp, growth = theta.clone(), loss.clone(), damp.clone(), growth.clone()
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    # parameters without influence still need some damping, or the system is singular
-    scale = diagonal.clamp(min=1e-10 * diagonal.amax(dim=1, keepdim=True)).clamp(min=1e-300)
+    scale = diagonal.mean(dim=1, keepdim=True).clamp(min=1e-300)
     waiting = torch.arange(theta.shape[0])
     for _ in range(TRIALS):
-        shift = damp[waiting, None] * scale[waiting]
+        shift = (damp[waiting, None] * scale[waiting]).expand_as(gradient[waiting])
         matrix = gram[waiting]
         matrix.diagonal(dim1=1, dim2=2).add_(shift)
         factor, info = torch.linalg.cholesky_ex(matrix)

@@ -1,8 +1,9 @@
 """Groups of dense networks in float64: one matrix theta[N, P], batched forward, gradient and normal equations.
 
-Layer l maps the augmented input `[h_l, (h_{l-1} with a skip), 1]` to pre-activations with one matrix `M_l`, so a bias is
-a column like any other. The optional skip is a linear path round each hidden layer: activations with f(-u) = f(u) - u
-turn a neuron's sign flip into a linear term, which needs somewhere to live (Expand-and-Cluster, arXiv 2304.12794, sec. 4).
+Layer l maps the augmented input `[h_l, (h_{l-1} with a skip), 1]` to pre-activations with one matrix `M_l`, so that a
+bias is a column like any other. The optional skip is a linear path round each hidden layer: activations with
+f(-u) = f(u) - u turn a neuron's sign flip into a linear term, which needs somewhere to live (Expand-and-Cluster,
+arXiv 2304.12794, sec. 4).
 
 Legend: N students, Q queries, I inputs, H hidden, O outputs, P parameters, K columns of an augmented input.
 """
@@ -44,8 +45,7 @@ class DenseNet:
         """Views M_l[N, out, K_l] of theta[N, P], first layer first."""
         parts = theta_NP.split([o * k for o, k in zip(self.sizes[1:], self.columns, strict=True)], dim=-1)
         return [
-            part.unflatten(-1, (out, cols))
-            for part, out, cols in zip(parts, self.sizes[1:], self.columns, strict=True)
+            part.unflatten(-1, (out, cols)) for part, out, cols in zip(parts, self.sizes[1:], self.columns, strict=True)
         ]
 
     @staticmethod
@@ -117,9 +117,7 @@ class DenseNet:
             back = torch.matmul(found[layer + 1], matrices[layer + 1][:, None, :, :width])
             if self.skip and layer + 2 < len(pre):
                 start = self.sizes[layer + 2]
-                back = back + torch.matmul(
-                    found[layer + 2], matrices[layer + 2][:, None, :, start : start + width]
-                )
+                back = back + torch.matmul(found[layer + 2], matrices[layer + 2][:, None, :, start : start + width])
             found[layer] = back * self.activation.derivative(pre[layer])[:, :, None, :]
         return [found[i] for i in range(len(pre))]
 
@@ -153,7 +151,7 @@ class DenseNet:
         gram.baddbmm_(rows.transpose(1, 2), rows)
 
     def _add_blocks(self, theta_NP: Tensor, x: Tensor, y: Tensor, loss: Tensor, gradient: Tensor, gram: Tensor) -> None:
-        """The same sums (upper half) without the outputs' axis: blocks need only sum_o s_oh s_oh', O times less work."""
+        """The same sums (upper half) without the outputs' axis: they need only sum_o s_oh s_oh', O times less work."""
         inputs, pre = self.trace(theta_NP, x)
         slopes = self.sensitivities(self.matrices(theta_NP), pre)
         error = pre[-1] - y

@@ -35,12 +35,16 @@ class Coordinates:
     scale: float
     error: float  # relative, of the directions; 0 where they are the inputs themselves
 
+    def rescaled(self, factor: float) -> "Coordinates":
+        """The same directions with probes `factor` times as large."""
+        return Coordinates(self.to_RI / factor, self.back_IR * factor, self.outside_II, self.scale * factor, self.error)
+
     @property
     def rank(self) -> int:
         """Number of relevant input directions R."""
         return self.to_RI.shape[0]
 
-    def draw(self, count: int, generator: torch.Generator, scales: tuple[float, ...] = (1.0, 2.0)) -> Tensor:
+    def draw(self, count: int, generator: torch.Generator, scales: tuple[float, ...] = (1.0, 1.0, 3.0)) -> Tensor:
         """Probes x[Q, I]: normal in the relevant coordinates with the scales in turn, normal outside as well."""
         size_Q1 = torch.tensor(scales, dtype=torch.float64).repeat(count // len(scales) + 1)[:count, None]
         z_QR = torch.randn(count, self.rank, generator=generator, dtype=torch.float64)
@@ -54,18 +58,21 @@ class Coordinates:
 def find_coordinates(
     box: BlackBox, activation: Activation | None, subspace: bool, generator: torch.Generator
 ) -> Coordinates:
-    """Coordinates from the black box's gradients (or the inputs themselves if not `subspace`), scaled to excite it.
+    """Coordinates from the black box's gradients, or the inputs themselves, with probes scaled to excite it.
+
+    The inputs themselves, taken to be standardised, if not `subspace` or if all directions matter.
 
     `activation` None: unknown. Raises UserError when the answers do not depend on the inputs.
     """
-    identity_II = torch.eye(box.inputs, dtype=torch.float64)
     if not subspace:
-        return _scaled(box, identity_II, torch.ones(box.inputs, dtype=torch.float64), 0.0, generator)
+        return _inputs_themselves(box.inputs)
     gradients_GI = input_gradients(box, activation, GRADIENT_POINTS, generator)
     rank = numerical_rank(gradients_GI)
     while rank < box.inputs and len(gradients_GI) < 2 * rank + 10:
         gradients_GI = torch.cat([gradients_GI, input_gradients(box, activation, GRADIENT_POINTS, generator)])
         rank = numerical_rank(gradients_GI)
+    if rank in (0, box.inputs):  # nothing to reduce, and stretching weak directions then only hurts
+        return _inputs_themselves(box.inputs)
     _, values, right_RI = torch.linalg.svd(gradients_GI, full_matrices=False)
     error = float(values[rank] / values[0]) if rank < min(gradients_GI.shape) else 0.0
     basis_RI = right_RI[:rank]
@@ -73,9 +80,7 @@ def find_coordinates(
     return _scaled(box, basis_RI, strength_R.clamp(min=CONDITION * float(strength_R.max())), error, generator)
 
 
-def input_gradients(
-    box: BlackBox, activation: Activation | None, points: int, generator: torch.Generator
-) -> Tensor:
+def input_gradients(box: BlackBox, activation: Activation | None, points: int, generator: torch.Generator) -> Tensor:
     """d outputs / d inputs at `points` standard normal points, [<= points * O, I], by central differences.
 
     Five-point differences where the activation is smooth. Where it has kinks, two-point ones, and a point with a kink
@@ -115,19 +120,24 @@ def numerical_rank(gradients_GI: Tensor) -> int:
     return len(values)
 
 
+def _inputs_themselves(inputs: int) -> Coordinates:
+    eye_II = torch.eye(inputs, dtype=torch.float64)
+    return Coordinates(eye_II, eye_II, torch.zeros_like(eye_II), 1.0, 0.0)
+
+
 def _scaled(
     box: BlackBox, basis_RI: Tensor, strength_R: Tensor, error: float, generator: torch.Generator
 ) -> Coordinates:
     """Coordinates along the rows of basis[R, I], stretched by the strengths, at the scale that shows the nonlinearity.
 
-    The scale is the smallest at which the outputs' share that is not linear reaches half of its largest value.
+    The scale is the smallest at which the outputs' share that is not linear reaches a quarter of its largest value.
     """
     rank, inputs = basis_RI.shape
     back_IR = basis_RI.T / strength_R
     back_IR = back_IR * (rank**0.5 / back_IR.norm())
     z_QR = torch.randn(max(SCALE_QUERIES, 4 * rank), rank, generator=generator, dtype=torch.float64)
     shares = torch.tensor([_nonlinear_share(box, z_QR, scale * back_IR) for scale in SCALES])
-    scale = SCALES[int((shares >= 0.5 * shares.max()).nonzero()[0])]
+    scale = SCALES[int((shares >= 0.25 * shares.max()).nonzero()[0])]
     back_IR = scale * back_IR
     to_RI = torch.linalg.pinv(back_IR)
     outside_II = torch.eye(inputs, dtype=torch.float64) - basis_RI.T @ basis_RI

@@ -8,33 +8,43 @@ Legend: N students, Q queries, I inputs, R relevant input directions, H hidden, 
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from distrecon.config import flatten
 from distrecon.errors import UserError
 from distrecon.expand_cluster.blackbox import BlackBox, Teacher
 from distrecon.expand_cluster.collapse import drop_costs, features, solve_outgoing
 from distrecon.expand_cluster.config import RecoveryConfig
+from distrecon.expand_cluster.deep import Peeled, peel
 from distrecon.expand_cluster.fitting import Probed, fit, from_weights, rows_needed, to_weights
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.probes import Coordinates, find_coordinates
 from distrecon.expand_cluster.result import Recovery, relative_rmse
 from distrecon.expand_cluster.scores import compare
 from distrecon.expand_cluster.shallow import Collapsed, collapse, neuron_pool, takes_skip
+from distrecon.expand_cluster.stages import Stages
 from distrecon.expand_cluster.teachers import Weights
 from distrecon.expand_cluster.warm_start import warm_start
-from distrecon.nets.activations import Activation
+from distrecon.nets.activations import ACTIVATIONS, Activation
 from distrecon.nets.activations import activation as find_activation
 
 UNDERFIT = 1e-4  # a best student worse than this (relative loss) is too narrow
+UNDERFIT_SOLVED = 1e-12  # the same after the least-squares solver
 NOISE_MARGIN = 10.0  # the floor lies this far above the teacher's rounding noise
 DIRECTION_MARGIN = 100.0  # likewise for a fit in relevant directions that are known to a relative error
 LEAST_GUESS = 4
+SCALE_ROUNDS = (1.0, 2.0, 0.5)
+
+UNKNOWN = "unknown"
 
 Progress = Callable[[str, float], None]
 
@@ -51,9 +61,16 @@ class _Run:
     progress: Progress | None
     deadline: float | None
     coordinates: Coordinates
+    hidden_layers: int = 1
+    memory: Stages | None = None
     history: list[tuple[str, int, list[float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+
+    def floors(self, data: Probed) -> tuple[float, float]:
+        """The relative loss of an exact fit, and of one in relevant directions that carry an error of their own."""
+        floor = max(self.config.solver.floor, (NOISE_MARGIN * self.box.noise / data.scale) ** 2)
+        return floor, max(floor, (DIRECTION_MARGIN * self.coordinates.error) ** 2)
 
     def timed(self, stage: str, started: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
@@ -75,20 +92,25 @@ def recover(
     config: RecoveryConfig | None = None,
     data_QI: Tensor | None = None,
     progress: Progress | None = None,
+    stages: Path | None = None,
 ) -> Recovery:
     """Recover the layer sizes and weights of a black box from its answers alone.
 
     `teacher` is any deterministic function [Q, I] -> [Q, O]; `data_QI` are inputs of interest, queried too; `progress`
-    sees (stage, value). `seed` is added to `config.seed`. The same arguments give the same result.
+    sees (stage, value). `seed` is combined with `config.seed`. The same arguments give the same result. `activation`
+    "unknown" tries all and keeps the verified one. `stages` is a folder for trained students: an interrupted recovery
+    called again with the same arguments and folder continues after the last of them, with the same result.
 
     Raises UserError for a wrong request: an unknown activation, answers of a wrong shape, not finite or not repeatable,
     a query budget that is too small, fewer probes than unknowns. A recovery that fails is no error: its `verified` is
     False and its `reason` says why.
     """
     config = config or RecoveryConfig()
+    if activation == UNKNOWN:
+        return _try_all(teacher, input_size, hidden_layers, seed, config, data_QI, progress, stages)
     act = find_activation(activation)
-    if hidden_layers != 1:
-        raise UserError(f"hidden_layers must be 1, not {hidden_layers}")
+    if hidden_layers < 1:
+        raise UserError(f"hidden_layers must be at least 1, not {hidden_layers}")
     if data_QI is not None and (data_QI.ndim != 2 or data_QI.shape[1] != input_size):
         raise UserError(f"data_QI has shape {list(data_QI.shape)}, not [Q, {input_size}]")
     started = time.monotonic()
@@ -97,58 +119,103 @@ def recover(
     coordinates = find_coordinates(box, act, config.probes.subspace, generator)
     deadline = started + config.budget.seconds if config.budget.seconds else None
     data = data_QI.double() if data_QI is not None else None
-    run = _Run(box, act, config, generator, data, progress, deadline, coordinates)
+    memory = Stages(stages, [input_size, activation, hidden_layers, seed, flatten(config)]) if stages else None
+    run = _Run(box, act, config, generator, data, progress, deadline, coordinates, hidden_layers, memory)
     run.timed("queries", started)
     run.say("directions", coordinates.rank)
     return _finish(run, _attempts(run))
 
 
-def _attempts(run: _Run) -> tuple[Recovery, Probed]:
-    """Rounds of students until one is verified: wider ones after an underfit, else longer training on more probes."""
+def _try_all(
+    teacher: Teacher,
+    input_size: int,
+    hidden_layers: int,
+    seed: int,
+    config: RecoveryConfig,
+    data_QI: Tensor | None,
+    progress: Progress | None,
+    stages: Path | None,
+) -> Recovery:
+    """One round with every activation, then all rounds with the one that fitted best, unless one is verified before."""
+    found: dict[str, Recovery] = {}
+    brief = dataclasses.replace(config, budget=dataclasses.replace(config.budget, attempts=1))
+    queries = 0
+    for name in ACTIVATIONS:
+        folder = stages / name if stages else None
+        found[name] = recover(teacher, input_size, name, hidden_layers, seed, brief, data_QI, progress, folder)
+        queries += found[name].metrics["recover/queries"]
+        if found[name].verified:
+            break
+    result = found[name]
+    if not result.verified:
+        name = min(found, key=lambda n: found[n].metrics["recover/train_loss"])
+        folder = stages / f"{name}-all" if stages else None
+        result = recover(teacher, input_size, name, hidden_layers, seed, config, data_QI, progress, folder)
+        queries += result.metrics["recover/queries"]
+    return dataclasses.replace(result, metrics={**result.metrics, "recover/queries": queries})
+
+
+def _better(new: Recovery, old: Recovery) -> bool:
+    """Verified beats unverified; then the later of two verified ones, or the lower loss."""
+    if new.verified or old.verified:
+        return new.verified
+    return bool(new.metrics["recover/train_loss"] < old.metrics["recover/train_loss"])
+
+
+def _attempts(run: _Run) -> Recovery:
+    """Rounds of students until one is verified, each on fresh probes of another scale.
+
+    After an underfit the next students are wider; else, now and again, they train longer on more probes.
+    """
     guess = run.config.students.width or max(run.coordinates.rank, LEAST_GUESS)
-    patience, best = 1, None
+    patience, coordinates = 1, run.coordinates
+    best: Recovery | None = None
     for attempt in range(run.config.budget.attempts):
-        recovery, data, underfit = _round(run, guess, patience, attempt)
-        if best is None or recovery.metrics["recover/train_loss"] < best[0].metrics["recover/train_loss"]:
-            best = recovery, data
+        run.coordinates = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
+        recovery, underfit = _round(run, guess, patience, attempt)
+        if best is None or _better(recovery, best):
+            best = recovery
         if recovery.verified or run.late():
             break
-        if underfit and not run.config.students.width:
+        loss = recovery.metrics["recover/student_loss_best"]
+        if underfit and not run.config.students.width and (loss > UNDERFIT or attempt % 2 == 0):
             guess *= 2
-        else:
+        elif attempt % 2:
             patience *= 2
     assert best is not None
     return best
 
 
-def _round(run: _Run, guess: int, patience: int, attempt: int) -> tuple[Recovery, Probed, bool]:
+def _round(run: _Run, guess: int, patience: int, attempt: int) -> tuple[Recovery, bool]:
     """Students of one width: a fixed number, or batches until two in a row give the same verified size."""
     settings = run.config.students
-    net = DenseNet(
-        (run.coordinates.rank, math.ceil(settings.rho * guess), run.box.outputs), run.activation, takes_skip(run.activation)
-    )
+    widths = [math.ceil(settings.rho * guess)] * run.hidden_layers
+    skip = run.hidden_layers == 1 and takes_skip(run.activation)
+    net = DenseNet((run.coordinates.rank, *widths, run.box.outputs), run.activation, skip)
     data = _probe(run, net, patience)
     batches = [settings.count] if settings.count else [settings.batch] * math.ceil(settings.maximum / settings.batch)
     theta_NP = torch.empty(0, net.num_parameters, dtype=torch.float64)
     best: Recovery | None = None
     verified: list[int] = []
+    underfit = False
+    limit = UNDERFIT_SOLVED if net.num_parameters <= run.config.solver.student_parameters else UNDERFIT
     for count in batches:
-        theta_NP = torch.cat([theta_NP, _train(run, net, count, data, patience, f"students {attempt + 1}")])
+        stage = f"students {attempt + 1}"
+        train = partial(_train, run, net, count, data, patience, stage)
+        new_NP = run.memory.keep(f"{stage} from {len(theta_NP)}", run.generator, train) if run.memory else train()
+        theta_NP = torch.cat([theta_NP, new_NP])
         recovery = _collapse(run, net, theta_NP, data)
-        if best is None or (recovery.verified, -recovery.metrics["recover/train_loss"]) >= (
-            best.verified,
-            -best.metrics["recover/train_loss"],
-        ):
+        if best is None or _better(recovery, best):
             best = recovery
         if recovery.verified:
             verified.append(recovery.layer_sizes[0])
-        underfit = recovery.metrics["recover/student_loss_best"] > UNDERFIT
+        underfit = not recovery.verified and recovery.metrics["recover/student_loss_best"] > limit
         if (len(verified) > 1 and verified[-1] == verified[-2]) or underfit or run.late():
             break
         if not recovery.verified and len(theta_NP) >= 2 * settings.batch:
             break
     assert best is not None
-    return best, data, best.metrics["recover/student_loss_best"] > UNDERFIT
+    return best, underfit
 
 
 def _probe(run: _Run, net: DenseNet, patience: int) -> Probed:
@@ -156,8 +223,8 @@ def _probe(run: _Run, net: DenseNet, patience: int) -> Probed:
     settings, unknowns = run.config.probes, net.num_parameters
     if settings.count and settings.count * net.sizes[-1] < unknowns:
         raise UserError(
-            f"probes.count = {settings.count} gives {settings.count * net.sizes[-1]} equations, fewer than the students' "
-            f"{unknowns} unknowns"
+            f"probes.count = {settings.count} gives {settings.count * net.sizes[-1]} equations, "
+            f"fewer than the students' {unknowns} unknowns"
         )
     started = time.monotonic()
     count = settings.count * patience or patience * max(2000, 4 * unknowns // net.sizes[-1])
@@ -173,16 +240,24 @@ def _probe(run: _Run, net: DenseNet, patience: int) -> Probed:
 
 
 def _train(run: _Run, net: DenseNet, count: int, data: Probed, patience: int, stage: str) -> Tensor:
-    """`count` students: a first-order warm start, then the least-squares solver where they are small enough."""
+    """`count` students: by the least-squares solver where they are small enough, else by the first-order optimiser."""
     started, settings = time.monotonic(), run.config.warm_start
 
     def note(step: int, loss_N: Tensor) -> None:
         run.history.append((stage, step, loss_N.tolist()))
         run.say(stage, float(loss_N.min()))
 
+    theta_NP = net.random(count, run.generator)
+    if net.num_parameters <= run.config.solver.student_parameters:  # the solver finds better minima from a random start
+        rows = data.rows(rows_needed(net, run.config.solver.rows))
+        _, enough = run.floors(data)
+        solution = fit(net, theta_NP, rows.z_QR, rows.y_QO, run.config.solver.iterations, enough, run.deadline)
+        note(solution.iterations, solution.loss_N)
+        run.timed("students", started)
+        return solution.theta_NP
     theta_NP = warm_start(
         net,
-        net.random(count, run.generator),
+        theta_NP,
         data.z_QR,
         data.y_QO,
         run.generator,
@@ -194,14 +269,24 @@ def _train(run: _Run, net: DenseNet, count: int, data: Probed, patience: int, st
         note,
     )
     run.timed("students", started)
-    if net.num_parameters <= run.config.solver.student_parameters:
-        started = time.monotonic()
-        rows = data.rows(rows_needed(net, run.config.solver.rows))
-        solution = fit(net, theta_NP, rows.z_QR, rows.y_QO, run.config.solver.iterations, deadline=run.deadline)
-        theta_NP = solution.theta_NP
-        note(settings.steps * patience + solution.iterations, solution.loss_N)
-        run.timed("students' solver", started)
     return theta_NP
+
+
+def _train_on(run: _Run, net: DenseNet, theta_NP: Tensor, inputs_QH: Tensor, y_QO: Tensor) -> Tensor:
+    """Students of the layers that are left, trained on from where they were carried over to."""
+    settings = run.config.warm_start
+    return warm_start(
+        net,
+        theta_NP,
+        inputs_QH,
+        y_QO,
+        run.generator,
+        settings.optimiser,
+        settings.steps,
+        settings.learning_rate / 2,
+        settings.batch,
+        run.deadline,
+    )
 
 
 def _collapse(run: _Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recovery:
@@ -217,18 +302,18 @@ def _collapse(run: _Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recov
         "recover/width": net.sizes[1],
     }
     run.losses = loss_N.tolist()
-    floor = max(run.config.solver.floor, (NOISE_MARGIN * run.box.noise / data.scale) ** 2)
-    # the relevant directions are known to their own error only; the polish in all inputs removes it
-    rough = max(floor, (DIRECTION_MARGIN * run.coordinates.error) ** 2)
-    found: Collapsed | None = None
-    if finite_N.any():
+    floor, rough = run.floors(data)
+    found: Collapsed | Peeled | None = None
+    if finite_N.any() and run.hidden_layers > 1:
+        train = partial(_train_on, run)
+        found = peel(net, theta_NP[finite_N], data, run.activation, run.config, rough, run.deadline, train)
+    elif finite_N.any():
         pool = neuron_pool(net, theta_NP[finite_N], data.z_QR, data.y_QO)
         found = collapse(pool, data, run.activation, run.config, rough, run.deadline)
     if found is None:
-        zero = torch.zeros(1, run.coordinates.rank + 1, dtype=torch.float64)
-        nothing = DenseNet((run.coordinates.rank, 1, run.box.outputs), run.activation)
-        theta_1P = DenseNet.flatten([zero[None], torch.zeros(1, run.box.outputs, 2, dtype=torch.float64)])
-        weights = to_weights(nothing, theta_1P[0], data, run.coordinates.to_RI)
+        nothing = DenseNet((run.coordinates.rank, *[1] * run.hidden_layers, run.box.outputs), run.activation)
+        theta_P = torch.zeros(nothing.num_parameters, dtype=torch.float64)
+        weights = to_weights(nothing, theta_P, data, run.coordinates.to_RI)
         metrics["recover/train_loss"] = 1.0
         return Recovery(weights, run.activation.name, False, "no student has neurons that contribute", [], metrics)
     run.timed("collapse", started)
@@ -238,8 +323,9 @@ def _collapse(run: _Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recov
     if polished:
         weights = _polish(run, weights, data)
     verified, reason = _verify(run, weights, floor if polished else rough, found.loss)
-    run.say("size", found.net.sizes[1])
-    return Recovery(weights, run.activation.name, verified, reason, [found.linkage], metrics)
+    run.say("size", sum(found.net.sizes[1:-1]))
+    linkage = found.linkage if isinstance(found, Peeled) else [found.linkage]
+    return Recovery(weights, run.activation.name, verified, reason, linkage, metrics)
 
 
 def _polishable(run: _Run, weights: Weights) -> bool:
@@ -262,6 +348,8 @@ def _verify(run: _Run, weights: Weights, floor: float, train_loss: float) -> tup
     """Fresh queries at two scales must agree to the floor, and every neuron must be needed."""
     started = time.monotonic()
     x_QI = run.coordinates.draw(run.config.probes.fresh, run.generator)
+    if run.data_QI is not None:
+        x_QI = torch.cat([x_QI, run.data_QI[: run.config.probes.fresh]])
     answers_QO = run.box(x_QI)
     recovered = Recovery(weights, run.activation.name, False, "")
     error = relative_rmse(answers_QO, recovered(x_QI))
@@ -269,20 +357,29 @@ def _verify(run: _Run, weights: Weights, floor: float, train_loss: float) -> tup
     run.timed("queries", started)
     if not error <= allowed:
         if train_loss > floor:
-            return False, f"the best fit leaves a relative error of {math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
+            left = f"{math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
+            return False, f"the best fit leaves a relative error of {left}"
         return False, f"fresh queries differ by {error:.1e} (relative RMSE; allowed {allowed:.1e})"
-    w, b = weights[0]
-    design_QF = features(torch.cat([w, b[:, None]], dim=1), x_QI, run.activation, False)
-    coefficients_FO, _ = solve_outgoing(design_QF, answers_QO)
-    needed = drop_costs(design_QF, coefficients_FO, len(b)) / answers_QO.var()
-    if needed.min() <= 100 * floor:
-        return False, f"a neuron can be dropped without leaving the floor (cost {float(needed.min()):.1e})"
+    needed = _least_needed(run.activation, weights, x_QI)
+    if needed <= 100 * floor:
+        return False, f"a neuron can be dropped without leaving the floor (cost {needed:.1e})"
     return True, f"{len(x_QI)} fresh queries agree to {error:.1e} (relative RMSE) and every neuron is needed"
 
 
-def _finish(run: _Run, best: tuple[Recovery, Probed]) -> Recovery:
+def _least_needed(activation: Activation, weights: Weights, x_QI: Tensor) -> float:
+    """Smallest relative cost, to the next layer's pre-activations, of dropping any hidden neuron."""
+    least, hidden_QH = math.inf, x_QI
+    for (w, b), (w_next, b_next) in itertools.pairwise(weights):
+        design_QF = features(torch.cat([w, b[:, None]], dim=1), hidden_QH, activation, False)
+        next_QH = design_QF @ torch.cat([w_next, b_next[:, None]], dim=1).T
+        coefficients_FH, _ = solve_outgoing(design_QF, next_QH)
+        least = min(least, float((drop_costs(design_QF, coefficients_FH, len(b)) / next_QH.var()).min()))
+        hidden_QH = design_QF[:, :-1]
+    return least
+
+
+def _finish(run: _Run, recovery: Recovery) -> Recovery:
     """Put the totals into the metrics."""
-    recovery, _ = best
     x_QI = run.coordinates.draw(run.config.probes.fresh, run.generator) if run.data_QI is None else run.data_QI
     metrics = {
         **recovery.metrics,

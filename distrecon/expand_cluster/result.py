@@ -75,7 +75,12 @@ class Recovery:
         for i, (w, b) in enumerate(self.weights):
             tensors[f"layer{i}.weight"], tensors[f"layer{i}.bias"] = w.contiguous(), b.contiguous()
         sizes = "-".join(map(str, [self.weights[0][0].shape[1], *(len(b) for _, b in self.weights)]))
-        metadata = {"activation": self.activation, "sizes": sizes, "verified": str(self.verified), "reason": self.reason}
+        metadata = {
+            "activation": self.activation,
+            "sizes": sizes,
+            "verified": str(self.verified),
+            "reason": self.reason,
+        }
         save_file(tensors, target, metadata)
 
 

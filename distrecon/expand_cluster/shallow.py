@@ -26,6 +26,7 @@ from distrecon.nets.activations import Activation
 
 LEAST_CONTRIBUTION = 1e-5  # of a neuron to the standardised outputs
 FALLBACK_GAMMAS = (0.5, 0.3)
+NEARLY_EXACT = 1e-12  # a fit worse than this (relative) misses a neuron
 FREE_DROP = 1e-8  # neurons whose loss costs less than this (relative) are candidates for elimination
 
 
@@ -165,7 +166,12 @@ def _refit(
     net = DenseNet((data.z_QR.shape[1], len(neurons_HK), data.y_QO.shape[1]), activation, skip)
     rows = data.rows(rows_needed(net, config.solver.rows))
     solution = fit(
-        net, _pack(neurons_HK, rows, activation, skip), rows.z_QR, rows.y_QO, config.solver.iterations, deadline=deadline
+        net,
+        _pack(neurons_HK, rows, activation, skip),
+        rows.z_QR,
+        rows.y_QO,
+        config.solver.iterations,
+        deadline=deadline,
     )
     return net.matrices(solution.theta_NP)[0][0], float(solution.loss_N[0])
 
@@ -180,8 +186,11 @@ def _eliminate(
     floor: float,
     deadline: float | None,
 ) -> tuple[Tensor, float]:
-    """Drop neurons, the cheapest first, as long as the fit stays exact (or, if it never was, as long as it is free)."""
-    while len(neurons_HK) > 1:
+    """Drop neurons, the cheapest first, as long as the fit stays exact (or, if it nearly is, as long as it is free).
+
+    A fit far from exact misses something: dropping is of no use then.
+    """
+    while len(neurons_HK) > 1 and loss <= max(floor, NEARLY_EXACT):
         design_QF = features(neurons_HK, data.z_QR, activation, skip)
         coefficients_FO, _ = solve_outgoing(design_QF, data.y_QO)
         costs_H = drop_costs(design_QF, coefficients_FO, len(neurons_HK))

@@ -1,5 +1,6 @@
 """Teachers to recover: dense networks with known weights, trained on images or drawn from the synthetic family."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -41,7 +42,7 @@ def train_teacher(
     generator = torch.Generator().manual_seed(seed)
     sizes = [images_QI.shape[1], *hidden, int(labels_Q.max()) + 1]
     parameters: list[Tensor] = []
-    for fan_in, out in zip(sizes[:-1], sizes[1:], strict=True):
+    for fan_in, out in itertools.pairwise(sizes):
         for shape in ((out, fan_in), (out,)):
             uniform = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
             parameters.append((uniform / math.sqrt(fan_in)).requires_grad_())

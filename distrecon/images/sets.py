@@ -1,37 +1,15 @@
 """Labelled image sets as tensors; `load(name)` is the one way in. Adding a set is adding one function to IMAGE_SETS."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from distrecon.errors import UserError, nearest
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images [Q, channels, height, width] float32, normalised, and their classes [Q] int64."""
-
-    images: Tensor
-    labels_Q: Tensor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Three disjoint sets of images: models are fitted on `train`, chosen on `validation` and judged on `test`."""
-
-    name: str
-    train: LabelledImages
-    validation: LabelledImages
-    test: LabelledImages
-    classes: tuple[str, ...]
-    preprocessing: str
+from distrecon.images import published
+from distrecon.images.labelled import ImageSet, LabelledImages
 
 
 def digits(directory: Path | None = None) -> ImageSet:
@@ -48,7 +26,13 @@ def digits(directory: Path | None = None) -> ImageSet:
     return ImageSet("digits", train, validation, test, tuple("0123456789"), "pixel / 8 - 1")
 
 
-IMAGE_SETS: dict[str, Callable[[Path | None], ImageSet]] = {"digits": digits}
+IMAGE_SETS: dict[str, Callable[[Path | None], ImageSet]] = {
+    "digits": digits,
+    **{name: partial(published.published, name) for name in published.PUBLISHED},
+    "eurosat": published.eurosat,
+    "arrays": published.arrays,
+    "folders": published.folders,
+}
 
 
 def load(name: str, directory: str | Path | None = None) -> ImageSet:

@@ -283,11 +283,39 @@ def lenet5(in_channels: int = 3, image_size: int = 32, num_classes: int = 10, ac
     return cnn("lenet5", convolutions, linears, in_channels, image_size, activation)
 
 
+def zoo_cnn(
+    in_channels: int = 1, image_size: int = 28, num_classes: int = 10, activation: str = "tanh"
+) -> Architecture:
+    """ "CNN" of the published model zoos (modelzoos.cc): 2,464 parameters for 1x28x28 images."""
+    return _module_list("zoo_cnn", (8, 6, 4), in_channels, image_size, num_classes, activation)
+
+
+def zoo_cnn2(
+    in_channels: int = 1, image_size: int = 28, num_classes: int = 10, activation: str = "tanh"
+) -> Architecture:
+    """ "CNN2" of the published model zoos: its sibling with 6, 9 and 6 channels."""
+    return _module_list("zoo_cnn2", (6, 9, 6), in_channels, image_size, num_classes, activation)
+
+
+def _module_list(
+    name: str, channels: tuple[int, int, int], in_channels: int, image_size: int, num_classes: int, activation: str
+) -> Architecture:
+    """Two pooled 5x5 convolutions and a 2x2 one, named as the published state dicts name them (without dropout)."""
+    convolutions = [
+        {"name": f"module_list.{3 * i}", "out": out, "kernel": kernel, "pool": pool}
+        for i, (out, kernel, pool) in enumerate(zip(channels, (5, 5, 2), (2, 2, 1), strict=True))
+    ]
+    linears = [("module_list.9", 20), ("module_list.11", num_classes)]
+    return cnn(name, convolutions, linears, in_channels, image_size, activation)
+
+
 ARCHITECTURES: dict[str, Callable[..., Architecture]] = {
     "mlp": mlp,
     "cnn_small": cnn_small,
     "cnn3": cnn3,
     "lenet5": lenet5,
+    "zoo_cnn": zoo_cnn,
+    "zoo_cnn2": zoo_cnn2,
 }
 
 

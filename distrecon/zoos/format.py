@@ -15,7 +15,7 @@ Legend: S states, P parameters.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -118,7 +118,7 @@ class Part:
     file: str
     group_rows: int
     states: Mapping[str, int]  # split -> number of rows, in the file's order
-    models: Mapping[str, int]  # split -> number of models
+    models: Mapping[str, int]  # split -> number of models that no earlier part has
 
     @property
     def rows(self) -> int:
@@ -135,12 +135,19 @@ def part_name(number: int) -> str:
     return f"states/part-{number:05d}.parquet"
 
 
+def part_number(file: str) -> int:
+    return int(file.removeprefix("states/part-").removesuffix(".parquet"))
+
+
 def rows_per_group(num_parameters: int) -> int:
     return max(1, ROW_GROUP_BYTES // (4 * num_parameters))
 
 
-def write_part(store: Store, file: str, table: pa.Table) -> Part:
-    """Writes states as one Parquet file, split by split, atomically. The rows of each split keep their order."""
+def write_part(store: Store, file: str, table: pa.Table, known: Container[str] = ()) -> Part:
+    """Writes states as one Parquet file, split by split, atomically. The rows of each split keep their order.
+
+    `known` models have states in other parts of the zoo, which count them.
+    """
     size = rows_per_group(table.schema.field("weights").type.shape[0])
     compression = {column: "none" if column == "weights" else "zstd" for column in table.column_names}
     states, models = {}, {}
@@ -152,7 +159,8 @@ def write_part(store: Store, file: str, table: pa.Table) -> Part:
             rows = table.filter(pc.equal(table["split"], split))
             if rows.num_rows:
                 writer.write_table(rows, row_group_size=size)
-                states[split], models[split] = rows.num_rows, pc.count_distinct(rows["model_id"]).as_py()
+                states[split] = rows.num_rows
+                models[split] = sum(name not in known for name in rows["model_id"].unique().to_pylist())
     store.write(file, sink.getvalue())
     return Part(file, size, states, models)
 
@@ -164,11 +172,15 @@ def to_parquet(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def read_groups(store: Store, file: str, groups: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
-    """Some row groups of one part; UserError names a file that is missing or damaged."""
+def read_groups(
+    store: Store, file: str, groups: Iterable[int], columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """Row groups of one part, one after the other; UserError names a file that is missing or damaged."""
     try:
         with store.open(file) as source:
-            return pq.ParquetFile(source).read_row_groups(list(groups), columns=columns, use_threads=False)
+            parquet = pq.ParquetFile(source)
+            for group in groups:
+                yield parquet.read_row_group(group, columns=columns, use_threads=False)
     except FileNotFoundError:
         raise UserError(f"{store.path(file)} is missing; the zoo lists it") from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -100,6 +100,8 @@ class Order:
 
     def sizes(self, step: int) -> list[int]:
         """Rows that each lane gives to a step of a pass."""
+        if step + 1 < self.steps:
+            return [self.per_lane] * self.lanes
         taken = step * self.per_lane
         lengths = [high - low for low, high in map(self._bounds, range(self.lanes))]
         return [min(max(length - taken, 0), self.per_lane) for length in lengths]

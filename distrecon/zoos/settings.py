@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
 import numpy as np
+import yaml
 
+from distrecon.config import replace
 from distrecon.errors import UserError, nearest
 from distrecon.images import IMAGE_SETS, ImageSet
 from distrecon.nets import ACTIVATIONS, ARCHITECTURES, INITIALISATIONS, Architecture, architecture
@@ -210,3 +213,30 @@ SMOKE_ZOO = ZooConfig(
 )
 
 ZOOS = {"digits": DIGITS_ZOO, "digits_paper": DIGITS_PAPER_ZOO, "smoke": SMOKE_ZOO}
+
+
+GRIDS = Path(__file__).parent / "grids"
+
+
+def named_zoos() -> list[str]:
+    """The zoos that come with the package: `ZOOS`, and the papers' grids as files."""
+    return [*ZOOS, *sorted(path.stem for path in GRIDS.glob("*.yaml"))]
+
+
+def read_config(name: str) -> ZooConfig:
+    """A shipped zoo's configuration, or that of a YAML file with dotted keys.
+
+    Raises UserError that names the file and the key.
+    """
+    if name in ZOOS:
+        return ZOOS[name]
+    path = GRIDS / f"{name}.yaml" if (GRIDS / f"{name}.yaml").is_file() else Path(name)
+    if not path.is_file():
+        raise UserError(f"{name}: no such file, and no zoo of that name comes along{nearest(name, named_zoos())}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be dotted keys with values")
+    return replace(ZooConfig(), values, str(path))

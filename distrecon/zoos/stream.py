@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 64 * 2**20  # of weights, all workers together: what a shuffle mixes and a reading task returns
 WINDOWS_AHEAD = 2  # reading tasks in flight on each worker
+WINDOWS_HELD = 6  # being read, read, and in use, on each worker: what bounds the memory
 READ_CPUS = 0.0  # reading starts even where training has taken all the processors
 
 
@@ -209,7 +210,8 @@ def _read_ahead(
         rows_S = np.concatenate(steps)
         return pa.table({"row": rows_S, "weights": zoo_format.weights_column(zoo.read_rows(rows_S))})
 
-    with ray.data.DataContext.current(_context()):
+    window_bytes = 4 * zoo.architecture.num_parameters * order.batch_size * order.window_steps // worker[1]
+    with ray.data.DataContext.current(_context(window_bytes)):
         dataset = ray.data.from_items(
             [{"item": list(item)} for item in items], override_num_blocks=len(items)
         ).map_batches(
@@ -224,14 +226,18 @@ def _read_ahead(
         raise error.cause from error
 
 
-def _context() -> "ray.data.DataContext":
-    """Results in order, and no chatter: a training run has hundreds of streams."""
+def _context(window_bytes: int) -> "ray.data.DataContext":
+    """Results in order, a few windows held at most, and no chatter: a training run has hundreds of streams."""
     import ray.data
+    from ray.data import ExecutionResources
 
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=WINDOWS_HELD * max(window_bytes, 2**20)
+    )
     context.raise_original_map_exception = True
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     return context

@@ -14,7 +14,7 @@ MAX_IN_FLIGHT = 1000  # queued tasks: enough for any cluster, and the driver nev
 def connect() -> None:
     """Starts a local Ray session unless one is running."""
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)
+        ray.init(address="local", log_to_driver=False, include_dashboard=False)
 
 
 def run(

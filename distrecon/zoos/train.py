@@ -2,14 +2,12 @@
 
 Each task writes its own Parquet part into the zoo's folder and returns a few numbers, so the folder must be reachable
 from every node (a shared disk or an object store, as Ray Train's storage path must be); nothing big passes the driver.
-A part appears whole or not at all, and a later call trains only the groups whose parts are missing. `zoo.json`,
-written last, makes the folder a zoo.
+A later call trains only the groups that are missing (see `build.py`).
 """
 
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,19 +20,17 @@ from distrecon import config as configuration
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture, evaluate, fit, initialise
+from distrecon.zoos import build
 from distrecon.zoos import format as zoo_format
-from distrecon.zoos import tasks
 from distrecon.zoos.settings import ModelPlan, ZooConfig, groups
 from distrecon.zoos.storage import Store, store
 from distrecon.zoos.zoo import Zoo, open_zoo
-
-Progress = Callable[[int, int, float], None]  # models done, models in all, seconds since the call
 
 
 def ensure(
     config: ZooConfig,
     folder: str | os.PathLike[str] | Store,
-    progress: Progress | None = None,
+    progress: build.Progress | None = None,
     resources: dict[str, Any] | None = None,
 ) -> Zoo:
     """The zoo of this configuration at `folder`: opened if it is there, continued if it was begun, else trained.
@@ -47,11 +43,13 @@ def ensure(
         zoo = open_zoo(where)
         _check_same(where, zoo.info["origin"], config)
         return zoo
-    if where.exists(zoo_format.UNFINISHED):
-        _check_same(where, json.loads(where.read(zoo_format.UNFINISHED)), config)
+    images = load(config.images.name, config.images.directory)
+    arch = config.architecture.build(images)
+    if (interrupted := build.begun(where)) is not None:
+        _check_same(where, interrupted[1], config)
     else:
-        where.write(zoo_format.UNFINISHED, json.dumps(_origin(config), indent=1).encode())
-    return _train(config, where, progress, resources or {"num_cpus": 1})
+        build.begin(where, _origin(config))
+    return _train(config, arch, images, where, progress, resources or {"num_cpus": 1})
 
 
 def _origin(config: ZooConfig) -> dict[str, Any]:
@@ -74,40 +72,22 @@ def _check_same(where: Store, origin: dict[str, Any], config: ZooConfig) -> None
 
 @dataclass(frozen=True)
 class Group:
-    """The models of one task and where its files go."""
+    """The models of one task."""
 
     number: int
     models: tuple[ModelPlan, ...]
 
-    @property
-    def states(self) -> str:
-        return zoo_format.part_name(self.number)
 
-    @property
-    def history(self) -> str:
-        return f"history/part-{self.number:05d}.parquet"
-
-    @property
-    def report(self) -> str:
-        """Written last: a group with a report is finished."""
-        return f"unfinished/group-{self.number:05d}.json"
-
-
-def _train(config: ZooConfig, where: Store, progress: Progress | None, resources: dict[str, Any]) -> Zoo:
-    images = load(config.images.name, config.images.directory)
-    arch = config.architecture.build(images)
+def _train(
+    config: ZooConfig,
+    arch: Architecture,
+    images: ImageSet,
+    where: Store,
+    progress: build.Progress | None,
+    resources: dict[str, Any],
+) -> Zoo:
     every = [Group(number, tuple(models)) for number, models in enumerate(groups(config))]
-    finished = set(where.names("unfinished"))
-    missing = [group for group in every if group.report not in finished]
-    total, done = sum(len(g.models) for g in every), sum(len(g.models) for g in every if g.report in finished)
-    start = time.monotonic()
-    if progress:
-        progress(done, total, 0.0)
-    for group, _ in tasks.run(train_group, missing, config, arch, images, where, resources=resources):
-        done += len(group.models)
-        if progress:
-            progress(done, total, time.monotonic() - start)
-    reports = [json.loads(where.read(group.report)) for group in every]
+    reports = list(build.run(every, train_group, where, config, arch, images, progress=progress, resources=resources))
     parts = [zoo_format.Part(**report["part"]) for report in reports if report["part"]]
     if not parts:
         raise UserError(f"every model of {config.name!r} diverged: lower grid.lr or grid.scale")
@@ -125,18 +105,19 @@ def _train(config: ZooConfig, where: Store, progress: Progress | None, resources
         origin=_origin(config),
         excluded=[excluded for report in reports for excluded in report["excluded"]],
     )
-    where.delete_folder("unfinished")
+    build.finish(where)
     return open_zoo(where)
 
 
-def train_group(group: Group, config: ZooConfig, arch: Architecture, images: ImageSet, where: Store) -> None:
-    """Trains one group and writes its part, its history and its report. The body of a Ray task."""
+def train_group(group: Group, where: Store, config: ZooConfig, arch: Architecture, images: ImageSet) -> dict[str, Any]:
+    """Trains one group, writes its part and its history; the body of a Ray task."""
     torch.set_num_threads(1)
     states, history = _fit_group(group, config, arch, images)
     table, excluded = _keep_finite(group, config, arch, states)
-    part = asdict(zoo_format.write_part(where, group.states, table)) if table.num_rows else None
-    where.write(group.history, zoo_format.to_parquet(history))
-    where.write(group.report, json.dumps({"part": part, "excluded": excluded}).encode())
+    file = zoo_format.part_name(group.number)
+    part = asdict(zoo_format.write_part(where, file, table)) if table.num_rows else None
+    where.write(f"history/part-{group.number:05d}.parquet", zoo_format.to_parquet(history))
+    return {"part": part, "excluded": excluded}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Legend: S states, B models' states, P parameters.
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,13 +57,20 @@ class Zoo:
         return Architecture.from_dict(self.info["architecture"])
 
     @property
-    def image_set(self) -> str:
-        """Name of the image set its models were trained on."""
+    def image_set(self) -> str | None:
+        """Name of the image set its models were trained on; None where an imported zoo does not tell."""
         return self.info["image_set"]["name"]
 
     def images(self, directory: str | Path | None = None) -> ImageSet:
         """The images its models were trained on, from `directory` or where they were when it was trained."""
-        return load(self.image_set, directory or self.info["image_set"]["directory"])
+        if self.image_set is None:
+            raise UserError(
+                f"{self.store} does not tell which images its models were trained on: import it with --images"
+            )
+        own = self.info["image_set"]["directory"]
+        if own is not None and self.store.exists(own):  # brought along with the zoo
+            own = self.store.path(own)
+        return load(self.image_set, directory or own)
 
     @property
     def num_states(self) -> int:
@@ -103,7 +111,7 @@ class Zoo:
         for number, part in enumerate(self.parts):
             groups = [g.group for g in chosen if g.part == number]
             if groups:
-                yield zoo_format.read_groups(self.store, part.file, groups, columns)
+                yield pa.concat_tables(zoo_format.read_groups(self.store, part.file, groups, columns))
 
     def table(self, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows as one Arrow table with the columns of the format."""
@@ -139,13 +147,15 @@ class Zoo:
         out_SP = np.empty((len(rows_S), self.architecture.num_parameters), np.float32)
         order = np.argsort(rows_S, kind="stable")
         wanted = np.asarray(rows_S)[order]
-        groups = self.row_groups
-        for index in np.unique(np.searchsorted(self._group_ends, wanted, side="right")):
-            group = groups[index]
-            low, high = np.searchsorted(wanted, [group.first_row, group.first_row + group.rows])
-            table = zoo_format.read_groups(self.store, self.parts[group.part].file, [group.group], ["weights"])
-            weights_GP = zoo_format.weights_array(table["weights"])
-            out_SP[order[low:high]] = weights_GP[wanted[low:high] - group.first_row]
+        needed = np.unique(np.searchsorted(self._group_ends, wanted, side="right"))
+        for number, groups in itertools.groupby((self.row_groups[i] for i in needed), key=lambda group: group.part):
+            chosen = list(groups)
+            file = self.parts[number].file
+            tables = zoo_format.read_groups(self.store, file, [group.group for group in chosen], ["weights"])
+            for group, table in zip(chosen, tables, strict=True):
+                low, high = np.searchsorted(wanted, [group.first_row, group.first_row + group.rows])
+                weights_GP = zoo_format.weights_array(table["weights"])
+                out_SP[order[low:high]] = weights_GP[wanted[low:high] - group.first_row]
         return out_SP
 
     @cached_property

@@ -41,6 +41,13 @@ def random_models(arch: Architecture, count: int, first_seed: int = 0) -> torch.
     return initialise(arch, kinds, range(first_seed, first_seed + count))
 
 
+def related_models(arch: Architecture, count: int) -> torch.Tensor:
+    """Models that differ in three directions only, so that an autoencoder can learn them in a few steps."""
+    ends_4P = 2 * random_models(arch, 4, first_seed=90)
+    mix_B3 = torch.rand(count, 3, generator=torch.Generator().manual_seed(5)) - 0.5
+    return ends_4P[0] + mix_B3 @ ends_4P[1:]
+
+
 def as_models(arch: Architecture, theta_BP: torch.Tensor, images: ImageSet, first_row: int = 0) -> Models:
     train = evaluate(arch, theta_BP, images.train.images, images.train.labels_Q)
     test = evaluate(arch, theta_BP, images.test.images, images.test.labels_Q)
@@ -69,7 +76,7 @@ def arch() -> Architecture:
 
 @pytest.fixture(scope="session")
 def theta_BP(arch) -> torch.Tensor:
-    return random_models(arch, 24)
+    return related_models(arch, 24)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def test_reads_base_space_and_defaults(tmp_path):
     sweep = read_space(write(tmp_path))
     assert sweep.base.optim.epochs == 3
     assert sweep.trials == 6
-    assert sweep.metric == "reconstruct/agreement"
+    assert sweep.metric == "reconstruct/agreement_on_errors"
     assert sweep.mode == "max"
     assert len({tuple(values.items()) for values in sweep.grid()}) == 6
 

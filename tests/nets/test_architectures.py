@@ -23,11 +23,14 @@ ARCHITECTURES = {
     "cnn_small": {},
     "cnn3": {"image_size": 32, "in_channels": 3},
     "lenet5": {"image_size": 28, "in_channels": 1},
+    "zoo_cnn": {},
+    "zoo_cnn2": {"in_channels": 3},
 }
 
 SIZES = {  # name, options -> parameters, tokens, token size
     ("cnn_small", ()): (1198, 40, 55),
     ("cnn3", ()): (10853, 93, 289),
+    ("zoo_cnn", ()): (2464, 8 + 6 + 4 + 20 + 10, 201),
     ("lenet5", ()): (62006, 6 + 16 + 120 + 84 + 10, 401),
 }
 

@@ -94,7 +94,9 @@ def test_row_groups_never_mix_splits_and_keep_models_together(zoo: Zoo) -> None:
         assert real == [rows for _, rows in part.row_groups()]
     for group in zoo.row_groups:
         part = zoo.parts[group.part]
-        assert set(zoo_format.read_groups(zoo.store, part.file, [group.group])["split"].to_pylist()) == {group.split}
+        assert set(next(zoo_format.read_groups(zoo.store, part.file, [group.group]))["split"].to_pylist()) == {
+            group.split
+        }
     ids = zoo.table("train")["model_id"].to_pylist()
     assert ids == sorted(ids)
 

@@ -70,11 +70,11 @@ def begin_again(folder: Path, keep_groups: int) -> None:
     """The finished zoo as a killed training leaves it, with some groups done."""
     content = json.loads((folder / "zoo.json").read_text())
     (folder / "unfinished").mkdir()
-    (folder / "unfinished/origin.json").write_text(json.dumps(content["origin"]))
+    (folder / "unfinished/origin.json").write_text(json.dumps({"first_unit": 0, "origin": content["origin"]}))
     for number, part in enumerate(content["parts"]):
         if number < keep_groups:
             report = {"part": part, "excluded": []}
-            (folder / f"unfinished/group-{number:05d}.json").write_text(json.dumps(report))
+            (folder / f"unfinished/unit-{number:05d}.json").write_text(json.dumps(report))
         else:
             (folder / part["file"]).unlink()
     (folder / "zoo.json").unlink()

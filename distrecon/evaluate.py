@@ -1,0 +1,61 @@
+"""python -m distrecon.evaluate: the three tasks (predict, reconstruct, generate) of an autoencoder on any zoo."""
+
+import argparse
+import sys
+
+from distrecon import config, console, launch, runs, single
+from distrecon.cluster.scoring import score, zoo_index
+from distrecon.config import parse_assignments
+from distrecon.zoos import open_zoo
+
+EXAMPLES = """examples:
+  python -m distrecon.evaluate --autoencoder runs/20260101-120000-train --zoo my_zoo
+  python -m distrecon.evaluate --autoencoder runs/20260101-120000-tune --zoo my_zoo --set tasks.refine=10
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distrecon.evaluate",
+        description="Predict, reconstruct and generate on a zoo's held-out models with a trained autoencoder.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--autoencoder", required=True, metavar="RUN", help="a run folder, or an autoencoder's own")
+    parser.add_argument("--zoo", required=True, help="the zoo's folder")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="settings, such as tasks.samples=50"
+    )
+    console.common_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    runs.check_absent(args.out)
+    autoencoder, zoo = runs.load_autoencoder(args.autoencoder), open_zoo(args.zoo)
+    zoo_index(autoencoder, zoo)
+    small = {"tasks.samples": 4, "tasks.pairs": 4} if args.smoke else {}
+    changes = {**small, **({"seed": args.seed} if args.seed is not None else {}), **parse_assignments(args.set)}
+    settings = config.replace(autoencoder.config, changes, "--set")
+    outcome = single.record(
+        name="evaluate",
+        kind="autoencoder",
+        metric="reconstruct/agreement_on_errors",
+        config={"zoo": [str(args.zoo)]},
+        settings={"autoencoder": str(args.autoencoder), **changes},
+        zoos={str(args.zoo): zoo},
+        out=args.out,
+        seed=settings.seed,
+        work=lambda folder: score(autoencoder, zoo, settings, folder),
+        smoke=args.smoke,
+    )
+    launch.show(outcome, "evaluate", args.smoke)
+    return console.DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    return console.run_command(run, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

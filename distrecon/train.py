@@ -1,0 +1,50 @@
+"""python -m distrecon.train: one distributed autoencoder training, scored and recorded; a sweep of a single trial."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from distrecon import console, launch
+
+EXAMPLES = """examples:
+  python -m distrecon.train                                   on the digits zoo, trained first if it is not there
+  python -m distrecon.train --zoo my_zoo --set optim.epochs=50 --set loss.terms=C+S+B
+  python -m distrecon.train --zoo svhn cifar --num-workers 4 --use-gpu --address auto
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distrecon.train",
+        description="Train one weight autoencoder on one or several zoos, score it, record it in MLflow.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--zoo",
+        nargs="+",
+        default=["digits"],
+        help="zoo folders, or shipped zoos: digits, digits_paper (default: digits)",
+    )
+    launch.options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    zoos = ["smoke"] if args.smoke and args.zoo == ["digits"] else args.zoo
+    space = {"name": "train", "kind": "autoencoder", "base": {}, "space": {"zoo": {"grid": [zoos]}}}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.yaml"
+        path.write_text(yaml.safe_dump(space))
+        return launch.launch(args, "train", [str(path)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    return console.run_command(run, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""python -m distrecon.zoo: train, import, describe, check and export model zoos."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from distrecon import config as configuration
+from distrecon import console
+from distrecon.errors import UserError
+from distrecon.zoos import Zoo, inspection, open_zoo
+from distrecon.zoos.settings import named_zoos, read_config
+
+EXAMPLES = """examples:
+  python -m distrecon.zoo train --out zoos/digits
+  python -m distrecon.zoo train --config cifar10_paper --set images.directory=data/cifar10 --out zoos/cifar10
+  python -m distrecon.zoo import downloads/tune_zoo_svhn --images svhn --images-dir data/svhn --out zoos/svhn
+  python -m distrecon.zoo info zoos/svhn
+  python -m distrecon.zoo check zoos/svhn --images-dir data/svhn
+  python -m distrecon.zoo export zoos/svhn --model ID --out model.safetensors
+
+exit codes: 0 done, 1 done but something was skipped or is unsound, 2 the request is wrong, 130 interrupted
+(train and import continue when run again)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distrecon.zoo",
+        description="Train, import, describe, check and export model zoos.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _train_options(_command(commands, "train", "train a zoo, or continue one that was interrupted"))
+    _import_options(_command(commands, "import", "import a published zoo, or append to one"))
+    info = _command(commands, "info", "counts, sizes, accuracies")
+    info.add_argument("zoo", help="folder or URL of the zoo")
+    check = _command(commands, "check", "read every row again, recompute a sample of accuracies")
+    check.add_argument("zoo", help="folder or URL of the zoo")
+    check.add_argument("--sample", type=int, default=64, help="states to recompute (default: 64)")
+    check.add_argument("--images-dir", metavar="DIR", help="where the zoo's images lie")
+    export = _command(commands, "export", "write one model as safetensors")
+    export.add_argument("zoo", help="folder or URL of the zoo")
+    export.add_argument("--model", required=True, metavar="ID")
+    export.add_argument("--epoch", type=int, help="which of its states (default: the last)")
+    export.add_argument("--out", required=True, metavar="FILE")
+    return parser
+
+
+def _command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str):  # type: ignore[no-untyped-def]
+    command = commands.add_parser(name, help=text, description=text)
+    command.add_argument("--seed", type=int, help="seed of everything random (default: 0, or the configuration's)")
+    command.add_argument("--smoke", action="store_true", help="a tiny instance, to check an installation")
+    command.add_argument("--verbose", action="store_true", help="show Ray's messages, and tracebacks")
+    return command
+
+
+def _ray_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--address", help="join a Ray cluster: auto, or HOST:PORT (default: a local session)")
+    command.add_argument("--gpus-per-task", type=float, default=0.0, help="share of a GPU for each task (default: 0)")
+
+
+def _train_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", required=True, metavar="ZOO", help="folder or URL of the zoo")
+    command.add_argument(
+        "--config", metavar="NAME|FILE", help=f"{', '.join(named_zoos())}, or a YAML file (default: digits)"
+    )
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted setting laid over the configuration"
+    )
+    _ray_options(command)
+
+
+def _import_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", nargs="?", help="Ray Tune tree, folder of checkpoint files, or one such file")
+    command.add_argument("--out", required=True, metavar="ZOO", help="folder or URL of the zoo to make or append to")
+    command.add_argument("--epochs", help="only these, e.g. 20,30,40,50 (default: all)")
+    command.add_argument("--architecture", help="where several have the same weights")
+    command.add_argument("--activation", help="where the source does not tell it")
+    command.add_argument("--images", metavar="NAME", help="image set the models were trained on")
+    command.add_argument("--images-dir", metavar="DIR", help="where its files lie")
+    command.add_argument("--name", help="the zoo's name (default: the source's)")
+    command.add_argument("--strict", action="store_true", help="stop at the first thing that would be skipped")
+    _ray_options(command)
+
+
+# -- the commands -----------------------------------------------------------------------------------------------------
+
+
+def _connect(args: argparse.Namespace) -> dict[str, float]:
+    """Joins Ray; the resources of a task."""
+    from distrecon.cluster import session
+
+    session.connect(args.address, verbose=args.verbose)
+    return {"num_cpus": 1, "num_gpus": args.gpus_per_task} if args.gpus_per_task else {"num_cpus": 1}
+
+
+def _shower(stage: console.Progress) -> Callable[[int, int, float], None]:
+    """Shows how far it is and how long still, from the models done since this call began."""
+    first: list[int] = []
+
+    def show(done: int, total: int, seconds: float) -> None:
+        first.append(done)
+        share = (done - first[0]) / max(total - first[0], 1)
+        stage.show(f"{done} of {total} models, {console.time_left(share, seconds)}")
+
+    return show
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains, continues or finds a zoo."""
+    from distrecon.zoos.train import ensure
+
+    config = read_config(args.config or ("smoke" if args.smoke else "digits"))
+    values = {} if args.seed is None else {"seed": args.seed}
+    config = configuration.replace(config, values | configuration.parse_assignments(args.set), "--set")
+    resources, stage = _connect(args), console.Progress("train")
+    zoo = ensure(config, args.out, _shower(stage), resources)
+    excluded = len(zoo.info["excluded"])
+    stage.done(
+        f"{zoo.num_models} models, {zoo.num_states} states in {zoo.store}" + f", {excluded} diverged" * bool(excluded)
+    )
+    return console.SOME_FAILED if excluded else console.DONE
+
+
+def import_(args: argparse.Namespace) -> int:
+    """Imports what can be, tells what cannot."""
+    from distrecon.zoos.importing import REPORT, ImportOptions, import_zoo
+
+    try:
+        epochs = tuple(int(text) for text in args.epochs.split(",")) if args.epochs else None
+    except ValueError:
+        raise UserError(f"--epochs wants numbers like 20,30,40, not {args.epochs!r}") from None
+    options = ImportOptions(
+        epochs=epochs,
+        architecture=args.architecture,
+        activation=args.activation,
+        images=args.images,
+        images_directory=args.images_dir,
+        name=args.name,
+        seed=args.seed or 0,
+        strict=args.strict,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        source = _smoke_source(Path(folder)) if args.smoke and args.source is None else args.source
+        if source is None:
+            raise UserError("import wants a SOURCE: a Ray Tune tree, a folder of checkpoint files, or one such file")
+        resources, stage = _connect(args), console.Progress("import")
+        report = import_zoo(source, args.out, options, _shower(stage), resources)
+    stage.done(f"{report.models} models, {report.states} states into {report.zoo}")
+    for reason, count in report.reasons.items():
+        print(f"skipped {count:6}  {reason}")
+    if report.skipped:
+        print(f"each one is listed in {report.zoo}/{REPORT}")
+    return console.SOME_FAILED if report.skipped else console.DONE
+
+
+def _smoke_source(folder: Path) -> Path:
+    """Two random models in files, for `import --smoke`."""
+    import torch
+
+    from distrecon.nets import architecture, initialise
+
+    arch = architecture("zoo_cnn")
+    for seed in (0, 1):
+        state = arch.unflatten(initialise(arch, ["normal"], [seed])[0])
+        torch.save({"model_state_dict": state, "activation": "tanh"}, folder / f"model{seed}_epoch_1.pt")
+    (folder / "table.csv").write_text(
+        "file,activation,train_acc,test_acc\nmodel0_epoch_1,tanh,.1,.1\nmodel1_epoch_1,tanh,.1,.1\n"
+    )
+    return folder
+
+
+def info(args: argparse.Namespace) -> int:
+    """Prints what a zoo is."""
+    print(inspection.describe(open_zoo(args.zoo)))
+    return console.DONE
+
+
+def check(args: argparse.Namespace) -> int:
+    """Prints what is wrong with a zoo."""
+    zoo = open_zoo(args.zoo)
+    result = inspection.check(zoo, 4 if args.smoke else args.sample, args.seed or 0, args.images_dir)
+    for problem in result.problems:
+        print(problem)
+    recomputed = (
+        f"{result.recomputed} accuracies recomputed" if result.recomputed else f"none recomputed: {result.note}"
+    )
+    print(f"{result.states} states read, {recomputed}, {len(result.problems) or 'no'} problems")
+    return console.SOME_FAILED if result.problems else console.DONE
+
+
+def export(args: argparse.Namespace) -> int:
+    """Writes one model."""
+    zoo: Zoo = open_zoo(args.zoo)
+    epoch = inspection.export(zoo, args.model, args.out, args.epoch)
+    print(f"{args.model}, epoch {epoch}: {args.out}")
+    return console.DONE
+
+
+COMMANDS = {"train": train, "import": import_, "info": info, "check": check, "export": export}
+
+
+def run(args: argparse.Namespace) -> int:
+    return COMMANDS[args.command](args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return console.run_command(run, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

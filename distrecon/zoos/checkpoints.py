@@ -1,0 +1,83 @@
+"""Reads strangers' checkpoint files without running anything that is in them."""
+
+import io
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from distrecon.errors import UserError
+from distrecon.nets import Architecture
+from distrecon.nets.recognise import flatten_as
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+NESTS = ("model_state_dict", "state_dict", "model", "net", "weights")  # where training loops put the state dict
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # what data parallelism and compilation put before its names
+LARGEST_WEIGHT = 1e6  # beyond it a model has exploded, whatever its accuracy says
+
+
+def load(content: bytes, name: str) -> Any:
+    """What a torch file holds, unpickled with `weights_only`: tensors and plain containers, nothing else.
+
+    Raises UserError: the file is refused because it holds other objects, or it is damaged.
+    """
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{name}: refused: not tensors in plain containers, and loading more could run code") from None
+    except Exception as error:  # torch's readers raise nearly anything on a damaged file
+        raise UserError(f"{name}: truncated or not a torch file ({type(error).__name__})") from None
+
+
+def read_state_dict(content: bytes, name: str) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file, wherever it is nested, under its plain names.
+
+    Raises UserError: refused, damaged, or no state dict in it.
+    """
+    if name.endswith(".safetensors"):
+        try:
+            return unwrap(safetensors.torch.load(content))
+        except SafetensorError:
+            raise UserError(f"{name}: truncated or not a safetensors file") from None
+    state = find_state_dict(load(content, name))
+    if state is None:
+        raise UserError(f"{name}: no state dict in it")
+    return unwrap(state)
+
+
+def find_state_dict(value: Any, depth: int = 3) -> dict[str, Tensor] | None:
+    """The first mapping of names to tensors, in the usual places."""
+    if not isinstance(value, Mapping) or not value:
+        return None
+    if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+        return dict(value)
+    inner = (find_state_dict(value[key], depth - 1) for key in NESTS if key in value and depth)
+    return next((found for found in inner if found is not None), None)
+
+
+def unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that wrappers put before every name."""
+    for prefix in WRAPPERS:
+        if state and all(key.startswith(prefix) for key in state):
+            return unwrap({key.removeprefix(prefix): value for key, value in state.items()})
+    return state
+
+
+def to_theta(arch: Architecture, state: dict[str, Tensor], name: str) -> Tensor:
+    """theta[P] float32; UserError for another architecture's shapes, non-finite or exploded weights."""
+    for key, value in state.items():
+        if not value.is_floating_point():
+            raise UserError(f"{name}: {key!r} holds {value.dtype}, not floating-point numbers")
+    try:
+        theta_P = flatten_as(arch, state).float()
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    if not theta_P.isfinite().all():
+        raise UserError(f"{name}: non-finite weights")
+    if (largest := float(theta_P.abs().max())) > LARGEST_WEIGHT:
+        raise UserError(f"{name}: exploded weights (up to {largest:.1e})")
+    return theta_P

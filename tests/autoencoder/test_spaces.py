@@ -1,0 +1,20 @@
+"""The papers' grids are valid space files, at full size and shrunk."""
+
+from pathlib import Path
+
+import pytest
+
+from distrecon.cluster.space import read_space
+
+SPACES = Path(__file__).parents[2] / "tune_spaces"
+TRIALS = {"paper_losses": 5, "paper_beta": 4, "paper_query_sets": 6, "paper_cycle_consistency": 4}
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_paper_spaces(name):
+    sweep = read_space(SPACES / f"{name}.yaml")
+    assert (sweep.name, sweep.kind, sweep.trials) == (name, "autoencoder", TRIALS[name])
+    assert (sweep.base.model.width, sweep.base.model.layers, sweep.base.model.heads) == (256, 8, 8)
+    small = read_space(SPACES / f"{name}.yaml", smoke=True)
+    assert small.trials == 2
+    assert small.base.model.width < 64

@@ -1,0 +1,274 @@
+"""The tasks' metrics against references by hand, and what they may not look at."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_models, random_models, related_models, tiny
+
+from distrecon.autoencoder import Training, ZooSample, generate, novelty, predict, run_tasks, samplers
+from distrecon.autoencoder.reconstruct import compare
+from distrecon.errors import UserError
+from distrecon.images import LabelledImages
+from distrecon.nets import architecture, evaluate
+
+DESIGN = """predict/test_accuracy_r2 predict/generalization_gap_r2 predict/epoch_r2
+predict/baseline_statistics/test_accuracy_r2 reconstruct/accuracy_mean reconstruct/accuracy_max reconstruct/agreement
+reconstruct/agreement_on_errors reconstruct/accuracy_correlation reconstruct/own_nearest reconstruct/weight_l2
+reconstruct/output_mse reconstruct/refined/agreement generate/accuracy_mean generate/accuracy_max generate/accuracy_p10
+generate/diversity_l2 generate/diversity_agreement generate/novelty generate/novelty_iou generate/ms_per_model
+generate/baseline_noise/accuracy_mean generate/baseline_noise/novelty generate/baseline_average/accuracy_mean
+generate/baseline_average/novelty generate/gaussian/accuracy_mean zoo/accuracy_mean zoo/accuracy_max""".split()
+
+
+@pytest.fixture(scope="module")
+def splits(arch, images):
+    theta_BP = related_models(arch, 40)
+    return [as_models(arch, theta_BP[a:b], images, a) for a, b in ((0, 24), (24, 31), (31, 40))]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(arch, images, splits):
+    return Training(tiny(), [ZooSample(arch, splits[0].theta_BP, images)], 1).autoencoder
+
+
+def test_run_tasks_gives_every_number(autoencoder, splits, images):
+    settings = {"tasks__refine": 2, "tasks__generate_refine": 2, "tasks__finetune_epochs": 1, "tasks__select": 2}
+    config = tiny(tasks__samplers=["joint_kde", "gaussian"], **settings)
+    found = run_tasks(autoencoder, *splits, images, config)
+    assert set(DESIGN) <= set(found.metrics)
+    assert all(np.isfinite(value) for value in found.metrics.values())
+    assert found.generated_theta_BP.shape == (6, autoencoder.architectures[0].num_parameters)
+    assert found.generated_theta_BP.dtype == torch.float32
+    assert found.arrays["reconstruct/accuracy"].shape == (2, 9)
+    assert found.metrics["zoo/accuracy_max"] == pytest.approx(float(splits[2].test_accuracy_B.max()))
+    again = run_tasks(autoencoder, *splits, images, config)
+    timed = {k for k in found.metrics if k.endswith("ms_per_model")}
+    assert all(found.metrics[k] == again.metrics[k] for k in found.metrics if k not in timed)
+
+
+def test_reconstructions_that_are_the_originals(arch, splits, images):
+    theta_BP = splits[2].theta_BP
+    metrics, arrays = compare(arch, theta_BP, theta_BP.clone(), images.test)
+    for name in ("agreement", "agreement_on_errors", "own_nearest"):
+        assert metrics[f"reconstruct/{name}"] == 1.0
+    assert metrics["reconstruct/accuracy_correlation"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["reconstruct/weight_l2"] == metrics["reconstruct/output_mse"] == 0.0
+    permuted_BP = arch.permute(theta_BP, arch.random_permutation(torch.Generator().manual_seed(0), len(theta_BP)))
+    metrics, _ = compare(arch, theta_BP, permuted_BP, images.test)
+    assert metrics["reconstruct/agreement"] > 0.999
+    assert metrics["reconstruct/weight_l2"] > 1
+    assert metrics["reconstruct/weight_l2_aligned"] < 0.2 * metrics["reconstruct/weight_l2"]
+    assert np.array_equal(arrays["reconstruct/accuracy"][0], arrays["reconstruct/accuracy"][1])
+
+
+def test_reconstruction_metrics_by_hand(arch, images):
+    original_BP, rebuilt_BP = 3 * random_models(arch, 4), 3 * random_models(arch, 4, first_seed=50)
+    metrics, arrays = compare(arch, original_BP, rebuilt_BP, images.test)
+    labels = images.test.labels_Q.tolist()
+    a, b = (arch.forward(t, images.test.images).argmax(2).tolist() for t in (original_BP, rebuilt_BP))
+    pairs = [[sum(x == y for x, y in zip(r, o, strict=True)) / len(labels) for o in a] for r in b]
+    np.testing.assert_allclose(arrays["reconstruct/agreement_matrix"], pairs, atol=1e-6)
+    assert metrics["reconstruct/agreement"] == pytest.approx(np.mean([pairs[i][i] for i in range(4)]), abs=1e-6)
+    on_errors = []
+    for x, y in zip(a, b, strict=True):
+        wrong = [(p, q) for p, q, label in zip(x, y, labels, strict=True) if p != label]
+        on_errors.append(sum(p == q for p, q in wrong) / len(wrong))
+    assert metrics["reconstruct/agreement_on_errors"] == pytest.approx(np.mean(on_errors), abs=1e-6)
+    own = np.mean([pairs[i][i] >= max(pairs[i]) - 1e-9 for i in range(4)])
+    assert metrics["reconstruct/own_nearest"] == pytest.approx(own)
+
+
+# -- prediction --------------------------------------------------------------------------------------------------------
+
+
+def test_ridge_finds_a_linear_relation_and_regularises_noise():
+    rng = np.random.default_rng(0)
+    features = [rng.normal(size=(n, 30)) * 5 + 2 for n in (200, 60, 60)]
+    weights = rng.normal(size=30)
+    values = [f @ weights for f in features]
+    score, predicted = predict.Ridge(*features).best(values[0], values[1])
+    assert score > 0.999
+    assert predict.r2(predicted, values[2]) > 0.999
+    noise = [rng.normal(size=n) for n in (200, 60, 60)]
+    _, predicted = predict.Ridge(*features).best(noise[0], noise[1])
+    assert predict.r2(predicted, noise[2]) > -0.1  # unregularised it would be about -.2
+
+
+def test_features_are_chosen_on_validation_models_not_on_test(splits):
+    """The features that would win on the test models lose, because validation models prefer others."""
+    values = [s.test_accuracy_B.double().numpy()[:, None] for s in splits]
+    rng = np.random.default_rng(0)
+    honest = [v + 0.01 * rng.normal(size=v.shape) for v in values]
+    tempting = [values[0], rng.normal(size=values[1].shape), values[2]]
+    metrics, arrays = predict._probe({"honest": honest, "tempting": tempting}, splits, "p")
+    only, _ = predict._probe({"honest": honest}, splits, "p")
+    assert metrics["p/test_accuracy_r2"] == only["p/test_accuracy_r2"] < 1
+    np.testing.assert_allclose(arrays["p/test_accuracy"][0], values[2][:, 0])
+
+
+def test_a_property_that_does_not_vary_has_no_r2(splits):
+    same = [replace(s, epoch_B=torch.full((len(s),), 5)) for s in splits]
+    features = {"f": [s.theta_BP[:, :20].double().numpy() for s in same]}
+    metrics, _ = predict._probe(features, same, "p")
+    assert set(metrics) == {"p/test_accuracy_r2", "p/generalization_gap_r2"}
+
+
+def test_weight_statistics_by_hand():
+    arch = architecture("mlp", sizes=(3, 2, 2))
+    theta_BP = torch.arange(arch.num_parameters, dtype=torch.float32)[None]
+    found = predict.weight_statistics(arch, theta_BP)
+    assert found.shape == (1, 4 * 9)
+    weights = theta_BP[0, :6]
+    expected = [weights.mean(), weights.std(correction=0), *(weights.quantile(q) for q in predict.QUANTILES)]
+    torch.testing.assert_close(found[0, :9], torch.stack(expected))
+
+
+# -- novelty and diversity ---------------------------------------------------------------------------------------------
+
+
+def test_reordered_copies_are_not_new(arch):
+    train_NP = random_models(arch, 12)
+    reference_P = train_NP[0]
+    aligned_NP = arch.align(train_NP, reference_P)
+    copies_MP = arch.permute(train_NP[3:6], arch.random_permutation(torch.Generator().manual_seed(1), 3))
+    noise_MP = torch.randn(copies_MP.shape, generator=torch.Generator().manual_seed(2))
+    noisy_MP = copies_MP + 0.01 * noise_MP
+    close_M = novelty.nearest_aligned(arch, noisy_MP, aligned_NP, reference_P, candidates=12)
+    torch.testing.assert_close(close_M, 0.01 * noise_MP.norm(dim=1), rtol=0.02, atol=0)
+    far_M = novelty.nearest_aligned(arch, random_models(arch, 3, 70), aligned_NP, reference_P, candidates=12)
+    assert far_M.min() > 5 * close_M.max()
+    brute = [min((arch.align(t[None], m)[0] - m).norm() for t in train_NP) for m in random_models(arch, 3, 70)]
+    torch.testing.assert_close(far_M, torch.stack(brute), rtol=0.05, atol=0)
+
+
+def test_pairwise_distance_ignores_the_order_of_units(arch):
+    theta_P = random_models(arch, 1)
+    same_BP = arch.permute(theta_P.expand(4, -1), arch.random_permutation(torch.Generator().manual_seed(0), 4))
+    assert (same_BP[0] - same_BP[1]).norm() > 1
+    distances = novelty.aligned_pairwise(arch, same_BP)
+    assert distances.shape == (6,)
+    assert distances.max() < 1e-3
+
+
+def test_error_overlap_and_agreement_by_hand():
+    wrong_MQ = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    train_NQ = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    torch.testing.assert_close(novelty.error_overlap(wrong_MQ, train_NQ), torch.tensor([2 / 3, 0.0]))
+    assert novelty.error_overlap(wrong_MQ[1:], wrong_MQ[1:]).item() == 1.0
+    predictions_BQ = torch.tensor([[0, 1, 2], [0, 1, 1], [2, 1, 1]])
+    matrix = novelty.agreement_matrix(predictions_BQ, predictions_BQ, 3)
+    torch.testing.assert_close(matrix, torch.tensor([[3.0, 2, 1], [2, 3, 2], [1, 2, 3]]) / 3)
+    assert novelty.mean_pairwise_agreement(predictions_BQ, 3) == pytest.approx(5 / 9)
+
+
+# -- sampling and generation -------------------------------------------------------------------------------------------
+
+
+def cloud():
+    draw = torch.Generator().manual_seed(3)
+    return torch.randn(60, 2, 4, generator=draw) * torch.tensor([3.0, 1.0, 0.1, 0.0])
+
+
+def test_joint_kde_stays_near_good_models_by_its_bandwidth():
+    good = cloud()
+    flat = good.flatten(1)
+    unit = samplers.nearest_distance(flat)
+    slow = sorted(min(float((a - b).norm()) for j, b in enumerate(flat) if j != i) for i, a in enumerate(flat))
+    assert float(unit) == pytest.approx(slow[29], rel=1e-4)
+    for bandwidth in (0.2, 1.0):
+        drawn = samplers.sample("joint_kde", good, 4000, bandwidth).flatten(1)
+        noise = drawn - flat[torch.randint(60, (4000,), generator=_after_noise(4000, 60))]
+        assert noise.norm(dim=1).mean() == pytest.approx(float(bandwidth * unit), rel=0.05)
+        assert noise[:, 3].abs().max() == 0  # no noise where good models do not vary
+    assert samplers.sample("joint_kde", good, 5, 1.0, seed=1).shape == (5, 2, 4)
+
+
+def _after_noise(count, good):
+    draw = torch.Generator().manual_seed(0)
+    torch.randn(count, good, generator=draw)  # the sampler draws its noise first
+    return draw
+
+
+def test_gaussian_has_the_moments_of_the_good_models():
+    good = cloud().flatten(1)
+    drawn = samplers.sample("gaussian", good, 20000, 0.5)
+    torch.testing.assert_close(drawn.mean(0), good.mean(0), rtol=0, atol=0.05)
+    torch.testing.assert_close(torch.cov(drawn.T), 0.25 * torch.cov(good.T), rtol=0.05, atol=0.08)
+
+
+def test_interpolation_stays_between_two_good_models():
+    good = torch.eye(5)
+    drawn = samplers.sample("interpolation", good, 50, 1.0)
+    assert ((drawn > 1e-9).sum(1) <= 2).all()
+    torch.testing.assert_close(drawn.sum(1), torch.ones(50))
+    assert (drawn.amax(1) >= 0.5).all()
+
+
+def test_dimension_kde_breaks_dependence_and_joint_kde_keeps_it():
+    line = torch.linspace(-1, 1, 200)[:, None].expand(-1, 2)
+    apart = samplers.sample("dimension_kde", line, 2000, 0.1)
+    together = samplers.sample("joint_kde", line, 2000, 0.1)
+    assert torch.corrcoef(apart.T)[0, 1].abs() < 0.1
+    assert torch.corrcoef(together.T)[0, 1] > 0.999
+
+
+def test_samplers_say_what_they_need():
+    with pytest.raises(UserError, match="did you mean 'gaussian'"):
+        samplers.sample("gausian", torch.eye(5), 3)
+    with pytest.raises(UserError, match="at least 3 good models"):
+        samplers.sample("gaussian", torch.eye(2), 3)
+
+
+def test_generation_never_sees_test_images(autoencoder, splits, images):
+    train, _, test = splits
+    wrong = LabelledImages(images.test.images.flip(0), (images.test.labels_Q + 3) % 10)
+    config = tiny(tasks__select=2, tasks__generate_refine=2, tasks__finetune_epochs=1).tasks
+    with torch.no_grad():
+        z = autoencoder.encode(train.theta_BP)
+    models = [
+        generate.generate(autoencoder, train, test, z, image_set, config)[2]
+        for image_set in (images, replace(images, test=wrong))
+    ]
+    assert torch.equal(*models)
+    blind = replace(train, test_accuracy_B=torch.zeros(len(train)))
+    assert torch.equal(generate.generate(autoencoder, blind, test, z, images, config)[2], models[0])
+
+
+def test_best_states_are_one_a_model_and_in_order(arch, splits, images):
+    train = splits[0]
+    ids = [f"m{i // 3}" for i in range(len(train))]
+    best = generate.best_states(arch, replace(train, model_id=ids), images)
+    assert sorted(ids[i] for i in best) == sorted(set(ids))
+    accuracy_B = generate.scores(arch, train.theta_BP, images.validation).accuracy_B
+    assert (accuracy_B[best].diff() <= 0).all()
+    for i in best.tolist():
+        siblings = [j for j, name in enumerate(ids) if name == ids[i]]
+        assert accuracy_B[i] == accuracy_B[siblings].max()
+
+
+def test_selection_on_validation_images_and_fine_tuning_help(autoencoder, arch, splits, images):
+    train = splits[0]
+    with torch.no_grad():
+        z = autoencoder.encode(train.theta_BP)
+
+    def mean_accuracy(part, **values):
+        settings = tiny(**values).tasks
+        theta_MP, _ = generate.generate_models(autoencoder, train.theta_BP, z, images, settings, "gaussian")
+        return float(generate.scores(arch, theta_MP, part).accuracy_B.mean())
+
+    assert mean_accuracy(images.validation, tasks__select=8) > mean_accuracy(images.validation)
+    assert mean_accuracy(images.test, tasks__finetune_epochs=4) > mean_accuracy(images.test) + 0.05
+
+
+def test_baselines(arch, images):
+    good_NP = random_models(arch, 5)
+    torch.testing.assert_close(generate.averaged(arch, good_NP[:1].expand(3, -1), 4, seed=0), good_NP[:1].expand(4, -1))
+    std_P = torch.full((arch.num_parameters,), 2.0)
+    assert torch.equal(generate.noisy(good_NP[:1], std_P, 0.0, 2, 0), good_NP[:1].expand(2, -1))
+    noise = generate.noisy(good_NP[:1], std_P, 0.1, 200, 0) - good_NP[0]
+    assert float(noise.std()) == pytest.approx(0.2, rel=0.02)
+    best = evaluate(arch, good_NP, images.validation.images, images.validation.labels_Q).accuracy_B.mean()
+    scale = generate.matched_noise(arch, good_NP, std_P, float(best), images, 40, 0)
+    assert scale == generate.NOISE_SCALES[0]

@@ -1,0 +1,225 @@
+"""The training step: what it learns from, what it keeps, how it resumes and how it fails."""
+
+import pytest
+import torch
+from conftest import random_models, tiny
+
+from distrecon.autoencoder import Batch, Training, ZooSample
+from distrecon.autoencoder.rows import BLOCK, RowCache
+from distrecon.autoencoder.training import generator, learning_rate, views
+from distrecon.errors import UserError
+from distrecon.nets import architecture, outputs
+
+
+def batch(theta_BP, rows, step=0, epoch=0, zoo=0):
+    rows = torch.as_tensor(rows)
+    return Batch(epoch, step, zoo, rows, theta_BP[rows], len(rows), 0)
+
+
+def run(training, theta_BP, steps):
+    return [training.step(batch(theta_BP, torch.arange(6) + 6 * (s % 4), step=s)) for s in steps]
+
+
+@pytest.mark.parametrize("terms", ["C+S", "C+B", "S+B", "C+S+B", "B", "S"])
+def test_terms_alone_decide_what_is_learnt(zoo, theta_BP, terms):
+    names = {"C": "contrastive", "S": "structural", "B": "behavioral"}
+    training = Training(tiny(loss__terms=terms, optim__lr=1e-2), [zoo], 30)
+    history = run(training, theta_BP, range(30))
+    assert set(history[0]) == {"loss/total"} | {f"loss/{names[t]}" for t in terms.split("+")}
+    assert history[0]["loss/total"] == pytest.approx(1.0)  # every term over its own first value, weights that sum to 1
+    for term in terms.split("+"):
+        assert history[-1][f"loss/{names[term]}"] < history[0][f"loss/{names[term]}"], term
+
+
+def test_the_total_is_the_papers_combination(zoo, theta_BP):
+    config = tiny(loss__gamma=0.2, loss__beta=0.3, loss__lam=0.7)
+    training = Training(config, [zoo], 5)
+    history = run(training, theta_BP, range(3))
+    first, last = history[0], history[-1]
+    ratio = {name: last[name] / first[name] for name in first}
+    rest = 0.3 * ratio["loss/structural"] + 0.7 * ratio["loss/behavioral"]
+    expected = 0.2 * ratio["loss/contrastive"] + 0.8 * rest + 0.7 * ratio["loss/cycle"]
+    assert last["loss/total"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["layer", "token", "none", "fisher"])
+def test_structural_kinds(zoo, theta_BP, kind):
+    config = tiny(loss__structural=kind, loss__terms="S", model__latent=1, model__fisher_models=6, optim__lr=1e-2)
+    large = ZooSample(zoo.architecture, random_models(zoo.architecture, 50), zoo.images)
+    history = run(Training(config, [large], 20), theta_BP, range(20))
+    assert history[-1]["loss/structural"] < 0.98 * history[0]["loss/structural"]
+
+
+@pytest.mark.parametrize("kind", ["permutation", "noise"])
+def test_views(arch, theta_BP, images, kind):
+    config = tiny(data__views=kind, data__align=False)
+    whole = Batch(1, 2, 0, torch.arange(6), theta_BP[:6], 6, 0)
+    part = Batch(1, 2, 0, torch.arange(2, 5), theta_BP[2:5], 6, 2)
+    std_P = torch.ones(arch.num_parameters)
+    first_BP, second_BP = views(config, arch, whole.theta_bP, whole, std_P)
+    for whole_view, part_view in zip(
+        (first_BP, second_BP), views(config, arch, part.theta_bP, part, std_P), strict=True
+    ):
+        assert torch.equal(whole_view[2:5], part_view)
+    assert not torch.equal(first_BP, second_BP)
+    if kind == "permutation":
+        inputs = images.test.images[:20]
+        original = outputs(arch, theta_BP[:6], inputs)
+        for view_BP in (first_BP, second_BP):
+            torch.testing.assert_close(outputs(arch, view_BP, inputs), original, rtol=1e-4, atol=1e-5)
+            assert not torch.equal(view_BP, theta_BP[:6])
+    other = Batch(1, 3, 0, whole.row_b, whole.theta_bP, 6, 0)
+    assert not torch.equal(views(config, arch, other.theta_bP, other, std_P)[1], second_BP)
+
+
+def test_cached_targets_are_the_originals_outputs(zoo, theta_BP, tmp_path):
+    """Whether outputs come from memory, from a file or are computed anew makes no difference to the losses."""
+    config = tiny(data__views="permutation", data__align=False, data__target_precision="float64")
+    plain, filed, fresh = (Training(config, [zoo], 8, cache_folder=folder) for folder in (None, tmp_path, None))
+    fresh.targets[0].capacity = 0
+    histories = [run(training, theta_BP, range(8)) for training in (plain, filed, fresh)]
+    assert histories[0] == histories[1]
+    for a, b in zip(histories[0], histories[2], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert len(plain.targets[0].slots) == 24
+    assert not fresh.targets[0].slots
+    assert list(tmp_path.iterdir())
+    expected = outputs(zoo.architecture, theta_BP[:3], plain.pools[0])
+    found = plain.targets[0].get(torch.arange(3), lambda missing: pytest.fail("must be kept"))
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_row_cache_over_blocks_and_limits(tmp_path):
+    cache = RowCache((2,), torch.float32, tmp_path)
+    value = lambda rows: torch.stack([rows * 1.0, rows * 2.0], 1)  # noqa: E731
+    rows = torch.arange(0, 3 * (BLOCK + 10), 3)
+    assert torch.equal(cache.get(rows, lambda m: value(rows[m])), value(rows))
+    assert len(cache.blocks) == 2
+    again = rows.flip(0)[:50]
+    assert torch.equal(cache.get(again, lambda m: pytest.fail("must be kept")), value(again))
+    twice = torch.tensor([7, 7, 0])
+    assert torch.equal(cache.get(twice, lambda m: value(twice[m])), value(twice))
+    small = RowCache((2,), torch.float32)
+    small.capacity = 3
+    assert torch.equal(small.get(rows[:9], lambda m: value(rows[:9][m])), value(rows[:9]))
+    assert len(small.slots) == 3
+
+
+@pytest.mark.parametrize("kind", ["transformer", "fisher_residual"])
+def test_resume_is_identical(arch, images, theta_BP, kind, tmp_path):
+    config = tiny(model__kind=kind, model__latent=1 if kind != "transformer" else 4, model__fisher_models=6)
+    sample = ZooSample(arch, random_models(arch, 50), images)
+    through = Training(config, [sample], 8)
+    history = run(through, theta_BP, range(8))
+    first = Training(config, [sample], 8)
+    run(first, theta_BP, range(4))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = Training(config, [sample], 8)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert run(second, theta_BP, range(4, 8)) == history[4:]
+    for a, b in zip(through.autoencoder.parameters(), second.autoencoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_several_zoos_keep_their_own_scales(zoo, theta_BP, images):
+    mlp = architecture("mlp", sizes=(64, 6, 10))
+    theta_mlp = 3 * random_models(mlp, 12)
+    training = Training(tiny(loss__structural="token", optim__lr=1e-2), [zoo, ZooSample(mlp, theta_mlp, images)], 40)
+    histories = {0: [], 1: []}
+    for step in range(40):
+        index = step % 2
+        source = (theta_BP, theta_mlp)[index]
+        histories[index].append(training.step(batch(source, torch.arange(6), step=step, zoo=index)))
+    for history in histories.values():
+        assert history[0]["loss/total"] == pytest.approx(1.0)
+        assert history[-1]["loss/total"] < 0.97
+    assert training.scales[0] != training.scales[1]
+
+
+def test_what_is_not_finite_is_named(zoo, theta_BP):
+    training = Training(tiny(), [zoo], 4)
+    broken_BP = theta_BP.clone()
+    broken_BP[3, 5] = float("inf")
+    with pytest.raises(UserError, match=r"epoch 2, step 7: model in row 3 has a weight"):
+        training.step(batch(broken_BP, torch.arange(6), step=7, epoch=2))
+    huge_BP = theta_BP.clone()
+    huge_BP[4] = 1e25  # finite, but its outputs are not
+    with pytest.raises(UserError, match=r"loss of row 4 .*epoch 0, step 1"):
+        training.step(batch(huge_BP, torch.arange(6), step=1))
+    with pytest.raises(UserError, match="sample: model 3"):
+        Training(tiny(), [ZooSample(zoo.architecture, broken_BP, zoo.images)], 4)
+    with pytest.raises(UserError, match="1198 parameters a model"):
+        training.step(Batch(0, 0, 0, torch.arange(2), theta_BP[:2, :-1], 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model__kind": "transformr"}, "model.kind.*did you mean 'transformer'"),
+        ({"model__heads": 3}, r"model.width \(16\) must be a multiple of model.heads \(3\)"),
+        ({"model__latent": 0}, "model.latent must be at least 1"),
+        ({"loss__terms": "C"}, "trains no decoder"),
+        ({"loss__terms": "C+D"}, "loss.terms: 'D'"),
+        ({"loss__terms": "S+S"}, "twice"),
+        ({"loss__beta": 1.5}, "loss.beta must lie between 0 and 1"),
+        ({"loss__beta": float("nan")}, "loss.beta"),
+        ({"loss__temperature": 0.0}, "loss.temperature"),
+        ({"data__queries": 50}, r"data.queries \(50\) cannot exceed data.query_pool \(40\)"),
+        ({"data__views": "none"}, "needs two views"),
+        ({"optim__precision": "int8"}, "optim.precision"),
+        ({"tasks__samplers": ["joint"]}, "tasks.samplers.*did you mean 'joint_kde'"),
+        ({"tasks__good": 0.0}, "tasks.good"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**values)
+
+
+def test_a_latent_larger_than_the_sample_spans_is_an_error(zoo):
+    with pytest.raises(UserError, match=r"model\.latent: 4 numbers for each of 40 tokens"):
+        Training(tiny(model__kind="fisher_pca", model__fisher_models=4), [zoo], 1)
+
+
+def test_schedules():
+    config = tiny(optim__lr=1.0, optim__warmup=0.1).optim
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == 1.0 == rates[9]
+    assert rates[-1] < 0.01
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    constant = tiny(optim__lr=1.0, optim__warmup=0.0, optim__schedule="constant").optim
+    assert {learning_rate(constant, step, 10) for step in range(10)} == {1.0}
+
+
+def test_random_streams_are_apart():
+    draws = {
+        float(torch.rand((), generator=generator(*key)))
+        for key in [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0)]
+    }
+    assert len(draws) == 5
+
+
+def test_bf16_trains(zoo, theta_BP):
+    history = run(Training(tiny(optim__precision="bf16", optim__lr=1e-2), [zoo], 12), theta_BP, range(12))
+    assert history[-1]["loss/total"] < history[0]["loss/total"]
+
+
+def test_the_papers_sizes_take_steps_on_cnn3(images):
+    """256 wide, 8 + 8 layers, 8 heads, latent 64, on random CNN3s and noise images."""
+    from distrecon.autoencoder import PAPER, AutoencoderConfig
+    from distrecon.config import replace
+    from distrecon.images import ImageSet, LabelledImages
+
+    arch = architecture("cnn3")
+    noise = LabelledImages(
+        torch.rand(12, 3, 32, 32, generator=generator(0, 0, 0, 0)), torch.zeros(12, dtype=torch.long)
+    )
+    fake = ImageSet("noise", noise, noise, noise, tuple("0123456789"), "none")
+    config = replace(AutoencoderConfig(), PAPER | {"data.query_pool": 12, "data.queries": 6, "optim.batch_size": 3})
+    theta_BP = random_models(arch, 6)
+    training = Training(config, [ZooSample(arch, theta_BP, fake)], 4)
+    assert sum(p.numel() for p in training.autoencoder.parameters()) > 10_000_000
+    history = [training.step(batch(theta_BP, range(3 * s, 3 * s + 3), step=s)) for s in range(2)]
+    assert set(history[0]) == {"loss/contrastive", "loss/structural", "loss/behavioral", "loss/total"}
+    assert history[0]["loss/total"] == pytest.approx(1.0)

@@ -1,0 +1,33 @@
+"""Several nodes on one machine: a lost node costs time, not results."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.mark.slow
+def test_a_training_that_loses_a_node_ends_like_an_undisturbed_one(tmp_path):
+    script = Path(__file__).with_name("node_loss.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(set(told["before"])) == 2, "the workers were not on two nodes"
+    assert told["victim"] in told["before"]
+    assert told["victim"] not in told["after"]
+    assert len(set(told["after"])) == 2
+    assert told["epochs"] == [12, 12]
+    assert told["steps"][0] == told["steps"][1]
+    assert set(told["rows"]) == {told["states"]}, "an epoch saw more or fewer rows than the zoo has"
+    assert told["largest_gap"] < 1e-5

@@ -1,0 +1,87 @@
+"""Journals arrive in MLflow completely, once, and also when the store was down for a while."""
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from distrecon.cluster.journal import Journal
+from distrecon.tracking import Tracker
+
+DEAD = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def journal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    journal = Journal(tmp_path / "run" / "sweeps" / "demo" / "journal.jsonl")
+    journal.write("sweep", name="demo", kind="autoencoder", metric="a/x", mode="max", trials=1)
+    journal.write("started", trial="t", config={"loss.beta": 0.1, "zoo": ["digits"]})
+    journal.write("metrics", trial="t", epoch=1, metrics={"a/x": 1.0, "a/sizes": [20], "a/bad": float("nan")})
+    return journal
+
+
+def finish(journal):
+    journal.write("metrics", trial="t", epoch=2, metrics={"a/x": 2.0})
+    journal.write("finished", trial="t", status="completed", error=None)
+    journal.write("done")
+
+
+def runs(tmp_path):
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    found = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
+    children = [r for r in found if "mlflow.parentRunId" in r.data.tags]
+    return client, found, children
+
+
+def test_a_journal_arrives_as_parent_child_parameters_and_metrics_by_epoch(journal, tmp_path):
+    tracker = Tracker(tmp_path / "run", ["demo"], {"seed": "3"})
+    assert tracker.sync()
+    finish(journal)
+    assert tracker.sync()
+    client, found, (child,) = runs(tmp_path)
+    assert len(found) == 2
+    assert {r.info.status for r in found} == {"FINISHED"}
+    assert child.data.params == {"loss.beta": "0.1", "zoo": '["digits"]'}
+    assert child.data.tags["seed"] == "3"
+    history = client.get_metric_history(child.info.run_id, "a/x")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0)]
+    assert "a/sizes" not in child.data.metrics
+
+
+def test_nothing_is_sent_twice_by_another_tracker_of_the_same_folder(journal, tmp_path):
+    finish(journal)
+    for _ in range(2):
+        assert Tracker(tmp_path / "run", ["demo"], {}).sync()
+    client, found, (child,) = runs(tmp_path)
+    assert len(found) == 2
+    assert len(client.get_metric_history(child.info.run_id, "a/x")) == 2
+
+
+def test_a_store_that_is_down_is_told_and_gets_everything_later(journal, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
+    tracker = Tracker(tmp_path / "run", ["demo"], {})
+    assert not tracker.sync()
+    assert DEAD in tracker.problem
+    assert "\n" not in tracker.problem
+    assert not tracker.sync(), "asked again at once"
+    finish(journal)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    later = Tracker(tmp_path / "run", ["demo"], {})
+    assert later.sync()
+    assert later.problem is None
+    client, _, (child,) = runs(tmp_path)
+    assert len(client.get_metric_history(child.info.run_id, "a/x")) == 2
+
+
+def test_an_interrupt_leaves_no_run_running_and_a_resume_goes_on(journal, tmp_path):
+    tracker = Tracker(tmp_path / "run", ["demo"], {})
+    tracker.sync()
+    tracker.interrupt()
+    assert {r.info.status for r in runs(tmp_path)[1]} == {"KILLED"}
+    journal.write("sweep", name="demo", kind="autoencoder", metric="a/x", mode="max", trials=1)
+    journal.write("started", trial="t", config={})
+    finish(journal)
+    assert Tracker(tmp_path / "run", ["demo"], {}).sync()
+    _, found, _ = runs(tmp_path)
+    assert len(found) == 2
+    assert {r.info.status for r in found} == {"FINISHED"}
