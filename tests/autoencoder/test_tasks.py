@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import as_models, random_models, related_models, tiny
 
 from distrecon.autoencoder import Training, ZooSample, generate, novelty, predict, run_tasks, samplers
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import LabelledImages
 from distrecon.nets import architecture, evaluate
+from tests.autoencoder.small import as_models, random_models, related_models, tiny
 
 DESIGN = """predict/test_accuracy_r2 predict/generalization_gap_r2 predict/epoch_r2
 predict/baseline_statistics/test_accuracy_r2 reconstruct/accuracy_mean reconstruct/accuracy_max reconstruct/agreement
