@@ -28,7 +28,7 @@ from distrecon.autoencoder.config import ModelConfig
 from distrecon.errors import UserError
 from distrecon.nets import Architecture
 
-MODELS_AT_ONCE = 50
+ROW_NUMBERS = 30_000_000  # of Jacobian rows held at once: 120 MB in float32
 LARGEST_BLOCK = 8192  # entries; its matrix has as many squared
 SMALLEST_EIGENVALUE = 1e-10  # of the largest
 
@@ -81,7 +81,8 @@ def metric(
 ) -> list[Tensor]:
     """G + ridge I of each block [E, E], in standardised weights, float64."""
     sums = [torch.zeros(b.index_NE.shape[1], b.index_NE.shape[1], dtype=theta_BP.dtype) for b in found]
-    for chunk in theta_BP.split(MODELS_AT_ONCE):
+    numbers = len(inputs) * arch.num_outputs * arch.num_parameters
+    for chunk in theta_BP.split(max(1, ROW_NUMBERS // numbers)):
         rows_BRP = jacobian_rows(arch, chunk, inputs, config.fisher_temperature) * std_P
         mean_diagonal_B = rows_BRP.square().sum(1).mean(1).clamp_min(1e-30)
         rows_RP = (rows_BRP / mean_diagonal_B.sqrt()[:, None, None]).flatten(0, 1)

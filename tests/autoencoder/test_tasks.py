@@ -42,6 +42,8 @@ def test_run_tasks_gives_every_number(autoencoder, splits, images):
     assert found.generated_theta_BP.shape == (6, autoencoder.architectures[0].num_parameters)
     assert found.generated_theta_BP.dtype == torch.float32
     assert found.arrays["reconstruct/accuracy"].shape == (2, 9)
+    assert found.arrays["gradients/structural_share"].shape == (4,)
+    assert -1 <= found.metrics["gradients/predicted_cosine"] <= 1
     assert found.metrics["zoo/accuracy_max"] == pytest.approx(float(splits[2].test_accuracy_B.max()))
     again = run_tasks(autoencoder, *splits, images, config)
     timed = {k for k in found.metrics if k.endswith("ms_per_model")}
