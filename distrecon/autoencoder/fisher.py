@@ -119,7 +119,9 @@ def split_budget(spectra: list[np.ndarray], copies: list[int], budget: int) -> l
 def fit(
     config: ModelConfig, arch: Architecture, theta_BP: Tensor, mean_P: Tensor, std_P: Tensor, inputs: Tensor
 ) -> dict[str, Tensor]:
-    """The map's tensors: `center_P` and per block i `index{i}_NE, encode{i}_KE, decode{i}_EK, factor{i}_EE` (L^T).
+    """The map's tensors: `center_P, scale_Z`, per block i `index{i}_NE, encode{i}_KE, decode{i}_EK, factor{i}_EE` (L^T).
+
+    `scale_Z` are the latents' deviations in the behavioural metric, by which they are divided.
 
     `theta_BP` are the sample's models in canonical order. Raises UserError when the sample is too small for the latent.
     """
@@ -143,10 +145,11 @@ def fit(
             f"model.latent: {config.latent} numbers for each of {arch.num_tokens} tokens are {budget}, but the sample "
             f"of {len(theta_BP)} models of {arch.name} varies in {available} directions; take fewer, or a larger zoo"
         )
-    tensors = {"center_P": center_P}
+    tensors, scales = {"center_P": center_P}, []
     for i, count in enumerate(split_budget(spectra, copies, budget)):
         scale_K = torch.from_numpy(np.sqrt(spectra[i][:count].copy()))
         basis_EK = torch.from_numpy(bases[i][:, :count].copy())
+        scales.append(scale_K.repeat(copies[i]))
         encode_KE = (basis_EK.T @ factors[i]) / scale_K[:, None]
         decode_EK = torch.linalg.solve_triangular(factors[i], basis_EK * scale_K, upper=True)
         tensors |= {
@@ -155,6 +158,7 @@ def fit(
             f"decode{i}_EK": decode_EK.to(x_BP),
             f"factor{i}_EE": factors[i].to(x_BP),
         }
+    tensors["scale_Z"] = torch.cat(scales).to(x_BP)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

@@ -200,6 +200,16 @@ def test_gaussian_has_the_moments_of_the_good_models():
     torch.testing.assert_close(torch.cov(drawn.T), 0.25 * torch.cov(good.T), rtol=0.05, atol=0.08)
 
 
+def test_isotropic_kde_has_equal_noise_in_all_directions():
+    good = cloud().flatten(1)
+    drawn = samplers.sample("isotropic_kde", good, 4000, 0.5)
+    draw = torch.Generator().manual_seed(0)
+    torch.randn(4000, 8, generator=draw)  # the sampler draws its noise first
+    noise = drawn - good[torch.randint(60, (4000,), generator=draw)]
+    assert noise.norm(dim=1).mean() == pytest.approx(float(0.5 * samplers.nearest_distance(good)), rel=1e-4)
+    torch.testing.assert_close(noise.std(0) / noise.std(), torch.ones(8), rtol=0.05, atol=0)
+
+
 def test_interpolation_stays_between_two_good_models():
     good = torch.eye(5)
     drawn = samplers.sample("interpolation", good, 50, 1.0)
