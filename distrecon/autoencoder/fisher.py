@@ -119,7 +119,7 @@ def split_budget(spectra: list[np.ndarray], copies: list[int], budget: int) -> l
 def fit(
     config: ModelConfig, arch: Architecture, theta_BP: Tensor, mean_P: Tensor, std_P: Tensor, inputs: Tensor
 ) -> dict[str, Tensor]:
-    """The map's tensors: `center_P, scale_Z`, per block i `index{i}_NE, encode{i}_KE, decode{i}_EK, factor{i}_EE` (L^T).
+    """The map: `center_P, scale_Z`; of block i `index{i}_NE, encode{i}_KE, decode{i}_EK, factor{i}_EE` (L^T).
 
     `scale_Z` are the latents' deviations in the behavioural metric, by which they are divided.
 

@@ -125,7 +125,7 @@ def _run(
     logits_BCQ = theta_BP.new_empty(len(theta_BP), arch.num_outputs, len(inputs))
     models, count = kernel.block_size(arch, len(inputs))
     at_once = models * count if kept is None else len(theta_BP) * len(inputs)
-    work = Workspace(theta_BP, at_once * _kept_bytes(arch, theta_BP.dtype))
+    work = Workspace(theta_BP, at_once * _kept_bytes(arch, theta_BP.dtype), backward=kept is not None)
     for b, q, parameters, shared in _blocks(arch, theta_BP, inputs, kernel):
         features_bFq, seen = kernel.run(arch, parameters, shared, work)
         logits_BCQ[b, :, q], hidden = _linear(arch, parameters, features_bFq)

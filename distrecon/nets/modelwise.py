@@ -20,6 +20,7 @@ from distrecon.nets.activations import activation
 from distrecon.nets.columns import (
     before_activation,
     convolutions,
+    maxima,
     place_dtype,
     pooled_into,
     through_activation,
@@ -126,9 +127,13 @@ def _layer(
     out, places = F.conv2d(inputs, weight, bias, padding=layer.padding), inputs.new_empty(0, dtype=torch.uint8)
     if layer.pool > 1:
         shape = (len(inputs), h, w, len(bias))
-        places = work.keep(shape, place_dtype(height * width)).permute(0, 3, 1, 2)
-        images, out = _channels_last(out), work.keep(shape).permute(0, 3, 1, 2)
-        places.copy_(pooled_into(layer, images, out, work))
+        images, largest = _channels_last(out), work.keep(shape)
+        out = largest.permute(0, 3, 1, 2)
+        if work.backward:
+            places = work.keep(shape, place_dtype(height * width)).permute(0, 3, 1, 2)
+            places.copy_(pooled_into(layer, images, out, work))
+        else:
+            maxima(images.permute(0, 2, 3, 1), layer.pool, largest, work)
     hidden = out.relu_() if arch.activation == "relu" else activation(arch.activation)(out)
     return hidden, [places, before_activation(arch, out, hidden), hidden]
 

@@ -13,10 +13,13 @@ ALIGNMENT = 64  # bytes
 
 
 class Workspace:
-    """`kept_bytes` is the room for all that `keep` will hand out; more is taken as needed."""
+    """`kept_bytes` is the room for all that `keep` will hand out (more is taken as needed).
 
-    def __init__(self, like: Tensor, kept_bytes: int = 0) -> None:
-        self.dtype, self.device = like.dtype, like.device
+    `backward`: whether a backward pass will follow, which needs to know where each pool's maximum was.
+    """
+
+    def __init__(self, like: Tensor, kept_bytes: int = 0, backward: bool = True) -> None:
+        self.dtype, self.device, self.backward = like.dtype, like.device, backward
         self._kept, self._used = self._bytes(kept_bytes), 0
         self._scratch: dict[str, Tensor] = {}
 
