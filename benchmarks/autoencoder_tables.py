@@ -73,6 +73,7 @@ def linear(zoo: Zoo, basis_PZ: Tensor, center_P: Tensor) -> Autoencoder:
         "index0_NE": torch.arange(zoo.arch.num_parameters)[None],
         "encode0_KE": basis_PZ.T.contiguous(),
         "decode0_EK": basis_PZ,
+        "scale_Z": torch.ones(basis_PZ.shape[1]),
         "factor0_EE": torch.eye(zoo.arch.num_parameters),
     }
     return Autoencoder(config, [zoo.arch], [fitted])
@@ -114,8 +115,9 @@ def controls(zoo: Zoo, seeds: int) -> list[Row]:
     plain = linear(zoo, torch.eye(arch.num_parameters), torch.zeros(arch.num_parameters))
     center_P = plain.standardise(zoo.train.theta_BP, 0).mean(0)
     scale = _scale(zoo)
-    seeds = range(10_000, 10_000 + len(theta_BP))
-    fresh_BP = plain.standardise(initialise(arch, ["kaiming_uniform"] * len(theta_BP), seeds, [scale] * len(seeds)), 0)
+    count = len(theta_BP)
+    fresh_seeds = range(10_000, 10_000 + count)
+    fresh_BP = plain.standardise(initialise(arch, ["kaiming_uniform"] * count, fresh_seeds, [scale] * count), 0)
     cases: dict[str, tuple[Autoencoder, Callable[[Autoencoder], Tensor], tuple[int, ...]]] = {
         "random subspace": (linear(zoo, basis_PZ, center_P), lambda a: a.encode(theta_BP), (0, 10, 30)),
         "student from scratch": (plain, lambda a: fresh_BP, (10, 30, 50, 100)),
@@ -181,7 +183,7 @@ def generation(zoo: Zoo, seeds: int) -> list[Row]:
     """Accuracy against novelty for each compute budget: samplers, refinement, noise, averages, distilled students."""
     rows: list[Row] = []
     for seed in range(seeds):
-        values = {"model.kind": "fisher_residual", "loss.beta": 0.1, "optim.epochs": 4}
+        values = {"model.kind": "fisher_residual", "loss.beta": 0.1, "optim.epochs": 2}
         autoencoder, _ = train(zoo, values, seed)
         tasks = autoencoder.config.tasks
         best_N = generate.best_states(zoo.arch, zoo.train, zoo.images)
@@ -215,18 +217,14 @@ def generation(zoo: Zoo, seeds: int) -> list[Row]:
 
 def _generators(seed: int) -> list[tuple[str, float, int, int, int]]:
     """(sampler, bandwidth, refinement steps, teachers, select); the first seed runs the long list."""
-    zero_shot = [("joint_kde", b, 0, 1, 1) for b in (0.1, 0.3, 0.5, 0.7, 1.0, 1.3)]
-    refined = [("joint_kde", b, k, 10, 1) for k in (10, 30) for b in (0.7, 1.0, 1.3, 1.6)]
+    zero_shot = [("isotropic_kde", b, 0, 1, 1) for b in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    refined = [("isotropic_kde", b, k, 10, 1) for k in (10, 30) for b in (0.3, 0.4, 0.5)]
     if seed:
         return zero_shot + refined
-    others = [(s, 1.0, 0, 1, 1) for s in ("gaussian", "interpolation", "dimension_kde")]
-    return (
-        zero_shot
-        + [("joint_kde", b, 0, 1, 4) for b in (0.5, 0.7, 1.0)]
-        + others
-        + refined
-        + [("joint_kde", b, 10, 3, 1) for b in (1.0, 1.3)]
-    )
+    others = [("joint_kde", b, 0, 1, 1) for b in (0.1, 0.3, 0.5, 0.7)]
+    others += [(s, 1.0, 0, 1, 1) for s in ("gaussian", "interpolation", "dimension_kde")]
+    selected = [("isotropic_kde", b, 0, 1, 4) for b in (0.3, 0.4)]
+    return zero_shot + selected + refined + [("isotropic_kde", b, 10, 3, 1) for b in (0.4, 0.5)] + others
 
 
 def distilled(zoo: Zoo, good_NP: Tensor, steps: int, count: int, seed: int) -> tuple[Tensor, float]:

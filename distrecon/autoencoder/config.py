@@ -17,7 +17,7 @@ STRUCTURAL = ("layer", "token", "none", "fisher")
 VIEWS = ("permutation", "noise", "none")
 SCHEDULES = ("cosine", "onecycle", "constant")
 PRECISIONS = ("float32", "bf16", "float64")
-SAMPLERS = ("joint_kde", "dimension_kde", "gaussian", "interpolation")
+SAMPLERS = ("joint_kde", "isotropic_kde", "dimension_kde", "gaussian", "interpolation")
 
 
 def _one_of(setting: str, value: str, known: Collection[str]) -> None:

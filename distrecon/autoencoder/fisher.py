@@ -28,7 +28,7 @@ from distrecon.autoencoder.config import ModelConfig
 from distrecon.errors import UserError
 from distrecon.nets import Architecture
 
-MODELS_AT_ONCE = 50
+ROW_NUMBERS = 30_000_000  # of Jacobian rows held at once: 120 MB in float32
 LARGEST_BLOCK = 8192  # entries; its matrix has as many squared
 SMALLEST_EIGENVALUE = 1e-10  # of the largest
 
@@ -81,7 +81,8 @@ def metric(
 ) -> list[Tensor]:
     """G + ridge I of each block [E, E], in standardised weights, float64."""
     sums = [torch.zeros(b.index_NE.shape[1], b.index_NE.shape[1], dtype=theta_BP.dtype) for b in found]
-    for chunk in theta_BP.split(MODELS_AT_ONCE):
+    numbers = len(inputs) * arch.num_outputs * arch.num_parameters
+    for chunk in theta_BP.split(max(1, ROW_NUMBERS // numbers)):
         rows_BRP = jacobian_rows(arch, chunk, inputs, config.fisher_temperature) * std_P
         mean_diagonal_B = rows_BRP.square().sum(1).mean(1).clamp_min(1e-30)
         rows_RP = (rows_BRP / mean_diagonal_B.sqrt()[:, None, None]).flatten(0, 1)
@@ -118,7 +119,9 @@ def split_budget(spectra: list[np.ndarray], copies: list[int], budget: int) -> l
 def fit(
     config: ModelConfig, arch: Architecture, theta_BP: Tensor, mean_P: Tensor, std_P: Tensor, inputs: Tensor
 ) -> dict[str, Tensor]:
-    """The map's tensors: `center_P` and per block i `index{i}_NE, encode{i}_KE, decode{i}_EK, factor{i}_EE` (L^T).
+    """The map: `center_P, scale_Z`; of block i `index{i}_NE, encode{i}_KE, decode{i}_EK, factor{i}_EE` (L^T).
+
+    `scale_Z` are the latents' deviations in the behavioural metric, by which they are divided.
 
     `theta_BP` are the sample's models in canonical order. Raises UserError when the sample is too small for the latent.
     """
@@ -142,10 +145,11 @@ def fit(
             f"model.latent: {config.latent} numbers for each of {arch.num_tokens} tokens are {budget}, but the sample "
             f"of {len(theta_BP)} models of {arch.name} varies in {available} directions; take fewer, or a larger zoo"
         )
-    tensors = {"center_P": center_P}
+    tensors, scales = {"center_P": center_P}, []
     for i, count in enumerate(split_budget(spectra, copies, budget)):
         scale_K = torch.from_numpy(np.sqrt(spectra[i][:count].copy()))
         basis_EK = torch.from_numpy(bases[i][:, :count].copy())
+        scales.append(scale_K.repeat(copies[i]))
         encode_KE = (basis_EK.T @ factors[i]) / scale_K[:, None]
         decode_EK = torch.linalg.solve_triangular(factors[i], basis_EK * scale_K, upper=True)
         tensors |= {
@@ -154,6 +158,7 @@ def fit(
             f"decode{i}_EK": decode_EK.to(x_BP),
             f"factor{i}_EE": factors[i].to(x_BP),
         }
+    tensors["scale_Z"] = torch.cat(scales).to(x_BP)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

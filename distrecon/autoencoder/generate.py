@@ -107,7 +107,8 @@ def generate_models(
     """`config.samples` new models [M, P] from good models and their latents, and the milliseconds that each took."""
     arch = autoencoder.architectures[zoo]
     start = perf_counter()
-    drawn = sample(sampler, z_N, config.samples * config.select, config.bandwidth, seed)
+    scale = autoencoder.coder.behavioral_scale(zoo).detach().to(z_N)  # type: ignore[operator]
+    drawn = sample(sampler, z_N * scale, config.samples * config.select, config.bandwidth, seed) / scale
     drawn = drawn.to(autoencoder.statistics[zoo]["queries"])  # type: ignore[index, arg-type]
     if config.generate_refine:
         targets_BQC = teacher_targets(autoencoder, good_NP, len(drawn), config.teachers, seed, zoo)

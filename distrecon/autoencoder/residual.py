@@ -74,6 +74,10 @@ class FisherCoder(nn.Module):
     def latent_shape(self, zoo: int) -> tuple[int, ...]:
         return (self.sizes[zoo],)
 
+    def behavioral_scale(self, zoo: int) -> Tensor:
+        """[Z]: what a latent number must be multiplied by for equal steps to change the outputs about equally."""
+        return self._fitted[zoo]["scale_Z"]
+
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
         """z[B, Z]."""
         with torch.autocast(x_BP.device.type, enabled=False):  # bf16 would round the linear map away

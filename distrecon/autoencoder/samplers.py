@@ -2,6 +2,8 @@
 
 - joint_kde: a good model's latent plus noise from one kernel over the whole latent, whose covariance is that of the
   good latents; at bandwidth 1 the noise is as long as the median distance from a good latent to its nearest neighbour.
+- isotropic_kde: the same with noise of equal size in all directions; for the Fisher coders, whose latents are measured
+  in the behavioural metric here, it moves weights most where the outputs change least.
 - dimension_kde: every dimension from its own kernel density, independently (Schürholt et al., NeurIPS 2022); it breaks
   the dependence between dimensions, and most of its samples are useless.
 - gaussian: the good latents' mean and covariance, of a rank below their number; `bandwidth` multiplies the deviation.
@@ -44,6 +46,12 @@ def _joint_kde(good_NF: Tensor, count: int, bandwidth: float, generator: torch.G
     return centres_MF + noise_MF * (bandwidth * nearest_distance(good_NF) / length)
 
 
+def _isotropic_kde(good_NF: Tensor, count: int, bandwidth: float, generator: torch.Generator) -> Tensor:
+    noise_MF = torch.randn(count, good_NF.shape[1], generator=generator).to(good_NF)
+    centres_MF = good_NF[_picked(good_NF, count, generator)]
+    return centres_MF + noise_MF * (bandwidth * nearest_distance(good_NF) / noise_MF.norm(dim=1).mean())
+
+
 def _dimension_kde(good_NF: Tensor, count: int, bandwidth: float, generator: torch.Generator) -> Tensor:
     pick_MF = torch.randint(len(good_NF), (count, good_NF.shape[1]), generator=generator).to(good_NF.device)
     width_F = bandwidth * good_NF.std(0) * len(good_NF) ** -0.2  # Scott's rule in one dimension
@@ -63,6 +71,7 @@ def _interpolation(good_NF: Tensor, count: int, bandwidth: float, generator: tor
 
 _SAMPLERS: dict[str, Sampler] = {
     "joint_kde": _joint_kde,
+    "isotropic_kde": _isotropic_kde,
     "dimension_kde": _dimension_kde,
     "gaussian": _gaussian,
     "interpolation": _interpolation,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from distrecon.autoencoder import gradients
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.generate import generate
 from distrecon.autoencoder.model import Autoencoder, decode_latents, encode_models
@@ -15,7 +16,11 @@ from distrecon.autoencoder.predict import predict
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
+from distrecon.images.queries import inputs_for
+from distrecon.nets import Architecture
 from distrecon.zoos.models import Models
+
+GRADIENT_MODELS, GRADIENT_QUERIES = 32, 64
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,24 @@ class TaskResults:
     metrics: dict[str, float]
     arrays: dict[str, np.ndarray]
     generated_theta_BP: Tensor
+
+
+def _gradients(
+    arch: Architecture, theta_BP: Tensor, theta_hat_BP: Tensor, images: ImageSet
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The gradient analysis at the reconstructions: cosines, and per layer [L] how the two gradients are spread."""
+    inputs = inputs_for(arch, images.train.images[:GRADIENT_QUERIES])
+    found = gradients.analyse(arch, theta_BP, theta_hat_BP, inputs)
+    shares = {
+        "gradients/structural_share": found.structural_norm_LB / found.structural_norm_LB.norm(dim=0),
+        "gradients/behavioral_share": found.behavioral_norm_LB / found.behavioral_norm_LB.norm(dim=0),
+        "gradients/structural_cosine": found.structural_cosine_LB,
+        "gradients/predicted_cosine": found.cosine_LB,
+    }
+    return (
+        {"gradients/predicted_cosine": float(found.cosine_B.mean())},
+        {name: values.mean(1).numpy() for name, values in shares.items()},
+    )
 
 
 def run_tasks(
@@ -57,7 +80,9 @@ def run_tasks(
 
     add(*predict(autoencoder, splits, latents, zoo))
     originals_BP = autoencoder.canonical(test.theta_BP, zoo)
-    add(*compare(arch, originals_BP, decode_latents(autoencoder, latents[2], zoo), images.test))
+    rebuilt_BP = decode_latents(autoencoder, latents[2], zoo)
+    add(*compare(arch, originals_BP, rebuilt_BP, images.test))
+    add(*_gradients(arch, originals_BP[:GRADIENT_MODELS], rebuilt_BP[:GRADIENT_MODELS], images))
     if config.tasks.refine:
         refined = encode_models(autoencoder, test, zoo, config.tasks.refine)
         add(*compare(arch, originals_BP, decode_latents(autoencoder, refined, zoo), images.test, "reconstruct/refined"))

@@ -77,6 +77,10 @@ class PlainTransformer(nn.Module):
     def latent_shape(self, zoo: int) -> tuple[int, ...]:
         return (self.architectures[zoo].num_tokens, self.latent)
 
+    def behavioral_scale(self, zoo: int) -> Tensor:
+        """Ones: nothing is known about how the latents change the outputs."""
+        return self.to_latent.weight.new_ones(())
+
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
         """z[B, T, Z]. Padding enters as zeros, whatever it held."""
         tokens_BTD = self.architectures[zoo].tokenize(x_BP)

@@ -1,18 +1,13 @@
 """Any number of workers, with any split of the batch, gives the losses and gradients of one."""
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-sys.path.insert(0, str(Path(__file__).parent))  # spawned workers import this file by its path
-from conftest import random_models, tiny
-
 from distrecon.autoencoder import Batch, Training, ZooSample
 from distrecon.images import load
 from distrecon.nets import architecture
+from tests.autoencoder.small import random_models, tiny
 
 SIZE = 6
 SPLITS = {  # of a global batch of six models between two workers

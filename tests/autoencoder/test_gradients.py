@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_models
 
 from distrecon.autoencoder import gradients
 from distrecon.nets import architecture
+from tests.autoencoder.small import random_models
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import random_models
 
 from distrecon.autoencoder import losses
 from distrecon.autoencoder.config import BEHAVIORAL
 from distrecon.nets import architecture
+from tests.autoencoder.small import random_models
 
 
 def draw(*shape, seed=0):

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import random_models, tiny
 
 from distrecon.autoencoder import Training, ZooSample, load_autoencoder, save_autoencoder
 from distrecon.errors import UserError
 from distrecon.images.queries import query_pool
 from distrecon.nets import architecture, outputs
+from tests.autoencoder.small import random_models, tiny
 
 KINDS = ("transformer", "fisher_residual", "fisher_pca")
 FISHER = {"model__latent": 1, "model__fisher_models": 8, "model__fisher_queries": 4}

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import as_models, random_models, related_models, tiny
 
 from distrecon.autoencoder import Training, ZooSample, generate, novelty, predict, run_tasks, samplers
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import LabelledImages
 from distrecon.nets import architecture, evaluate
+from tests.autoencoder.small import as_models, random_models, related_models, tiny
 
 DESIGN = """predict/test_accuracy_r2 predict/generalization_gap_r2 predict/epoch_r2
 predict/baseline_statistics/test_accuracy_r2 reconstruct/accuracy_mean reconstruct/accuracy_max reconstruct/agreement
@@ -42,6 +42,8 @@ def test_run_tasks_gives_every_number(autoencoder, splits, images):
     assert found.generated_theta_BP.shape == (6, autoencoder.architectures[0].num_parameters)
     assert found.generated_theta_BP.dtype == torch.float32
     assert found.arrays["reconstruct/accuracy"].shape == (2, 9)
+    assert found.arrays["gradients/structural_share"].shape == (4,)
+    assert -1 <= found.metrics["gradients/predicted_cosine"] <= 1
     assert found.metrics["zoo/accuracy_max"] == pytest.approx(float(splits[2].test_accuracy_B.max()))
     again = run_tasks(autoencoder, *splits, images, config)
     timed = {k for k in found.metrics if k.endswith("ms_per_model")}
@@ -196,6 +198,16 @@ def test_gaussian_has_the_moments_of_the_good_models():
     drawn = samplers.sample("gaussian", good, 20000, 0.5)
     torch.testing.assert_close(drawn.mean(0), good.mean(0), rtol=0, atol=0.05)
     torch.testing.assert_close(torch.cov(drawn.T), 0.25 * torch.cov(good.T), rtol=0.05, atol=0.08)
+
+
+def test_isotropic_kde_has_equal_noise_in_all_directions():
+    good = cloud().flatten(1)
+    drawn = samplers.sample("isotropic_kde", good, 4000, 0.5)
+    draw = torch.Generator().manual_seed(0)
+    torch.randn(4000, 8, generator=draw)  # the sampler draws its noise first
+    noise = drawn - good[torch.randint(60, (4000,), generator=draw)]
+    assert noise.norm(dim=1).mean() == pytest.approx(float(0.5 * samplers.nearest_distance(good)), rel=1e-4)
+    torch.testing.assert_close(noise.std(0) / noise.std(), torch.ones(8), rtol=0.05, atol=0)
 
 
 def test_interpolation_stays_between_two_good_models():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import random_models, tiny
 
 from distrecon.autoencoder import Batch, Training, ZooSample
 from distrecon.autoencoder.rows import BLOCK, RowCache
 from distrecon.autoencoder.training import generator, learning_rate, views
 from distrecon.errors import UserError
 from distrecon.nets import architecture, outputs
+from tests.autoencoder.small import random_models, tiny
 
 
 def batch(theta_BP, rows, step=0, epoch=0, zoo=0):

@@ -1,7 +1,7 @@
 """`ray up` with this checkout's cluster.yaml on this machine alone, its provider exchanged for `local`.
 
-Run by test_ray_up.py as root inside fresh network and mount namespaces (`unshare -n -m`): the loopback interface here is
-nobody else's, and the home directory is a temporary one. Prints one JSON line of what happened at each step.
+Run by test_ray_up.py as root inside fresh network and mount namespaces (`unshare -n -m`): the loopback interface here
+is nobody else's, and the home directory is a temporary one. Prints one JSON line of what happened at each step.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`ray up`, a job, its result, `ray down`, a token asked for: on this machine's loopback, in namespaces of their own."""
+"""`ray up`, a job, its result, `ray down`, a token asked for: on this machine's loopback, in namespaces of its own."""
 
 import json
 import os
