@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from distrecon.nets import Architecture, architecture
     from distrecon.runs import load_autoencoder
     from distrecon.zoos import Zoo, open_zoo
+    from distrecon.zoos.importing import import_zoo
 
 _HOMES = {
     "Architecture": "distrecon.nets",
     "architecture": "distrecon.nets",
     "Zoo": "distrecon.zoos",
     "open_zoo": "distrecon.zoos",
+    "import_zoo": "distrecon.zoos.importing",
     "load_autoencoder": "distrecon.runs",
     "recover": "distrecon.expand_cluster",
     "UserError": "distrecon.errors",
 }
 
-__all__ = ["Architecture", "UserError", "Zoo", "architecture", "load_autoencoder", "open_zoo", "recover"]
+__all__ = ["Architecture", "UserError", "Zoo", "architecture", "import_zoo", "load_autoencoder", "open_zoo", "recover"]
 __version__ = version("distrecon")
 
 

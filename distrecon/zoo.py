@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str):  # type: ignore[no-untyped-def]
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text)
     command.add_argument("--seed", type=int, help="seed of everything random (default: 0, or the configuration's)")
     command.add_argument("--smoke", action="store_true", help="a tiny instance, to check an installation")

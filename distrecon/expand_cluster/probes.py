@@ -69,7 +69,10 @@ def find_coordinates(
     gradients_GI = input_gradients(box, activation, GRADIENT_POINTS, generator)
     rank = numerical_rank(gradients_GI)
     while rank < box.inputs and len(gradients_GI) < 2 * rank + 10:
-        gradients_GI = torch.cat([gradients_GI, input_gradients(box, activation, GRADIENT_POINTS, generator)])
+        more_GI = input_gradients(box, activation, GRADIENT_POINTS, generator)
+        if not len(more_GI):  # kinks everywhere: not piecewise linear, whatever the activation is said to be
+            return _inputs_themselves(box.inputs)
+        gradients_GI = torch.cat([gradients_GI, more_GI])
         rank = numerical_rank(gradients_GI)
     if rank in (0, box.inputs):  # nothing to reduce, and stretching weak directions then only hurts
         return _inputs_themselves(box.inputs)

@@ -45,6 +45,8 @@ LEAST_GUESS = 4
 SCALE_ROUNDS = (1.0, 2.0, 0.5)
 
 UNKNOWN = "unknown"
+BRIEF_ITERATIONS = 40  # of the trial fits with every activation
+CANDIDATES = 2  # activations that get a full recovery after the trial
 
 Progress = Callable[[str, float], None]
 
@@ -98,8 +100,8 @@ def recover(
 
     `teacher` is any deterministic function [Q, I] -> [Q, O]; `data_QI` are inputs of interest, queried too; `progress`
     sees (stage, value). `seed` is combined with `config.seed`. The same arguments give the same result. `activation`
-    "unknown" tries all and keeps the verified one. `stages` is a folder for trained students: an interrupted recovery
-    called again with the same arguments and folder continues after the last of them, with the same result.
+    "unknown" tries all and goes on with the best two. `stages` is a folder for trained students: an interrupted one
+    called again with the same arguments and folder continues after the last of them, to the same result.
 
     Raises UserError for a wrong request: an unknown activation, answers of a wrong shape, not finite or not repeatable,
     a query budget that is too small, fewer probes than unknowns. A recovery that fails is no error: its `verified` is
@@ -136,23 +138,29 @@ def _try_all(
     progress: Progress | None,
     stages: Path | None,
 ) -> Recovery:
-    """One round with every activation, then all rounds with the one that fitted best, unless one is verified before."""
-    found: dict[str, Recovery] = {}
-    brief = dataclasses.replace(config, budget=dataclasses.replace(config.budget, attempts=1))
-    queries = 0
+    """A few students a short fit with every activation, then all rounds with the best of them, best first."""
+    brief = dataclasses.replace(
+        config,
+        students=dataclasses.replace(config.students, count=3),
+        solver=dataclasses.replace(config.solver, iterations=BRIEF_ITERATIONS),
+        budget=dataclasses.replace(config.budget, attempts=1),
+    )
+    losses, queries = {}, 0
     for name in ACTIVATIONS:
+        folder = stages / f"{name}-brief" if stages else None
+        trial = recover(teacher, input_size, name, hidden_layers, seed, brief, data_QI, progress, folder)
+        losses[name] = trial.metrics["recover/train_loss"]
+        queries += trial.metrics["recover/queries"]
+    found: Recovery | None = None
+    for name in sorted(losses, key=losses.__getitem__)[:CANDIDATES]:
         folder = stages / name if stages else None
-        found[name] = recover(teacher, input_size, name, hidden_layers, seed, brief, data_QI, progress, folder)
-        queries += found[name].metrics["recover/queries"]
-        if found[name].verified:
-            break
-    result = found[name]
-    if not result.verified:
-        name = min(found, key=lambda n: found[n].metrics["recover/train_loss"])
-        folder = stages / f"{name}-all" if stages else None
         result = recover(teacher, input_size, name, hidden_layers, seed, config, data_QI, progress, folder)
         queries += result.metrics["recover/queries"]
-    return dataclasses.replace(result, metrics={**result.metrics, "recover/queries": queries})
+        found = result if found is None or _better(result, found) else found
+        if found.verified:
+            break
+    assert found is not None
+    return dataclasses.replace(found, metrics={**found.metrics, "recover/queries": queries})
 
 
 def _better(new: Recovery, old: Recovery) -> bool:

@@ -65,7 +65,7 @@ def read_weights(path: Path) -> Weights:
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
     names = sorted((n for n in tensors if n.endswith(".weight")), key=_natural)
-    weights = []
+    weights: Weights = []
     for name in names:
         bias = name.removesuffix("weight") + "bias"
         if bias not in tensors or tensors[name].ndim != 2 or tensors[bias].shape != tensors[name].shape[:1]:

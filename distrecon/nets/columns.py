@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrecon.nets.activations import activation
+from distrecon.nets.workspace import Workspace
 
 if TYPE_CHECKING:
     from distrecon.nets.architectures import Architecture, Layer
 
-BLOCK_NUMBERS = 200_000  # of the largest intermediate of a block: it and its gradient fit a second-level cache
+BLOCK_NUMBERS = 500_000  # of the largest intermediate of a block: it and its gradient fit a second-level cache
 BLOCK_INPUTS = 256
 
 
@@ -54,21 +55,26 @@ def block_size(arch: Architecture, inputs: int) -> tuple[int, int]:
 
 def prepare(arch: Architecture, inputs: Tensor) -> Tensor:
     """Columns of the inputs, [1, K, N]."""
-    return _columns(arch.layers[0], inputs.movedim(0, -1)[None])
+    patches = _patches(arch.layers[0], inputs.movedim(0, -1)[None].contiguous())
+    return patches.reshape(1, arch.layers[0].fan_in, -1)
 
 
-def run(arch: Architecture, parameters: list[tuple[Tensor, Tensor]], shared: Tensor) -> tuple[Tensor, list[Tensor]]:
+def run(
+    arch: Architecture, parameters: list[tuple[Tensor, Tensor]], shared: Tensor, work: Workspace
+) -> tuple[Tensor, list[Tensor]]:
     """features[b, F, q] and, for each layer, the places of the maxima, the sums and the activations."""
-    act, columns, seen = activation(arch.activation), shared, []
-    hidden = shared
+    act, hidden, seen = activation(arch.activation), shared, []
     for i, (layer, (height, width), _) in enumerate(convolutions(arch)):
         weight_bOK, bias_bO = parameters[i][0].flatten(2), parameters[i][1]
+        models, channels = bias_bO.shape
+        q = shared.shape[2] // prod(convolutions(arch)[0][1])
+        shape = (models, channels, height * width * q)
+        out = work.keep(shape) if layer.pool == 1 else work.scratch("out", shape)
         if i == 0:  # all models read the same columns
-            out = (weight_bOK.flatten(0, 1) @ columns[0]).unflatten(0, weight_bOK.shape[:2])
+            torch.mm(weight_bOK.flatten(0, 1), shared[0], out=out.flatten(0, 1))
         else:
-            out = torch.bmm(weight_bOK, _columns(layer, hidden))
-        out = out.unflatten(2, (height, width, -1))
-        out, places = _pooled(layer, out)
+            torch.bmm(weight_bOK, _columns(layer, hidden, work), out=out)
+        out, places = _pooled(layer, out.unflatten(2, (height, width, q)), work)
         out.add_(bias_bO[:, :, None, None, None])  # the same after pooling, on fewer numbers
         hidden = out.relu_() if arch.activation == "relu" else act(out)
         seen += [places, before_activation(arch, out, hidden), hidden]
@@ -82,24 +88,27 @@ def gradient(
     kept: list[Tensor],
     grad_bFq: Tensor,
     grads: list[tuple[Tensor, Tensor]],
+    work: Workspace,
 ) -> None:
     """Adds the gradient of the convolutional layers' parameters to `grads`."""
     found = convolutions(arch)
     grad = grad_bFq
     for i in range(len(found) - 1, -1, -1):
-        layer, (height, width), _ = found[i]
+        layer, spatial, _ = found[i]
         places, before, hidden = kept[3 * i : 3 * i + 3]
         grad = through_activation(arch, grad.view(hidden.shape), before)
-        grads[i][1].add_(grad.sum((2, 3, 4)))
-        grad_bON = _unpooled(layer, grad, places, (height, width)).flatten(2)
+        grads[i][1].add_(grad.flatten(2).sum(2))
+        grad_bON = _unpooled(layer, grad, places, spatial, work).flatten(2)
         if i == 0:
             grad_OK = grad_bON.flatten(0, 1) @ shared[0].T
             grads[i][0].add_(grad_OK.view(grads[i][0].shape))
             return
-        columns = _columns(layer, kept[3 * i - 1])  # copied again rather than kept: kernel^2 times the activations
+        inputs = kept[3 * i - 1]
+        columns = _columns(layer, inputs, work)  # copied again rather than kept: kernel^2 times the activations
         grads[i][0].flatten(2).add_(torch.bmm(grad_bON, columns.transpose(1, 2)))
-        grad_bKN = torch.bmm(parameters[i][0].flatten(2).transpose(1, 2), grad_bON)
-        grad = _folded(layer, grad_bKN, kept[3 * i - 1].shape, (height, width))
+        # the columns have been read: their gradient takes their place
+        grad_bKN = torch.bmm(parameters[i][0].flatten(2).transpose(1, 2), grad_bON, out=columns)
+        grad = _folded(layer, grad_bKN, inputs.shape, spatial, work)
 
 
 # -- shared with the other kernel --------------------------------------------------------------------------------------
@@ -124,23 +133,64 @@ def place_dtype(positions: int) -> torch.dtype:
     return torch.uint8 if positions <= 2**8 else torch.int16 if positions <= 2**15 else torch.int64
 
 
+def pooled_into(layer: Layer, images: Tensor, largest: Tensor, work: Workspace) -> Tensor:
+    """Writes the maxima of channels-last images to `largest`; returns their places in scratch memory."""
+    n, channels, height, width = largest.shape
+    places = work.scratch("places", (n, height, width, channels), torch.int64).permute(0, 3, 1, 2)
+    torch.ops.aten.max_pool2d_with_indices.out(images, [layer.pool] * 2, [layer.pool] * 2, out=largest, indices=places)
+    return places
+
+
+def maxima(images: Tensor, pool: int, largest: Tensor, work: Workspace) -> Tensor:
+    """Writes the maxima of images [..., height, width, n] to `largest` and returns it; faster than with their places."""
+    h, w = largest.shape[-3:-1]
+    rows = work.scratch("rows", (*images.shape[:-3], h, *images.shape[-2:]))
+    _maximum([images[..., y : h * pool : pool, :, :] for y in range(pool)], rows)
+    return _maximum([rows[..., x : w * pool : pool, :] for x in range(pool)], largest)
+
+
+def _maximum(parts: list[Tensor], out: Tensor) -> Tensor:
+    torch.maximum(parts[0], parts[1], out=out)
+    for part in parts[2:]:
+        torch.maximum(out, part, out=out)
+    return out
+
+
+def unpooled(layer: Layer, grad: Tensor, places: Tensor, spatial: tuple[int, int], work: Workspace) -> Tensor:
+    """The gradient of channels-last images before pooling, in scratch memory."""
+    n, channels = grad.shape[:2]
+    spread = work.scratch("spread", (n, *spatial, channels)).permute(0, 3, 1, 2)
+    places_long = work.scratch("places", (n, *grad.shape[2:], channels), torch.int64).permute(0, 3, 1, 2)
+    torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
+        grad, spread, [layer.pool] * 2, [layer.pool] * 2, [0, 0], [1, 1], False, places_long.copy_(places),
+        grad_input=spread,
+    )  # fmt: skip
+    return spread
+
+
 # -- pieces ------------------------------------------------------------------------------------------------------------
 
 
-def _columns(layer: Layer, hidden: Tensor) -> Tensor:
-    """[b, K, N] of hidden [b, channels, height, width, q]."""
+def _patches(layer: Layer, hidden: Tensor) -> Tensor:
+    """View [b, channels, k, k, h, w, q] of what each output reads of hidden [b, channels, height, width, q]."""
     if layer.padding:
         hidden = F.pad(hidden, (0, 0, *(layer.padding,) * 4))
-    patches = hidden.unfold(2, layer.kernel, 1).unfold(3, layer.kernel, 1)  # [b, C, h, w, q, k, k]
-    return patches.permute(0, 1, 5, 6, 2, 3, 4).reshape(len(hidden), layer.fan_in, -1)
+    return hidden.unfold(2, layer.kernel, 1).unfold(3, layer.kernel, 1).permute(0, 1, 5, 6, 2, 3, 4)
 
 
-def _folded(layer: Layer, grad_bKN: Tensor, shape: torch.Size, spatial: tuple[int, int]) -> Tensor:
+def _columns(layer: Layer, hidden: Tensor, work: Workspace) -> Tensor:
+    """[b, K, N] of hidden [b, channels, height, width, q], in scratch memory."""
+    patches = _patches(layer, hidden)
+    columns = work.scratch("columns", tuple(patches.shape)).copy_(patches)
+    return columns.view(len(hidden), layer.fan_in, -1)
+
+
+def _folded(layer: Layer, grad_bKN: Tensor, shape: torch.Size, spatial: tuple[int, int], work: Workspace) -> Tensor:
     """The adjoint of `_columns`: the gradient of hidden, of `shape`."""
     k, p, (h, w) = layer.kernel, layer.padding, spatial
     b, channels, height, width, q = shape
     patches = grad_bKN.view(b, channels, k, k, h, w, q)
-    grad = grad_bKN.new_zeros(b, channels, height + 2 * p, width + 2 * p, q)
+    grad = work.scratch("folded", (b, channels, height + 2 * p, width + 2 * p, q)).zero_()
     for y in range(k):
         for x in range(k):
             grad[:, :, y : y + h, x : x + w].add_(patches[:, :, y, x])
@@ -152,23 +202,24 @@ def _channels_last(hidden: Tensor) -> Tensor:
     return hidden.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def _pooled(layer: Layer, out: Tensor) -> tuple[Tensor, Tensor]:
-    """The maxima [b, O, h, w, q] and their places (empty without pooling)."""
+def _pooled(layer: Layer, out: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
+    """The maxima [b, O, h, w, q] and their places (empty without pooling), both kept."""
     if layer.pool == 1:
         return out, out.new_empty(0, dtype=torch.uint8)
-    largest, places = torch.ops.aten.max_pool2d_with_indices(_channels_last(out), [layer.pool] * 2, [layer.pool] * 2)
-    back = [t.permute(0, 2, 3, 1).contiguous().unflatten(0, out.shape[:2]) for t in (largest, places)]
-    return back[0], back[1].to(place_dtype(out.shape[2] * out.shape[3]))
+    b, channels, height, width, q = out.shape
+    shape = (b, channels, height // layer.pool, width // layer.pool, q)
+    largest = work.keep(shape)
+    if not work.backward:
+        return maxima(out, layer.pool, largest, work), out.new_empty(0, dtype=torch.uint8)
+    places = work.keep(shape, place_dtype(height * width))
+    _channels_last(places).copy_(pooled_into(layer, _channels_last(out), _channels_last(largest), work))
+    return largest, places
 
 
-def _unpooled(layer: Layer, grad: Tensor, places: Tensor, spatial: tuple[int, int]) -> Tensor:
+def _unpooled(layer: Layer, grad: Tensor, places: Tensor, spatial: tuple[int, int], work: Workspace) -> Tensor:
     """The gradient [b, O, height, width, q] before pooling."""
     if layer.pool == 1:
         return grad
     b, channels, _, _, q = grad.shape
-    like = grad.new_empty(b * channels, *spatial, q).permute(0, 3, 1, 2)  # only its shape and layout matter
-    spread = torch.ops.aten.max_pool2d_with_indices_backward(
-        _channels_last(grad), like, [layer.pool] * 2, [layer.pool] * 2, [0, 0], [1, 1], False,
-        _channels_last(places.long()),
-    )  # fmt: skip
-    return spread.permute(0, 2, 3, 1).contiguous().view(b, channels, *spatial, q)  # type: ignore[no-any-return]
+    spread = unpooled(layer, _channels_last(grad), _channels_last(places), spatial, work)
+    return spread.permute(0, 2, 3, 1).view(b, channels, *spatial, q)

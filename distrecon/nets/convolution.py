@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, islice
+from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from distrecon.nets import columns, modelwise
 from distrecon.nets.activations import activation
+from distrecon.nets.workspace import Workspace
 
 if TYPE_CHECKING:
     from distrecon.nets.architectures import Architecture
@@ -41,7 +43,9 @@ class Kernel(Protocol):
     def prepare(self, arch: Architecture, inputs: Tensor) -> Tensor:
         """The inputs [q, *input_shape] in the form in which the first layer reads them, made once for all models."""
 
-    def run(self, arch: Architecture, parameters: Parameters, shared: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def run(
+        self, arch: Architecture, parameters: Parameters, shared: Tensor, work: Workspace
+    ) -> tuple[Tensor, list[Tensor]]:
         """features[b, F, q], and what `gradient` needs to see again."""
 
     def gradient(
@@ -52,6 +56,7 @@ class Kernel(Protocol):
         kept: list[Tensor],
         grad_bFq: Tensor,
         grads: Parameters,
+        work: Workspace,
     ) -> None:
         """Adds the gradient of the convolutional layers' parameters to `grads`."""
 
@@ -118,10 +123,15 @@ def _run(
 ) -> Tensor:
     """logits[B, Q, C]; what the backward pass needs of each block is appended to `kept`."""
     logits_BCQ = theta_BP.new_empty(len(theta_BP), arch.num_outputs, len(inputs))
+    models, count = kernel.block_size(arch, len(inputs))
+    at_once = models * count if kept is None else len(theta_BP) * len(inputs)
+    work = Workspace(theta_BP, at_once * _kept_bytes(arch, theta_BP.dtype), backward=kept is not None)
     for b, q, parameters, shared in _blocks(arch, theta_BP, inputs, kernel):
-        features_bFq, seen = kernel.run(arch, parameters, shared)
+        features_bFq, seen = kernel.run(arch, parameters, shared, work)
         logits_BCQ[b, :, q], hidden = _linear(arch, parameters, features_bFq)
-        if kept is not None:
+        if kept is None:
+            work.reset()
+        else:
             kept.append(seen + hidden)
     return logits_BCQ.transpose(1, 2)
 
@@ -136,13 +146,23 @@ def _gradient(
 ) -> Tensor:
     """The gradient [B, P], from the gradient of the logits."""
     grad_BP = torch.zeros_like(theta_BP)
+    work = Workspace(theta_BP)
     linear = 2 * _linear_layers(arch)
     for seen, (b, q, parameters, shared) in zip(kept, _blocks(arch, theta_BP, inputs, kernel), strict=True):
         grads = arch.weights_and_biases(grad_BP[b])
         grad_bCq = grad_BQC[b, q].transpose(1, 2)
         grad_bFq = _linear_gradient(arch, parameters, seen[len(seen) - linear :], grad_bCq, grads)
-        kernel.gradient(arch, parameters, shared, seen[: len(seen) - linear], grad_bFq, grads)
+        kernel.gradient(arch, parameters, shared, seen[: len(seen) - linear], grad_bFq, grads, work)
     return grad_BP
+
+
+def _kept_bytes(arch: Architecture, dtype: torch.dtype) -> int:
+    """Of the convolutional layers, for one model and one input, with room for alignment."""
+    total = 0
+    for layer, before, after in columns.convolutions(arch):
+        place = columns.place_dtype(prod(before)).itemsize if layer.pool > 1 else 0
+        total += layer.out_features * prod(after) * (dtype.itemsize + place) + 2
+    return total
 
 
 # -- the linear layers behind the convolutions -------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import Tensor
 from distrecon.nets.architectures import Architecture
 from distrecon.nets.fit import cross_entropy
 
-CHUNK_NUMBERS = 20_000_000  # intermediate numbers held at once: 80 MB in float32
+CHUNK_NUMBERS = 60_000_000  # intermediate numbers held at once by `forward.plain`: 240 MB in float32; fewer elsewhere
 
 
 def _models_per_chunk(arch: Architecture, queries: int) -> int:

@@ -17,11 +17,11 @@ from distrecon.nets.architectures import Architecture
 
 def cross_entropy(logits_BQC: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of each model [B]; labels [Q] of classes, or class probabilities [Q, C] or [B, Q, C]."""
-    log_probabilities_BQC = F.log_softmax(logits_BQC, dim=2)
+    log_probabilities_BCQ = F.log_softmax(logits_BQC.transpose(1, 2), dim=1)  # as the forward pass lays them out
     if labels.dtype == torch.long:
         labels = labels.expand(len(logits_BQC), -1)
-        return -log_probabilities_BQC.gather(2, labels[:, :, None]).mean((1, 2))
-    return -(labels * log_probabilities_BQC).sum(2).mean(1)
+        return -log_probabilities_BCQ.gather(1, labels[:, None]).mean((1, 2))
+    return -(labels.transpose(-1, -2) * log_probabilities_BCQ).sum(1).mean(1)
 
 
 class Adam:
@@ -30,15 +30,18 @@ class Adam:
     def __init__(self, theta_BP: Tensor, lr_B: Tensor, weight_decay_B: Tensor) -> None:
         self.lr_B1, self.weight_decay_B1 = lr_B[:, None], weight_decay_B[:, None]
         self.mean_BP, self.square_BP, self.steps = torch.zeros_like(theta_BP), torch.zeros_like(theta_BP), 0
+        # written anew at every step: fresh memory of this size would cost more than the arithmetic
+        self.gradient_BP, self.root_BP = torch.empty_like(theta_BP), torch.empty_like(theta_BP)
 
     def step(self, theta_BP: Tensor, grad_BP: Tensor) -> None:
         """Updates theta in place."""
         self.steps += 1
-        grad_BP = grad_BP + self.weight_decay_B1 * theta_BP
+        grad_BP = torch.addcmul(grad_BP, self.weight_decay_B1, theta_BP, out=self.gradient_BP)
         self.mean_BP.lerp_(grad_BP, 0.1)
         self.square_BP.mul_(0.999).addcmul_(grad_BP, grad_BP, value=0.001)
-        corrected_BP = (self.square_BP / (1 - 0.999**self.steps)).sqrt_().add_(1e-8)
-        theta_BP.addcdiv_(self.mean_BP * (-self.lr_B1 / (1 - 0.9**self.steps)), corrected_BP)
+        corrected_BP = torch.sqrt(self.square_BP, out=self.root_BP).mul_((1 - 0.999**self.steps) ** -0.5).add_(1e-8)
+        update_BP = torch.mul(self.mean_BP, -self.lr_B1 / (1 - 0.9**self.steps), out=self.gradient_BP)
+        theta_BP.addcdiv_(update_BP, corrected_BP)
 
 
 class SGD:

@@ -47,7 +47,8 @@ def forward(arch: Architecture, theta_BP: Tensor, inputs: Tensor) -> Tensor:
 def _fast(arch: Architecture, theta_BP: Tensor, inputs: Tensor) -> bool:
     """Whether only a backward pass in theta can be asked for, of a convolutional network on the CPU."""
     return (
-        bool(arch.layers[0].kernel)
+        arch.layers[0].kernel > 0
+        and not arch.layers[-1].kernel
         and theta_BP.device.type == inputs.device.type == "cpu"
         and len(theta_BP) > 0
         and len(inputs) > 0

@@ -17,14 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrecon.nets.activations import activation
-from distrecon.nets.columns import before_activation, convolutions, place_dtype, through_activation
+from distrecon.nets.columns import (
+    before_activation,
+    convolutions,
+    maxima,
+    place_dtype,
+    pooled_into,
+    through_activation,
+    unpooled,
+)
+from distrecon.nets.workspace import Workspace
 
 if TYPE_CHECKING:
     from distrecon.nets.architectures import Architecture, Layer
 
 Convolution = tuple["Layer", tuple[int, int], tuple[int, int]]
 
-BLOCK_NUMBERS = 2**19  # of the largest intermediate of a block, to stay near the second-level cache
+BLOCK_NUMBERS = 2**20  # of the largest intermediate of a block, to stay near the second-level cache
 FULL_CHANNELS = 16  # of a first layer: from here on a model fills a convolution alone
 GROUP_CHANNELS = 24
 
@@ -43,19 +52,21 @@ def prepare(arch: Architecture, inputs: Tensor) -> Tensor:
     return inputs.contiguous(memory_format=torch.channels_last)
 
 
-def run(arch: Architecture, parameters: list[tuple[Tensor, Tensor]], shared: Tensor) -> tuple[Tensor, list[Tensor]]:
+def run(
+    arch: Architecture, parameters: list[tuple[Tensor, Tensor]], shared: Tensor, work: Workspace
+) -> tuple[Tensor, list[Tensor]]:
     """features[g, F, q] and, for each layer, the places of the maxima, the sums and the activations.
 
     First those of the first layer, of all models side by side, then those of each model's other layers.
     """
     first, *others = convolutions(arch)
     weight, bias = parameters[0]
-    together, seen = _layer(arch, first, shared, _channels_last(weight.flatten(0, 1)), bias.flatten())
+    together, seen = _layer(arch, first, shared, _channels_last(weight.flatten(0, 1)), bias.flatten(), work)
     features = []
     for m, hidden in enumerate(_models(together, len(weight))):
         for i, convolution in enumerate(others, 1):
             weight, bias = parameters[i]
-            hidden, kept = _layer(arch, convolution, hidden, _channels_last(weight[m]), bias[m])
+            hidden, kept = _layer(arch, convolution, hidden, _channels_last(weight[m]), bias[m], work)
             seen += kept
         features.append(hidden.flatten(1).T)
     return torch.stack(features), seen
@@ -68,11 +79,12 @@ def gradient(
     kept: list[Tensor],
     grad_gFq: Tensor,
     grads: list[tuple[Tensor, Tensor]],
+    work: Workspace,
 ) -> None:
     """Adds the gradient of the convolutional layers' parameters to `grads`."""
     first, *others = convolutions(arch)
     together = kept[2]
-    grad_together = torch.empty_like(together)
+    grad_together = work.scratch("together", tuple(together.permute(0, 2, 3, 1).shape)).permute(0, 3, 1, 2)
     models = zip(_models(together, len(grad_gFq)), grad_together.chunk(len(grad_gFq), 1), grad_gFq, strict=True)
     for m, (hidden, grad_hidden, grad_Fq) in enumerate(models):
         seen = kept[3 * (1 + m * len(others)) :][: 3 * len(others)]
@@ -80,15 +92,16 @@ def gradient(
         grad = grad_Fq.T.reshape(inputs[-1].shape)
         for i in range(len(others), 0, -1):
             weight = _channels_last(parameters[i][0][m])
+            kept_here = (seen[3 * i - 3], seen[3 * i - 2], inputs[i - 1])
             grad, grad_weight, grad_bias = _layer_gradient(
-                arch, others[i - 1], _channels_last(grad), seen[3 * i - 3 : 3 * i - 1], inputs[i - 1], weight, True
+                arch, others[i - 1], _channels_last(grad), kept_here, weight, True, work
             )
             grads[i][0][m].add_(grad_weight)
             grads[i][1][m].add_(grad_bias)
         grad_hidden.copy_(grad)
     weight, bias = parameters[0]
     _, grad_weight, grad_bias = _layer_gradient(
-        arch, first, grad_together, kept[:2], shared, _channels_last(weight.flatten(0, 1)), False
+        arch, first, grad_together, (kept[0], kept[1], shared), _channels_last(weight.flatten(0, 1)), False, work
     )
     grads[0][0].add_(grad_weight.view(weight.shape))
     grads[0][1].add_(grad_bias.view(bias.shape))
@@ -107,14 +120,20 @@ def _models(together: Tensor, count: int) -> list[Tensor]:
 
 
 def _layer(
-    arch: Architecture, convolution: Convolution, inputs: Tensor, weight: Tensor, bias: Tensor
+    arch: Architecture, convolution: Convolution, inputs: Tensor, weight: Tensor, bias: Tensor, work: Workspace
 ) -> tuple[Tensor, list[Tensor]]:
     """Activations after convolution and pooling, and what `run` keeps of them."""
-    layer, (height, width), _ = convolution
+    layer, (height, width), (h, w) = convolution
     out, places = F.conv2d(inputs, weight, bias, padding=layer.padding), inputs.new_empty(0, dtype=torch.uint8)
     if layer.pool > 1:
-        out, places = torch.ops.aten.max_pool2d_with_indices(out, [layer.pool] * 2, [layer.pool] * 2)
-        places = places.to(place_dtype(height * width))
+        shape = (len(inputs), h, w, len(bias))
+        images, largest = _channels_last(out), work.keep(shape)
+        out = largest.permute(0, 3, 1, 2)
+        if work.backward:
+            places = work.keep(shape, place_dtype(height * width)).permute(0, 3, 1, 2)
+            places.copy_(pooled_into(layer, images, out, work))
+        else:
+            maxima(images.permute(0, 2, 3, 1), layer.pool, largest, work)
     hidden = out.relu_() if arch.activation == "relu" else activation(arch.activation)(out)
     return hidden, [places, before_activation(arch, out, hidden), hidden]
 
@@ -123,21 +142,18 @@ def _layer_gradient(
     arch: Architecture,
     convolution: Convolution,
     grad: Tensor,
-    kept: list[Tensor],
-    inputs: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor],
     weight: Tensor,
     with_inputs: bool,
+    work: Workspace,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a layer's inputs (if wanted), weight and bias."""
-    layer, (height, width), _ = convolution
-    places, before = kept
+    """Gradients of a layer's inputs (if wanted), weight and bias; `kept` are places, sums and the layer's inputs."""
+    layer, spatial, _ = convolution
+    places, before, inputs = kept
     grad = through_activation(arch, grad, before)
     grad_bias = grad.sum((0, 2, 3))  # the same before pooling, on more numbers
     if layer.pool > 1:
-        like = grad.new_empty(len(grad), height, width, grad.shape[1]).permute(0, 3, 1, 2)  # for its shape alone
-        grad = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, like, [layer.pool] * 2, [layer.pool] * 2, [0, 0], [1, 1], False, places.long()
-        )
+        grad = unpooled(layer, _channels_last(grad), places, spatial, work)
     found = torch.ops.aten.convolution_backward(
         grad, inputs, weight, None, [1, 1], [layer.padding] * 2, [1, 1], False, [0, 0], 1, [with_inputs, True, False]
     )

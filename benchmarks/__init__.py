@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks` runs the suite; the other files are commands of their own."""

@@ -1,0 +1,136 @@
+"""A whole training step of the autoencoder, and its parts that are not networks' evaluation."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.suite import baselines
+from benchmarks.suite.harness import Row, compare
+from distrecon.autoencoder import losses
+from distrecon.autoencoder.config import AutoencoderConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
+from distrecon.autoencoder.model import Autoencoder, ZooSample
+from distrecon.autoencoder.training import Batch, Training
+from distrecon.images import ImageSet, LabelledImages, load
+from distrecon.nets import Architecture, architecture, initialise
+
+
+def _config(paper: bool) -> AutoencoderConfig:
+    """A transformer with all three losses; the paper's size is 256 wide, 8 + 8 layers, 8 heads, latent 64."""
+    model = ModelConfig(width=256, layers=8, heads=8, latent=64) if paper else ModelConfig()
+    data = DataConfig(queries=256, query_pool=512, views="permutation", align=False)
+    return AutoencoderConfig(model, LossConfig(beta=0.1), OptimConfig(batch_size=16 if paper else 32), data)
+
+
+def _random_images(arch: Architecture) -> ImageSet:
+    """As many random images of the architecture's size as a pool of queries needs."""
+    part = LabelledImages(torch.randn(512, *arch.input_shape), torch.zeros(512, dtype=torch.long))
+    return ImageSet("random", part, part, part, tuple("0123456789"), "none")
+
+
+def published_step(
+    config: AutoencoderConfig, arch: Architecture, autoencoder: Autoencoder, pool: Tensor, theta_BP: Tensor
+) -> Callable[[], None]:
+    """One step with the same autoencoder and optimiser, but models as checkpoints.
+
+    Every step copies, permutes and tokenises each checkpoint twice, evaluates originals and reconstructions by vmap
+    over models, and compares all pairs of projections.
+    """
+    net, states, weights = baselines.module(arch), baselines.state_dicts(arch, theta_BP), config.loss.weights
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=config.optim.lr)
+    coder = autoencoder.coder
+
+    def step() -> None:
+        views = []
+        for _ in range(2):
+            orders = [arch.random_permutation() for _ in states]
+            views.append([baselines.permuted(arch, s, [o[0] for o in order]) for s, order in zip(states, orders)])  # noqa: B905
+        tokens = torch.stack([baselines.tokens_of(arch, state) for view in views for state in view])
+        x = autoencoder.standardise(arch.detokenize(tokens), 0)
+        z = coder.encode(x, 0)
+        first, second = coder.project(z, 0).chunk(2)
+        contrastive = baselines.contrastive(first, second, config.loss.temperature)
+        x_hat = coder.decode(z, 0)
+        structural = (x_hat - x).square().mean()
+        reconstructed_BP = autoencoder.unstandardise(x_hat[: len(states)], 0)
+        queries = pool[torch.randperm(len(pool))[: config.data.queries]]
+        behavioural = baselines.behavioural_loss(
+            arch, net, reconstructed_BP, arch.detokenize(tokens)[: len(states)], queries
+        )
+        loss = weights["contrastive"] * contrastive + weights["structural"] * structural
+        optimizer.zero_grad(set_to_none=True)
+        (loss + weights["behavioral"] * behavioural).backward()
+        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def whole_step(quick: bool) -> list[Row]:
+    """One training step with contrastive, structural and behavioural loss, against the published way."""
+    rows = []
+    for paper in (False, True):
+        config = _config(paper)
+        arch = architecture("cnn3" if paper else "cnn_small")
+        images = _random_images(arch) if paper else load("digits")
+        count = config.optim.batch_size if not (paper and quick) else 4
+        theta_BP = initialise(arch, ["kaiming_normal"] * count, range(count))
+        training = Training(config, [ZooSample(arch, theta_BP, images)], total_steps=1000)
+        number = iter(range(10**9))
+
+        def ours(training=training, theta=theta_BP, count=count, number=number) -> None:
+            training.step(Batch(0, next(number), 0, torch.arange(count), theta, count, 0))
+
+        ours()  # fills the cache of the originals' outputs, once in a training
+        published = published_step(config, arch, training.autoencoder, training.pools[0], theta_BP)
+        size = f"{config.model.width} wide, {config.model.layers}+{config.model.layers} layers"
+        name = f"whole step, {arch.name}, {count} models x 256 queries, {size}"
+        rows.append(compare(name, ours, published, 3 if quick or paper else 7))
+    return rows
+
+
+def tokens(quick: bool) -> list[Row]:
+    """Permute, tokenise and detokenise, against one state dict at a time."""
+    rows = []
+    for name, count in (("cnn_small", 64), ("cnn3", 16 if quick else 64)):
+        arch = architecture(name)
+        theta_BP = initialise(arch, ["kaiming_normal"] * count, range(count))
+        states, names = baselines.state_dicts(arch, theta_BP), list(baselines.module(arch).state_dict())
+        orders = arch.random_permutation(torch.Generator().manual_seed(0), count)
+        tokens_BTD = arch.tokenize(theta_BP)
+        cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            "permute": (
+                lambda a=arch, t=theta_BP, o=orders: a.permute(t, o),
+                lambda a=arch, s=states, o=orders: [
+                    baselines.permuted(a, state, [x[i] for x in o]) for i, state in enumerate(s)
+                ],
+            ),
+            "tokenise": (
+                lambda a=arch, t=theta_BP: a.tokenize(t),
+                lambda a=arch, s=states: torch.stack([baselines.tokens_of(a, state) for state in s]),
+            ),
+            "detokenise": (
+                lambda a=arch, t=tokens_BTD: a.detokenize(t),
+                lambda a=arch, n=names, t=tokens_BTD: [baselines.state_of(a, n, one) for one in t],
+            ),
+        }
+        for case, (ours, baseline) in cases.items():
+            rows.append(compare(f"{case}, {name}, {count} models", ours, baseline, 9))
+    return rows
+
+
+def contrastive(quick: bool) -> list[Row]:
+    """The contrastive loss, forward and backward, against all pairs' cosine similarity."""
+    rows = []
+    for count in (64,) if quick else (64, 512):
+        local_2BJ = torch.randn(2, count, 30).requires_grad_()
+
+        def ours(local=local_2BJ) -> Tensor:
+            return torch.autograd.grad(losses.contrastive(local, local, 0, 0.1).mean(), local)[0]
+
+        def common(local=local_2BJ) -> Tensor:
+            return torch.autograd.grad(baselines.contrastive(local[0], local[1], 0.1), local)[0]
+
+        torch.testing.assert_close(ours(), common(), rtol=1e-3, atol=1e-6)
+        rows.append(compare(f"contrastive loss, {count} models", ours, common, 5))
+    return rows

@@ -1,0 +1,90 @@
+"""The command: exit codes, one-line errors, the run folder, resuming, teachers from files and from code."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distrecon.expand_cluster import synthetic_teacher
+from distrecon.recover import main
+
+
+@pytest.fixture
+def teacher_file(tmp_path):
+    weights = synthetic_teacher(6, 3, "tanh", seed=1)
+    tensors = {
+        f"layer{i}.{n}": t for i, pair in enumerate(weights) for n, t in zip(("weight", "bias"), pair, strict=True)
+    }
+    save_file(tensors, tmp_path / "teacher.safetensors")
+    return tmp_path / "teacher.safetensors"
+
+
+def test_a_teacher_from_a_file_is_recovered_and_written(teacher_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(20, 6)))
+    arguments = ["--teacher", str(teacher_file), "--students", "4", "--out", str(out), "--json"]
+    assert main([*arguments, "--data", str(tmp_path / "data.npy")]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert summary["metrics"]["recover/layer_sizes"] == [3]
+    assert summary["metrics"]["recover/max_cosine_distance"] < 1e-12
+    assert load_file(out / "models" / "recovered.safetensors")["layer0.weight"].shape == (3, 6)
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*arguments[:4], "--resume", str(out)]) == 2
+    assert "finished already" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_is_resumed(teacher_file, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["--teacher", str(teacher_file), "--students", "4", "--json"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    (out / "summary.json").unlink()
+    (out / "models" / "recovered.safetensors").unlink()
+    student = next((out / "stages").glob("*.safetensors"))
+    written = student.stat().st_mtime_ns
+    assert main([*arguments, "--resume", str(out)]) == 0
+    assert student.stat().st_mtime_ns == written
+
+
+def test_a_callable_teacher_that_is_no_network_exits_with_1(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_boxes.py").write_text(
+        "import torch\n\ndef wave(x):\n    return (3 * x).sin().prod(1, keepdim=True)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--teacher", "my_boxes:wave", "--input-size", "2", "--students", "3", "--set", "budget.attempts=1"]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 1
+    assert "UNVERIFIED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--teacher"),
+        (["--teacher", "nowhere.safetensors"], "does not exist"),
+        (["--teacher", "no_such_module:f"], "cannot be imported"),
+        (["--teacher", "math:nothing"], "no callable 'nothing'"),
+        (["--teacher", "math:sin"], "--input-size"),
+        (["--teacher", "nonsense"], "MODULE:CALLABLE"),
+        (["--smoke", "--set", "students.cuont=3"], "did you mean 'students.count'"),
+        (["--smoke", "--queries", "100"], "query budget of 100 is too small"),
+        (["--smoke", "--data", "none.npy"], "does not exist"),
+        (["--smoke", "--resume", "nowhere"], "no interrupted recovery"),
+    ],
+)
+def test_wrong_requests_are_one_line_and_exit_with_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_files_that_are_no_dense_network_are_refused(tmp_path, capsys):
+    save_file({"a.weight": torch.zeros(3, 2, 1), "a.bias": torch.zeros(3)}, tmp_path / "conv.safetensors")
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    for name, message in (("conv", "not a dense layer"), ("text", "not a safetensors file")):
+        assert main(["--teacher", str(tmp_path / f"{name}.safetensors")]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""What the docs say is what the code does."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distrecon import __main__ as commands
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+
+
+def test_the_settings_reference_is_up_to_date():
+    done = subprocess.run(
+        [sys.executable, "docs/make_reference.py", "--check"], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_files_and_commands_that_a_page_names_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for command in re.findall(r"python -m distrecon\.(\w+)", text):
+        assert command in commands.COMMANDS, f"{page.name} names the command {command}"
+    for option in re.findall(r"tune_spaces/(\w+)\.yaml", text):
+        assert (CHECKOUT / "tune_spaces" / f"{option}.yaml").exists()
+
+
+def test_every_command_is_listed_and_has_a_module(capsys):
+    assert commands.main([]) == 0
+    told = capsys.readouterr().out
+    for name in commands.COMMANDS:
+        assert f"  {name} " in told
+        assert (CHECKOUT / "distrecon" / f"{name}.py").exists()
+    assert commands.main(["tunne"]) == 2
+    assert "did you mean 'tune'" in capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""The examples run as printed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def run(folder, name, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(CHECKOUT / "examples" / name), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_zoo_then_an_autoencoder_on_it(tmp_path):
+    assert "40 models, 80 states of 1198 parameters" in run(tmp_path, "zoo_in_ten_lines.py")
+    told = run(tmp_path, "train_and_generate.py")
+    assert "epoch 5: loss/contrastive" in told
+    assert "generate/accuracy_mean" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("recover_a_black_box.py", "verified"), ("your_own_architecture.py", "logits (5, 32, 10)")],
+)
+def test_the_others(tmp_path, name, words):
+    assert words in run(tmp_path, name)
