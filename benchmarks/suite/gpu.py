@@ -1,4 +1,4 @@
-"""The behavioural loss on a GPU, where there is one: float32, bfloat16, torch.compile, and the share of peak reached."""
+"""The behavioural loss on a GPU, if there is one: float32, bfloat16, torch.compile, and the share of peak reached."""
 
 import time
 from statistics import median

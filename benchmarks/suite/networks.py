@@ -40,7 +40,7 @@ def behavioural(quick: bool) -> list[Row]:
             return torch.autograd.grad(baselines.behavioural_loss(arch, net, theta, original, inputs), theta)[0]
 
         assert float((ours() - published()).norm() / published().norm()) < 1e-3
-        row = compare(f"behavioural loss, {name}, {models} x {queries}", ours, published, 3 if quick else 5)
+        row = compare(f"behavioural loss, {name}, {models} x {queries}", ours, published, 3)
         bound = flops(arch, models, queries) / matmul_flops()
         note = f"{row.ours_seconds / bound:.1f} x the arithmetic bound"
         rows.append(Row(**{**row.to_dict(), "note": note, "numbers": {"bound_seconds": bound}}))

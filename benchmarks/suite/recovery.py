@@ -21,7 +21,7 @@ STUDENTS, RHO = 10, 4
 
 
 def students(quick: bool) -> list[Row]:
-    """Time of the median student to a relative loss, against full-batch Adam with plateau decay; medians over problems."""
+    """Time of the median student to a relative loss, against full-batch Adam with plateau decay; median of problems."""
     problems, seconds = (PROBLEMS[:2], 3.0) if quick else (PROBLEMS, 10.0)
     traces = []
     for seed, (inputs, width) in enumerate(problems):
