@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from distrecon.errors import UserError
+from distrecon.errors import UserError, WorkFailed
 
 DONE, SOME_FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 EVERY = 15.0  # seconds between progress lines when the output is not a terminal
@@ -39,8 +39,8 @@ class Progress:
 
 
 def time_left(share: float, seconds: float) -> str:
-    """ "about 2 min left" from the share of the work done in `seconds`."""
-    return f"about {duration(seconds * (1 - share) / share)} left" if share > 0.02 else "time left unknown yet"
+    """Like `about 45 s left`, from the share of the work that was done in `seconds`."""
+    return f"about {duration(seconds * (1 / min(share, 1) - 1))} left" if share > 0.05 else "time left unknown yet"
 
 
 def duration(seconds: float) -> str:
@@ -77,6 +77,11 @@ def run_command(
             traceback.print_exc()
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return WRONG_REQUEST
+    except (WorkFailed, OSError) as error:
+        if args.verbose:
+            traceback.print_exc()
+        print(f"{parser.prog}: failed: {error}", file=sys.stderr)
+        return SOME_FAILED
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED

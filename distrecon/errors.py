@@ -1,4 +1,4 @@
-"""The one exception that users see: a request that cannot be carried out, said in one line."""
+"""The exceptions that users see, each said in one line: a request that cannot be carried out, work that broke off."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """A wrong request: commands print it as one line and exit with 2; from Python it is a ValueError."""
+
+
+class WorkFailed(RuntimeError):
+    """Work that broke off for no fault of the request (a full disk, a lost cluster); commands exit with 1."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

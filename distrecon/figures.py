@@ -25,7 +25,7 @@ def _figure(width: float = SIZE[0], height: float = SIZE[1], columns: int = 1) -
     axes = list(np.atleast_1d(figure.subplots(1, columns)))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=INK, labelsize=9)
+        axis.tick_params(which="both", colors=INK, labelsize=9)
         for spine in axis.spines.values():
             spine.set_color(INK)
     return figure, axes

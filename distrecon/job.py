@@ -22,7 +22,7 @@ from distrecon.cluster.journal import SweepRecord, read_sweep
 from distrecon.cluster.space import Sweep, read_space
 from distrecon.cluster.sweeps import Place, check_resources, run_sweeps
 from distrecon.console import Progress, time_left
-from distrecon.errors import UserError, nearest
+from distrecon.errors import UserError, WorkFailed, nearest
 from distrecon.tracking import Tracker
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos.settings import ZOOS
@@ -105,7 +105,7 @@ def reopen(folder: str, command: str, address: str | None) -> tuple[Path, Reques
 
 
 def run(request: Request, folder: Path, verbose: bool = False) -> Outcome:
-    """Runs or continues the job in its folder. Raises KeyboardInterrupt when interrupted, with everything resumable."""
+    """Runs or continues the job in its folder. KeyboardInterrupt and WorkFailed leave it resumable."""
     began = time.monotonic()
     sweeps = read_sweeps(request)
     session.connect(request.address, verbose=verbose)
@@ -122,7 +122,7 @@ def run(request: Request, folder: Path, verbose: bool = False) -> Outcome:
 
     try:
         run_sweeps(sweeps, place, zoos, request.seed, watch)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, WorkFailed):
         tracker.sync(force=True)
         tracker.interrupt()
         raise

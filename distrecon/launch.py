@@ -7,6 +7,7 @@ from typing import Any
 
 from distrecon import console, job, tables
 from distrecon.config import parse_assignments
+from distrecon.errors import WorkFailed
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,8 @@ def launch(args: argparse.Namespace, command: str, spaces: Sequence[str]) -> int
     except KeyboardInterrupt:
         print(f"\ndistrecon.{command}: interrupted; continue with --resume {folder}", file=sys.stderr)
         return console.INTERRUPTED
+    except (WorkFailed, OSError) as error:
+        raise WorkFailed(f"{error}; when that is mended, continue with --resume {folder}") from error
     show(outcome, command, request.smoke)
     return console.SOME_FAILED if outcome.failed or outcome.tracker.problem else console.DONE
 

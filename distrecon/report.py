@@ -28,7 +28,8 @@ h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.25rem; margin-top: 
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } tr.best td { font-weight: 600; }
-figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; max-height: 32rem; color: var(--ink); }
+figure { margin: 1.5rem 0; } figure svg { width: 100%; min-width: 34rem; height: auto; max-height: 32rem;
+  color: var(--ink); fill: currentColor; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 code { font-size: .9em; overflow-wrap: anywhere; } .warn { border-left: 4px solid #d55e00; padding: .5rem 1rem; }
@@ -270,7 +271,7 @@ def _section(sweep: SweepRecord, drawings: Sequence[Drawing], tracker: Tracker) 
     for drawing in drawings:
         svg = figures.inline_svg(drawing.figure, drawing.title, drawing.description)
         parts.append(
-            f"<figure><h3>{html.escape(drawing.title)}</h3>{svg}"
+            f'<figure><h3>{html.escape(drawing.title)}</h3><div class="scroll">{svg}</div>'
             f"<figcaption>{html.escape(drawing.description)}</figcaption></figure>"
         )
     return "".join(parts)

@@ -197,7 +197,12 @@ def test_a_failed_trial_is_told_and_the_others_finish(tmp_path):
 def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
     space = recoveries(tmp_path, "{seed: {grid: [0, 1, 2, 3, 4, 5, 6, 7]}}")
     process = subprocess.Popen(
-        command("--space", space, "--out", "out"), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+        command("--space", space, "--out", "out"),
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores Ctrl-C
     )
     finished = tmp_path / "out" / "trials" / "recoveries"
     deadline = time.monotonic() + 200

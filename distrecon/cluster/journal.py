@@ -7,7 +7,8 @@ survives a killed driver and can be sent to a tracking store again. Events:
     {"event": "started",  "trial", "config", "time"}
     {"event": "metrics",  "trial", "epoch", "metrics", "time"}
     {"event": "finished", "trial", "status", "error", "time"}
-    {"event": "done", "time"}
+    {"event": "restart",  "time"}             what was told of trials before counts no more
+    {"event": "done",     "time"}
 
 A resumed sweep may tell an epoch twice; readers keep the last.
 """
@@ -126,6 +127,8 @@ class SweepRecord:
         elif what == "finished":
             trial = self.trials[event["trial"]]
             trial.status, trial.error, trial.ended = event["status"], event["error"], at
+        elif what == "restart":
+            self.trials.clear()
         elif what == "done":
             self.ended = at
 

@@ -53,7 +53,7 @@ def connect(address: str | None, *, verbose: bool = False) -> None:
             raise UserError(f"--address {address}: cannot join a Ray cluster there ({reason})") from None
     if not verbose:
         for name in ("ray", "ray.data", "ray.tune", "ray.train"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told by the journal
 
 
 @contextlib.contextmanager

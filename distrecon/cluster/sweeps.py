@@ -22,8 +22,9 @@ from distrecon.cluster.journal import Journal
 from distrecon.cluster.kinds import ResourcesConfig
 from distrecon.cluster.space import Dimension, Sweep
 from distrecon.cluster.trials import RUNNERS, reserved
-from distrecon.errors import UserError
+from distrecon.errors import UserError, WorkFailed
 from distrecon.zoos import Zoo
+from distrecon.zoos.storage import store
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,16 @@ class JournalCallback(Callback):
 
 
 def root_cause(trial: Any) -> str:
-    """One line of the trial's error text: the last that names an error, which is the innermost."""
+    """One line of the trial's error text: its innermost error."""
     file = Path(trial.error_file) if trial.error_file else None
     if file is None or not file.exists():
         return "the trial's process was lost"
-    lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    return innermost(file.read_text(errors="replace"))
+
+
+def innermost(text: str) -> str:
+    """The last line of an error's text that names an error, or its last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["unknown error"]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)(\(\w+\))?: ", line)]
     line = (named or lines)[-1]
     return re.sub(r"^[\w.]*UserError: ", "", line)[:500]
@@ -89,7 +95,7 @@ def run_sweeps(
     Ray must be connected. An interrupt in `watch` leaves everything resumable.
     """
     threads = []
-    failures: list[BaseException] = []
+    failures: list[str] = []
     for sweep in sweeps:
         journal = place.journal(sweep.name)
         events, offset = journal.read()
@@ -108,17 +114,18 @@ def run_sweeps(
         time.sleep(0.5)
     watch()
     if failures:
-        raise failures[0]
+        raise WorkFailed("; ".join(failures))
 
 
 def _run_sweep(
-    sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal, failures: list[BaseException]
+    sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal, failures: list[str]
 ) -> None:
     try:
         _tuner(sweep, place, zoos, seed, journal).fit()
         journal.write("done")
-    except BaseException as error:  # handed to the main thread, which raises it
-        failures.append(error)
+    except Exception as error:  # handed to the main thread, which raises it
+        told = [event["error"] for event in journal.read()[0] if event.get("error")]
+        failures.append(f"sweep {sweep.name} broke off: {(told or [innermost(str(error))])[-1]}")
 
 
 def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal) -> tune.Tuner:
@@ -132,10 +139,12 @@ def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journ
     )
     trainable = tune.with_resources(trainable, reserved(sweep.kind, sweep.base.resources))
     path = f"{storage}/{sweep.name}"
-    if tune.Tuner.can_restore(path):
+    if tune.Tuner.can_restore(path) and _has_state(storage, sweep.name):
         return tune.Tuner.restore(
             path, trainable=trainable, resume_unfinished=True, restart_errored=True, param_space=_param_space(sweep)
         )
+    if journal.read()[0]:  # an earlier start broke off before Tune could store its state: all trials begin anew
+        journal.write("restart")
     return tune.Tuner(
         trainable,
         param_space=_param_space(sweep),
@@ -150,6 +159,13 @@ def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journ
             name=sweep.name, storage_path=storage, callbacks=[JournalCallback(sweep, journal)], verbose=0
         ),
     )
+
+
+def _has_state(storage: str, name: str) -> bool:
+    """Whether Tune stored its trials whole; without them `Tuner.restore` would make new ones beside the journal's."""
+    where = store(storage)
+    states = [where.read(file) for file in where.names(name) if "experiment_state" in file]
+    return any(state.rstrip().endswith(b"}") for state in states)
 
 
 def check_resources(sweeps: Sequence[Sweep]) -> None:

@@ -142,7 +142,7 @@ def pooled_into(layer: Layer, images: Tensor, largest: Tensor, work: Workspace) 
 
 
 def maxima(images: Tensor, pool: int, largest: Tensor, work: Workspace) -> Tensor:
-    """Writes the maxima of images [..., height, width, n] to `largest` and returns it; faster than with their places."""
+    """Writes the maxima of images [..., height, width, n] to `largest` and returns it, faster than with places."""
     h, w = largest.shape[-3:-1]
     rows = work.scratch("rows", (*images.shape[:-3], h, *images.shape[-2:]))
     _maximum([images[..., y : h * pool : pool, :, :] for y in range(pool)], rows)
