@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from distrecon import config as configuration
+from distrecon.console import Progress
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover, score, synthetic_teacher
 from distrecon.expand_cluster.sources import Source, load_teacher
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Recovery]:
     if size is None:
         raise UserError("--input-size is needed for a MODULE:CALLABLE teacher")
     data_QI = _data(options.data) if options.data else None
-    folder = _folder(options)
+    folder, stage = _folder(options), Progress("recover")
     recovery = recover(
         source.teacher,
         size,
@@ -77,11 +78,11 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Recovery]:
         options.seed,
         config,
         data_QI,
-        progress=None if options.json else _show,
+        progress=None if options.json else lambda part, value: stage.show(f"{part} {value:.3g}"),
         stages=folder / "stages",
     )
     if not options.json:
-        print(file=sys.stderr)
+        stage.done("verified" if recovery.verified else "not verified")
     if source.weights is not None and len(source.weights) == len(recovery.weights):
         metrics = recovery.metrics | score(recovery, source.weights, data_QI)
         recovery = dataclasses.replace(recovery, metrics=metrics)
@@ -142,10 +143,6 @@ def _folder(options: argparse.Namespace) -> Path:
         raise UserError(f"{folder} exists already; choose another --out, or --resume it")
     folder.mkdir(parents=True)
     return Path(folder)
-
-
-def _show(stage: str, value: float) -> None:
-    print(f"\r{stage:<20} {value:10.3g}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
