@@ -65,3 +65,19 @@ def test_a_resumed_trial_runs_again(tmp_path):
     journal.write("started", trial="p", config={"loss.beta": 0.1})
     assert read_sweep(journal.path).trials["p"].status == "running"
     assert json.loads(journal.path.read_text().splitlines()[0])["event"] == "sweep"
+
+
+def test_a_restart_forgets_the_trials_told_before(tmp_path):
+    journal = start(tmp_path)
+    journal.write("restart")
+    journal.write("started", trial="r", config={"loss.beta": 0.2})
+    assert list(read_sweep(journal.path).trials) == ["r"]
+
+
+def test_best_is_the_least_where_less_is_better(tmp_path):
+    journal = Journal(tmp_path / "demo" / "journal.jsonl")
+    journal.write("sweep", name="demo", kind="expand_cluster", metric="a/x", mode="min", trials=2)
+    for trial, value in (("p", 2.0), ("q", 1.0)):
+        journal.write("started", trial=trial, config={})
+        journal.write("metrics", trial=trial, epoch=0, metrics={"a/x": value})
+    assert read_sweep(journal.path).best().trial == "q"
