@@ -81,3 +81,15 @@ def test_best_is_the_least_where_less_is_better(tmp_path):
         journal.write("started", trial=trial, config={})
         journal.write("metrics", trial=trial, epoch=0, metrics={"a/x": value})
     assert read_sweep(journal.path).best().trial == "q"
+
+
+def test_a_line_that_is_still_being_written_is_read_later_and_whole(tmp_path):
+    journal = start(tmp_path)
+    _, offset = journal.read()
+    line = json.dumps({"event": "done", "time": 1.0}) + "\n"
+    with open(journal.path, "a") as file:
+        file.write(line[:10])
+        file.flush()
+        assert journal.read(offset) == ([], offset)
+        file.write(line[10:])
+    assert [e["event"] for e in journal.read(offset)[0]] == ["done"]
