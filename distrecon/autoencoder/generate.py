@@ -109,7 +109,7 @@ def generate_models(
     start = perf_counter()
     scale = autoencoder.coder.behavioral_scale(zoo).detach().to(z_N)  # type: ignore[operator]
     drawn = sample(sampler, z_N * scale, config.samples * config.select, config.bandwidth, seed) / scale
-    drawn = drawn.to(autoencoder.statistics[zoo]["queries"])  # type: ignore[index, arg-type]
+    drawn = drawn.to(autoencoder.fitted(zoo, "queries"))
     if config.generate_refine:
         targets_BQC = teacher_targets(autoencoder, good_NP, len(drawn), config.teachers, seed, zoo)
         drawn = refine(autoencoder, drawn, targets_BQC, config.generate_refine, zoo, seed)
@@ -126,7 +126,7 @@ def teacher_targets(
     autoencoder: Autoencoder, good_NP: Tensor, count: int, teachers: int, seed: int, zoo: int
 ) -> Tensor:
     """Averaged probabilities [count, Q, C] of `teachers` good models drawn anew for each generated one."""
-    arch, queries = autoencoder.architectures[zoo], autoencoder.statistics[zoo]["queries"]  # type: ignore[index]
+    arch, queries = autoencoder.architectures[zoo], autoencoder.fitted(zoo, "queries")
     probabilities_NQC = outputs(arch, good_NP.to(queries), queries).softmax(2)
     draw = torch.Generator().manual_seed(seed + 1)
     size = min(teachers, len(good_NP))
@@ -210,7 +210,7 @@ def generate(
         metrics[f"{prefix}/ms_per_model"] = milliseconds
         headline = theta_MP if headline is None else headline
     assert headline is not None
-    std_P = autoencoder.statistics[zoo]["std_P"].float().cpu()  # type: ignore[index, union-attr]
+    std_P = autoencoder.fitted(zoo, "std_P").float().cpu()
     reached = float(scores(arch, headline, images.validation).accuracy_B.mean())
     scale = matched_noise(arch, good_NP, std_P, reached, images, config.samples, seed)
     metrics["generate/baseline_noise/scale"] = scale

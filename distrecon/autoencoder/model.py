@@ -127,6 +127,10 @@ class Autoencoder(nn.Module):
         self.coder = _coder(config.model, self.architectures, list(self.statistics))  # type: ignore[arg-type]
         self.to(DTYPES[config.optim.precision])
 
+    def fitted(self, zoo: int, name: str) -> Tensor:
+        """What was fitted to a zoo before training: mean_P, std_P, reference_P, queries."""
+        return self.statistics[zoo].get_buffer(name)
+
     # -- choosing the zoo ---------------------------------------------------------------------------------------------
 
     def zoo_of(self, zoo: int | Architecture | None, fits: Sequence[bool], what: str) -> int:
@@ -168,17 +172,15 @@ class Autoencoder(nn.Module):
         """The models in the order of units that the autoencoder sees: aligned where `data.align` says so."""
         if not self.config.data.align or not len(theta_BP):
             return theta_BP
-        reference_P = self.statistics[zoo]["reference_P"]  # type: ignore[index]
+        reference_P = self.fitted(zoo, "reference_P")
         aligned_BP = self.architectures[zoo].align(theta_BP.cpu(), reference_P.cpu())
         return aligned_BP.to(theta_BP.device)
 
     def standardise(self, theta_BP: Tensor, zoo: int) -> Tensor:
-        s = self.statistics[zoo]
-        return (theta_BP - s["mean_P"]) / s["std_P"]  # type: ignore[index]
+        return (theta_BP - self.fitted(zoo, "mean_P")) / self.fitted(zoo, "std_P")
 
     def unstandardise(self, x_BP: Tensor, zoo: int) -> Tensor:
-        s = self.statistics[zoo]
-        return x_BP * s["std_P"] + s["mean_P"]  # type: ignore[index]
+        return x_BP * self.fitted(zoo, "std_P") + self.fitted(zoo, "mean_P")
 
     def encode(self, theta_BP: Tensor, refine: int = 0, zoo: int | Architecture | None = None) -> Tensor:
         """Latents of models theta[B, P]; `refine` steps on the latent bring it closer to their outputs.
@@ -188,7 +190,7 @@ class Autoencoder(nn.Module):
         """
         index = self._zoo_by_weights(theta_BP, zoo)
         check_finite(theta_BP, "encode")
-        theta_BP = self.canonical(theta_BP.to(self.statistics[index]["mean_P"]), index)  # type: ignore[index, arg-type]
+        theta_BP = self.canonical(theta_BP.to(self.fitted(index, "mean_P")), index)
         z = self.coder.encode(self.standardise(theta_BP, index), index)  # type: ignore[operator]
         if refine:
             from distrecon.autoencoder.refine import refine_to_originals
@@ -202,7 +204,7 @@ class Autoencoder(nn.Module):
         index = self.zoo_of(zoo, [tuple(z.shape[1:]) == s for s in shapes], f"latents of shape {tuple(z.shape)}")
         if tuple(z.shape[1:]) != shapes[index]:
             raise UserError(f"latents of {self.architectures[index].name} are [models, {shapes[index]}], not {z.shape}")
-        z = z.to(self.statistics[index]["mean_P"])  # type: ignore[index, arg-type]
+        z = z.to(self.fitted(index, "mean_P"))
         return self.unstandardise(self.coder.decode(z, index), index)  # type: ignore[operator]
 
     def embed(self, theta_BP: Tensor, zoo: int | Architecture | None = None) -> Tensor:

@@ -23,7 +23,7 @@ CHUNK = 128  # models refined at once
 
 def refine_to_originals(autoencoder: Autoencoder, z: Tensor, theta_BP: Tensor, steps: int, zoo: int) -> Tensor:
     """Latents after `steps` steps towards the outputs of the models theta[B, P]."""
-    arch, queries = autoencoder.architectures[zoo], autoencoder.statistics[zoo]["queries"]  # type: ignore[index]
+    arch, queries = autoencoder.architectures[zoo], autoencoder.fitted(zoo, "queries")
     chunks = [
         refine(autoencoder, z_part, outputs(arch, theta_part, queries).softmax(2), steps, zoo)
         for z_part, theta_part in zip(z.split(CHUNK), theta_BP.split(CHUNK), strict=True)
@@ -33,7 +33,7 @@ def refine_to_originals(autoencoder: Autoencoder, z: Tensor, theta_BP: Tensor, s
 
 def refine(autoencoder: Autoencoder, z: Tensor, targets_BQC: Tensor, steps: int, zoo: int, seed: int = 0) -> Tensor:
     """Latents after `steps` Adam steps on KL(targets || decoded); targets are probabilities on the stored queries."""
-    arch, queries = autoencoder.architectures[zoo], autoencoder.statistics[zoo]["queries"]  # type: ignore[index]
+    arch, queries = autoencoder.architectures[zoo], autoencoder.fitted(zoo, "queries")
     z = z.detach()
     unit = z.flatten(1).square().mean(1).sqrt().clamp_min(1e-12).view(-1, *[1] * (z.ndim - 1))
     moved = torch.zeros_like(z)

@@ -160,7 +160,7 @@ class Training:
         config, zoo, autoencoder = self.config, batch.zoo, self.autoencoder
         arch, coder, in_use = self.zoos[zoo].architecture, autoencoder.coder, config.loss.weights
         theta_BP, mixed_B = self._mixed(self._models(batch), batch)
-        first_BP, second_BP = views(config, arch, theta_BP, batch, autoencoder.statistics[zoo]["std_P"])  # type: ignore[index]
+        first_BP, second_BP = views(config, arch, theta_BP, batch, autoencoder.fitted(zoo, "std_P"))
         both = [autoencoder.standardise(v, zoo) for v in (first_BP, second_BP) if v is not None]
         z = coder.encode(torch.cat(both), zoo)  # type: ignore[operator]
         values: dict[str, Tensor] = {}
@@ -223,7 +223,7 @@ class Training:
         kind, autoencoder = self.config.loss.structural, self.autoencoder
         if kind == "layer":
             return losses.structural(x_hat - x)
-        theta, difference = autoencoder.unstandardise(x, zoo), (x_hat - x) * autoencoder.statistics[zoo]["std_P"]  # type: ignore[index]
+        theta, difference = autoencoder.unstandardise(x, zoo), (x_hat - x) * autoencoder.fitted(zoo, "std_P")
         if kind == "fisher":
             return fisher.weighted(autoencoder.statistics[zoo].tensors, x_hat - x)  # type: ignore[arg-type]
         if kind == "token":
