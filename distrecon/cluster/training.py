@@ -23,6 +23,7 @@ from distrecon.zoos import Zoo
 from distrecon.zoos.stream import plan, stream
 
 STATE = "training.pt"
+RESIZE_SECONDS = 60.0  # how often an elastic training looks for room to grow: a resize goes back to the last checkpoint
 SAMPLE = 4096  # training states that statistics and the linear start are computed from
 RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
 
@@ -50,7 +51,12 @@ def train_autoencoder(
             "artifacts": f"{storage}/{name}",
         },
         scaling_config=train.ScalingConfig(
-            num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
+            num_workers=(resources.min_workers, resources.num_workers)
+            if resources.min_workers
+            else resources.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=train.RunConfig(
             name=name,
