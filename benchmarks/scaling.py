@@ -279,9 +279,10 @@ def model_table(found: dict[str, Any], cluster: Cluster, size: str, per_gpu: int
 def page(found: dict[str, Any], cluster: Cluster, per_gpu: int) -> str:
     assumed = (
         f"Assumed, not measured: {cluster.gpu_tflops:g} x 10^12 operations a second and {cluster.overhead_ms:g} ms "
-        f"a step of fixed cost on each GPU, {cluster.gpus_per_node} GPUs a node with {cluster.link_gbyte:g} GB/s between them, {cluster.network_gbit:g} Gbit/s a node, "
-        f"{cluster.latency_us:g} us a message, {cluster.cpus_per_gpu:g} CPUs a GPU, {cluster.storage_mib:g} MiB/s of "
-        f"storage for all. {per_gpu} models on each GPU, {PUBLISHED_STATES:,} states an epoch."
+        f"a step of fixed cost on each GPU; {cluster.gpus_per_node} GPUs a node with {cluster.link_gbyte:g} GB/s "
+        f"between them, {cluster.network_gbit:g} Gbit/s a node, {cluster.latency_us:g} us a message; "
+        f"{cluster.cpus_per_gpu:g} CPUs a GPU; {cluster.storage_mib:g} MiB/s of storage for all. {per_gpu} models on "
+        f"each GPU, {PUBLISHED_STATES:,} states an epoch."
     )
     load = f"{found['machine']['processor']}, torch {found['machine']['torch']}, load {found['load']:.1f}"
     parts = [f"{load} before and {found['load_after']:.1f} after.", measured_table(found), assumed]
