@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.cluster.hierarchy import fcluster
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -165,3 +166,12 @@ def cut_at_every_height(merges: np.ndarray, need: int, seconds: float, clock: ob
         if clock() - start > seconds:  # type: ignore[operator]
             return done + 1, most
     return len(merges), most
+
+
+def whole_clustering(vectors_VK: Tensor, need: int, seconds: float, clock: object) -> tuple[float, float]:
+    """Seconds of scipy's distances and tree, and of the search for the cut (scaled, if it stopped after `seconds`)."""
+    start = clock()  # type: ignore[operator]
+    merges = linkage(pdist(vectors_VK.numpy()), method="average")
+    tree = clock() - start  # type: ignore[operator]
+    done, _ = cut_at_every_height(merges, need, seconds, clock)
+    return tree, (clock() - start - tree) * len(merges) / done  # type: ignore[operator]
