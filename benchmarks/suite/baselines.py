@@ -109,10 +109,10 @@ def contrastive(first_BJ: Tensor, second_BJ: Tensor, temperature: float) -> Tens
     both = torch.cat([first_BJ, second_BJ])
     count = len(first_BJ)
     similarity = F.cosine_similarity(both[:, None], both[None], dim=2) / temperature
-    itself = torch.eye(2 * count, dtype=torch.bool)
+    itself = torch.eye(2 * count, dtype=torch.bool, device=both.device)
     positives = similarity[itself.roll(count, 0)].view(2 * count, 1)
     negatives = similarity[~itself & ~itself.roll(count, 0)].view(2 * count, -1)
-    labels = torch.zeros(2 * count, dtype=torch.long)
+    labels = torch.zeros(2 * count, dtype=torch.long, device=both.device)
     return F.cross_entropy(torch.cat([positives, negatives], 1), labels)
 
 
@@ -121,7 +121,7 @@ def contrastive(first_BJ: Tensor, second_BJ: Tensor, temperature: float) -> Tens
 
 def train_one(arch: Architecture, theta_P: Tensor, inputs: Tensor, labels_Q: Tensor, lr: float, seed: int) -> None:
     """One epoch of one model: torch modules, torch.optim.Adam, batches of 32 from memory, without a loader."""
-    net = module(arch)
+    net = module(arch).to(theta_P.device)
     net.load_state_dict(state_dicts(arch, theta_P[None])[0])
     adam = torch.optim.Adam(net.parameters(), lr)
     for batch in torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed)).split(32):
@@ -135,7 +135,7 @@ def evaluate_loop(
     arch: Architecture, states: list[dict[str, Tensor]], inputs: Tensor, labels_Q: Tensor, batch_size: int | None
 ) -> list[tuple[float, float]]:
     """(accuracy, loss) of each model: load its state dict, run the test set (`batch_size` None: in one batch)."""
-    net = module(arch)
+    net = module(arch).to(inputs.device)
     data: object = [(inputs, labels_Q)]
     if batch_size is not None:
         data = DataLoader(TensorDataset(inputs, labels_Q), batch_size=batch_size)

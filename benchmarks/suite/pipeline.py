@@ -1,4 +1,4 @@
-"""What Ray costs: start-up, a trial's overhead, and the time that a step waits for its data. Wall time."""
+"""What Ray costs: start-up, a trial's overhead, a step's wait for its data; the default run by stages. Wall time."""
 
 import tempfile
 import time
@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from benchmarks.default_run import measure
 from benchmarks.suite.harness import Row
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
@@ -90,3 +91,22 @@ def ray_costs(quick: bool) -> list[Row]:
     finally:
         ray.shutdown()
     return rows
+
+
+def default_run(quick: bool) -> list[Row]:
+    """The default command on an empty folder, stage by stage, and its wall time outside work."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(["--smoke"] if quick else [], Path(folder))
+    if figures["rc"]:
+        raise RuntimeError(f"distrecon.tune ended with {figures['rc']}")
+    names = {"start": "imports, checks, Ray's start", "end": "the tables, Ray's end"}
+    rows = [Row(f"stage: {names.get(name, name)}", seconds) for name, seconds in figures["stages"].items()]
+    share = figures["outside_share"]
+    return [
+        *rows,
+        Row("the whole default run", figures["seconds"], note=f"{figures['peak_gib']:.1f} GiB at most"),
+        Row(
+            "of it, outside zoo, training, recovery and scoring", figures["outside_seconds"],
+            note=f"{100 * share:.0f} % of the wall time", numbers={"share": share},
+        ),
+    ]  # fmt: skip
