@@ -75,18 +75,24 @@ def _stages(marks: Sequence[tuple[float, str]], seconds: float, folder: Path) ->
             if found[1] == "report":
                 run = folder / Path(found[2]).parent
     stages["end"] = seconds - last
-    working = stages.get("zoo", 0.0) + _union(_work(run))
-    return {"stages": stages, "outside_seconds": seconds - working, "outside_share": 1 - working / seconds}
+    spans = _work(run)
+    working = stages.get("zoo", 0.0) + _union(spans)
+    return {
+        "stages": stages,
+        "outside_seconds": seconds - working,
+        "outside_share": 1 - working / seconds,
+        "trials_at_once": sum(end - begin for begin, end in spans) / stages["sweeps"],
+    }
 
 
 def _work(run: Path) -> list[tuple[float, float]]:
-    """When trials worked, from and to, in seconds since the epoch."""
-    spans = []
+    """When trials worked, from and to, in seconds since the epoch; of every trial its training and its scoring."""
+    spans = {}
     for journal in run.glob("sweeps/*/journal.jsonl"):
         for event in map(json.loads, journal.read_text().splitlines()):
-            for name in set(WORK) & set(event.get("metrics", ())):
-                spans.append((event["time"] - event["metrics"][name], event["time"]))
-    return spans
+            for name in set(WORK) & set(event.get("metrics", ())):  # the last tells of all epochs before
+                spans[event["trial"], name] = (event["time"] - event["metrics"][name], event["time"])
+    return list(spans.values())
 
 
 def _union(spans: Sequence[tuple[float, float]]) -> float:

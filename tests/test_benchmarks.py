@@ -27,9 +27,10 @@ def test_outside_work_is_what_no_trial_and_no_zoo_was_busy_with(tmp_path):
     journal = tmp_path / "run" / "sweeps" / "one" / "journal.jsonl"
     journal.parent.mkdir(parents=True)
     events = [
-        {"event": "metrics", "time": 130.0, "metrics": {"time/seconds": 20.0}},  # 110 to 130
-        {"event": "metrics", "time": 140.0, "metrics": {"time/scoring_seconds": 5.0, "loss/total": 1.0}},  # 135 to 140
-        {"event": "metrics", "time": 132.0, "metrics": {"time/seconds": 30.0}},  # another trial: 102 to 132
+        {"event": "metrics", "time": 120.0, "trial": "a", "metrics": {"time/seconds": 10.0}},
+        {"event": "metrics", "time": 130.0, "trial": "a", "metrics": {"time/seconds": 20.0}},  # 110 to 130
+        {"event": "metrics", "time": 140.0, "trial": "a", "metrics": {"time/scoring_seconds": 5.0}},  # 135 on
+        {"event": "metrics", "time": 132.0, "trial": "b", "metrics": {"time/seconds": 30.0}},  # 102 to 132
         {"event": "done", "time": 141.0},
     ]
     journal.write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -42,6 +43,7 @@ def test_outside_work_is_what_no_trial_and_no_zoo_was_busy_with(tmp_path):
     stages = _stages(marks, 72.0, tmp_path)
     assert stages["stages"] == {"start": 4.0, "zoo": 5.0, "sweeps": 60.0, "report": 1.0, "end": 2.0}
     assert stages["outside_seconds"] == pytest.approx(72 - 5 - 35)
+    assert stages["trials_at_once"] == pytest.approx((20 + 5 + 30) / 60)
 
 
 def test_an_exponent_is_the_slope_of_a_power_law():

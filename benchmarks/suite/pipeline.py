@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -99,11 +100,16 @@ def default_run(quick: bool) -> list[Row]:
         figures = measure(["--smoke"] if quick else [], Path(folder))
     if figures["rc"]:
         raise RuntimeError(f"distrecon.tune ended with {figures['rc']}")
+    return run_rows(figures)
+
+
+def run_rows(figures: dict[str, Any]) -> list[Row]:
+    """The rows of what `benchmarks.default_run.measure` found."""
     names = {"start": "imports, checks, Ray's start", "end": "the tables, Ray's end"}
-    rows = [Row(f"stage: {names.get(name, name)}", seconds) for name, seconds in figures["stages"].items()]
+    notes = {"sweeps": f"training, scoring or recovering {figures['trials_at_once']:.1f} trials at once"}
     share = figures["outside_share"]
     return [
-        *rows,
+        *(Row(f"stage: {names.get(s, s)}", seconds, note=notes.get(s, "")) for s, seconds in figures["stages"].items()),
         Row("the whole default run", figures["seconds"], note=f"{figures['peak_gib']:.1f} GiB at most"),
         Row(
             "of it, outside zoo, training, recovery and scoring", figures["outside_seconds"],
