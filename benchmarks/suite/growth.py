@@ -6,6 +6,7 @@ size.
 
 import math
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -159,7 +160,8 @@ def _measure(name: str, size: int) -> tuple[float, int]:
 
 def growth(quick: bool) -> list[Row]:
     """Exponents of time and memory, each size in a process of its own."""
-    rows, context = [], multiprocessing.get_context("spawn")
+    rows, context = [], multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once; no process has worked yet when it is forked
     for name, series in list(SERIES.items())[: 1 if quick else None]:
         seconds, memory, sizes = [], [], series.sizes[:2] if quick else series.sizes
         for size in sizes:
@@ -167,6 +169,7 @@ def growth(quick: bool) -> list[Row]:
                 found = pool.submit(_measure, name, size).result()
             seconds.append(found[0])
             memory.append(found[1])
+        print(f"measured: {name}", file=sys.stderr, flush=True)
         rows.append(_row(name, sizes, [series.scale(size) for size in sizes], seconds, memory))
     return rows
 

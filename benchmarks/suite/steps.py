@@ -69,7 +69,7 @@ def published_step(
 
 
 def demo_step(models: int, queries: int) -> Callable[[], object]:
-    """A training step of demo size on so many models and queries, with the originals' outputs already known."""
+    """A training step of demo size on so many models and queries."""
     config, arch = _config(paper=False), architecture("cnn_small")
     config = replace(config, data=replace(config.data, queries=queries))
     return _stepper(_training(config, arch, models, load("digits"), CPU))
@@ -94,14 +94,13 @@ def _training(
 
 
 def _stepper(training: Training) -> Callable[[], object]:
-    """Steps over the training's own sample, after one that fills the cache of the originals' outputs."""
+    """Steps over the training's own sample; the first fills the cache of the originals' outputs."""
     theta_BP, number = training.zoos[0].sample_BP, count()
     models = len(theta_BP)
 
     def step() -> object:
         return training.step(Batch(0, next(number), 0, torch.arange(models), theta_BP, models, 0))
 
-    step()
     return step
 
 
