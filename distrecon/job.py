@@ -190,8 +190,7 @@ def _folders(sweeps: Sequence[Sweep]) -> dict[str, Zoo]:
 
 
 def _zoo_names(sweeps: Sequence[Sweep]) -> set[str]:
-    swept = [s.space["zoo"].values if "zoo" in s.space else [getattr(s.base, "zoo", ())] for s in sweeps]
-    return {name for values in swept for zoo in values for name in zoo}
+    return {name for sweep in sweeps for name in sweep.zoos}
 
 
 class _SweepsProgress:

@@ -94,6 +94,10 @@ def _connect(args: argparse.Namespace) -> dict[str, float]:
     from distrecon.cluster import session
 
     session.connect(args.address, verbose=args.verbose)
+    if args.gpus_per_task > (has := session.largest()["GPU"]):
+        raise UserError(
+            f"--gpus-per-task {args.gpus_per_task:g}: the whole cluster has {has:g} GPUs; lower it, or leave it out"
+        )
     return {"num_cpus": 1, "num_gpus": args.gpus_per_task} if args.gpus_per_task else {"num_cpus": 1}
 
 

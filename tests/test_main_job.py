@@ -124,7 +124,10 @@ def test_the_best_autoencoder_is_loaded_from_the_store_by_one_line(smoke, monkey
         stored = distrecon.load_autoencoder(address).state_dict()
         assert all(torch.equal(stored[name], tensor) for name, tensor in here.items())
     recovered = client.get_experiment_by_name("student_counts").experiment_id
-    for address, words in ((client.search_runs([recovered])[0].info.run_id, "holds no autoencoder"), ("nothing", "nothing")):
+    for address, words in (
+        (client.search_runs([recovered])[0].info.run_id, "holds no autoencoder"),
+        ("nothing", "nothing"),
+    ):
         with pytest.raises(distrecon.UserError, match=words):
             distrecon.load_autoencoder(f"runs:/{address}")
 

@@ -132,7 +132,7 @@ def _run_sweep(
 
 def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal) -> tune.Tuner:
     storage = f"{place.storage}/tune"
-    used = {name: zoos[name] for name in getattr(sweep.base, "zoo", ())}
+    used = {name: zoos[name] for name in sweep.zoos}
     trainable = tune.with_parameters(
         RUNNERS[sweep.kind],
         base=configuration.flatten(sweep.base),
