@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from distrecon import console, runs
-from distrecon.autoencoder.config import SAMPLERS
 from distrecon.autoencoder.generate import best_states, generate_models, scores, top
+from distrecon.autoencoder.samplers import SAMPLERS
 from distrecon.autoencoder.tasks import encode_models
 from distrecon.cluster.scoring import zoo_index
 from distrecon.errors import UserError

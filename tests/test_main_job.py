@@ -160,7 +160,7 @@ def test_the_trained_autoencoder_evaluates_and_generates(smoke, capsys, monkeypa
         assert float((predictions_Q == test.labels_Q).float().mean()) == pytest.approx(model["test_accuracy"], abs=1e-3)
     capsys.readouterr()
     for arguments, words in [
-        (["--autoencoder", "nowhere", "--count", "3"], "nowhere: no autoencoder"),
+        (["--autoencoder", "nowhere", "--count", "3"], "nowhere: no such folder"),
         (["--autoencoder", "out", "--count", "0"], "--count must be at least 1"),
         (["--autoencoder", "out", "--out", "generated"], "--out generated: exists already"),
     ]:
