@@ -43,6 +43,13 @@ def test_every_command_is_listed_and_has_a_module(capsys):
     assert "did you mean 'tune'" in capsys.readouterr().err
 
 
+def test_the_concepts_are_as_the_page_shows():
+    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs/concepts.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_worked_examples_are_one_file_and_a_test_each(tmp_path):
     """Puts each block of docs/extending.md where it says, in a copy of the package, and runs the tests it shows."""
     shutil.copytree(CHECKOUT / "distrecon", tmp_path / "distrecon", ignore=shutil.ignore_patterns("__pycache__"))

@@ -163,7 +163,7 @@ def test_commands_and_options_of_every_page_exist(capsys):
     for page in [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]:
         text = page.read_text().replace("\\\n", " ")
         for name, rest in re.findall(r"python -m distrecon\.(\w+)([^\n`]*)", text):
-            arguments = shlex.split(rest.split("    ")[0], comments=True)
+            arguments = shlex.split(re.split(r"    | \| ", rest)[0], comments=True)
             parser = sys.modules[MAINS[name].__module__].parser()
             if arguments and "..." not in arguments:
                 parser.parse_args(arguments)
