@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> console.Answer:
     small = {"tasks.samples": 4, "tasks.pairs": 4} if args.smoke else {}
     changes = {**small, **({"seed": args.seed} if args.seed is not None else {}), **parse_assignments(args.set)}
     settings = config.replace(autoencoder.config, changes, "--set")
+    console.Progress("tasks").show(f"predict, reconstruct, generate on {zoo.num_states} states of {zoo.name}")
     outcome = single.record(
         name="evaluate",
         kind="autoencoder",

@@ -285,5 +285,5 @@ def _log_artifacts(tracker: Tracker, records: Sequence[SweepRecord], files: repo
         tracker.artifacts(record.name, "", files.figures.get(record.name, []), "figures")
         for trial, models in files.models.get(record.name, {}).items():
             tracker.artifacts(record.name, trial, models, tracking.MODEL)
-        if best := record.best():
-            tracker.best(record.name, best.trial)
+        best = record.best()
+        tracker.conclude(record.name, best.trial if best else None, tables.render(record))

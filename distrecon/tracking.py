@@ -28,6 +28,7 @@ from distrecon.errors import UserError
 STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"}
 RETRY_SECONDS = 30.0
 MODEL = "model"  # the artifact folder of a trial's models
+NOTE_LENGTH = 5000  # of a description
 PARAM_LENGTH = 500  # MLflow's databases hold 500 to 8,000 characters
 
 
@@ -207,11 +208,17 @@ class Tracker:
         """Trial -> MLflow run id; "" is the sweep's own."""
         return dict(self._sent.get(sweep, {}).get("runs", {}))
 
-    def best(self, sweep: str, trial: str) -> None:
-        """Tells a sweep's run which trial was best, for `load_autoencoder` and for people."""
+    def conclude(self, sweep: str, best: str | None, table: str) -> None:
+        """Tells a sweep's run its table, which the UI shows as the run's description, and its best trial."""
         run_ids = self.run_ids(sweep)
-        if "" in run_ids and trial in run_ids:
-            self._try(lambda: self._log(run_ids[""], tags={BEST: run_ids[trial]}))
+
+        def send() -> None:
+            self.client.set_tag(run_ids[""], "mlflow.note.content", f"```\n{table}\n```"[:NOTE_LENGTH])
+            if best in run_ids:
+                self.client.set_tag(run_ids[""], BEST, run_ids[best])
+
+        if "" in run_ids:
+            self._try(send)
 
     @property
     def look(self) -> str:

@@ -207,7 +207,11 @@ COMMANDS = {"train": train, "import": import_, "info": info, "check": check, "ex
 
 
 def run(args: argparse.Namespace) -> console.Answer:
-    return COMMANDS[args.command](args)
+    try:
+        return COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        hint = "run the same command again, and it continues" if args.command in ("train", "import") else ""
+        raise KeyboardInterrupt(hint) from None
 
 
 def main(argv: list[str] | None = None) -> int:

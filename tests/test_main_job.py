@@ -120,6 +120,7 @@ def test_the_best_autoencoder_is_loaded_from_the_store_by_one_line(smoke, monkey
     client = MlflowClient("sqlite:///mlflow.db")
     parents = client.search_runs([client.get_experiment_by_name("loss_weights").experiment_id], "tags.best_run != ''")
     assert [p.info.run_name for p in parents] == ["out"]
+    assert "C+S+B" in parents[0].data.tags["mlflow.note.content"]
     for address in (line[1], f"runs:/{parents[0].info.run_id}"):  # the trial's run, and its sweep's
         stored = distrecon.load_autoencoder(address).state_dict()
         assert all(torch.equal(stored[name], tensor) for name, tensor in here.items())
@@ -145,12 +146,16 @@ def test_the_trained_autoencoder_evaluates_and_generates(smoke, capsys, monkeypa
     monkeypatch.chdir(smoke[0])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{smoke[0] / 'evaluate.db'}")
     (zoo,) = (smoke[0] / "zoos").iterdir()
-    assert evaluate.main(["--smoke", "--autoencoder", "out", "--zoo", str(zoo), "--out", "evaluated"]) == DONE
+    assert evaluate.main(["--smoke", "--autoencoder", "out", "--zoo", str(zoo), "--out", "evaluated", "--json"]) == DONE
+    document = json.loads(capsys.readouterr().out)
     (sweep,) = json.loads(Path("evaluated/summary.json").read_text())["sweeps"]
+    assert document["sweeps"] == [sweep]
     (trial,) = sweep["trials"]
     assert 0 <= trial["metrics"]["reconstruct/agreement"] <= 1
-    assert generate.main(["--autoencoder", "out", "--count", "3", "--out", "generated"]) == DONE
+    assert generate.main(["--autoencoder", "out", "--count", "3", "--out", "generated", "--json"]) == DONE
     made = json.loads(Path("generated/summary.json").read_text())
+    printed = {"command": "distrecon.generate", "exit_code": DONE, "folder": str(smoke[0] / "generated")}
+    assert json.loads(capsys.readouterr().out) == {**printed, **made}
     assert len(made["models"]) == 3
     arch = distrecon.Architecture.from_dict(made["architecture"])
     test = images.load("digits").test
@@ -179,10 +184,14 @@ def test_a_run_is_never_overwritten(smoke, capsys, monkeypatch):
 def test_resuming_a_finished_run_repeats_nothing(smoke):
     folder, out, _ = smoke
     before = json.loads((out / "summary.json").read_text())
-    done = run(folder, "--resume", "out")
+    done = run(folder, "--resume", "out", "--json")
     assert done.returncode == DONE, done.stdout + done.stderr
     after = json.loads((out / "summary.json").read_text())
     assert after["sweeps"] == before["sweeps"]
+    document = json.loads(done.stdout)  # nothing else is there
+    assert (document["command"], document["exit_code"], document["folder"]) == ("distrecon.tune", DONE, str(out))
+    assert document["sweeps"] == after["sweeps"]
+    assert "report   out/report.html" in done.stderr
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("student_counts").experiment_id])
     assert len(runs) == 3

@@ -143,7 +143,7 @@ def here(things, monkeypatch):
     return things
 
 
-def refused(words, main, arguments, capsys, code=WRONG_REQUEST, before=None):
+def refused(words, main, arguments, capsys, code=WRONG_REQUEST):
     """Runs the command; asserts its code and its one line, which it returns."""
     assert main(arguments) == code
     told = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
@@ -191,6 +191,15 @@ def test_an_interrupted_evaluation_leaves_nothing(here, capsys, monkeypatch):
     refused("interrupted", evaluate.main, [*ON_ZOO, "--out", "evaluation"], capsys, INTERRUPTED)
     assert listing(here) == before
     assert not (here / "evaluation").exists()
+
+
+def test_an_interrupted_zoo_says_how_to_go_on(here, capsys, monkeypatch, ray_session):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distrecon.zoos.train.ensure", stop)
+    words = "interrupted: run the same command again, and it continues"
+    refused(words, zoo.main, ["train", "--smoke", "--out", "began"], capsys, INTERRUPTED)
 
 
 def test_a_stale_run_is_not_resumed(here, tmp_path, capsys, ray_session):
