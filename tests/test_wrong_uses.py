@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from distrecon import __main__, evaluate, generate, job, train, tune, zoo
 from distrecon.autoencoder import Autoencoder, ZooSample, save_autoencoder
 from distrecon.autoencoder.model import statistics
+from distrecon.cluster.sweeps import innermost
 from distrecon.console import INTERRUPTED, SOME_FAILED, WRONG_REQUEST
 from distrecon.images import load
 from distrecon.nets import architecture
@@ -117,7 +118,7 @@ USES = {
     "NaN teacher": ("recover --teacher nan.safetensors", "not finite"),
     "too little memory to train": ("train --zoo huge", "scoring holds its 1000000000000 states 3 times"),
     "too little memory to evaluate": ("evaluate --autoencoder autoencoder --zoo huge", "import fewer states"),
-    "no GPU": ("train --zoo zoo --use-gpu", "the whole cluster has at most 0: lower --num-workers"),
+    "no GPU": ("train --zoo zoo --use-gpu", "the whole cluster has at most 0: lower resources.num_workers"),
     "no GPU to train a zoo": ("zoo train --smoke --gpus-per-task 1 --out x", "whole cluster has 0 GPUs; lower it, or"),
     "interrupted run": (
         "evaluate --autoencoder unfinished --zoo zoo",
@@ -180,6 +181,19 @@ def test_memory_that_runs_out_is_one_line(here, capsys, monkeypatch):
     monkeypatch.syspath_prepend(here)
     arguments = ["--teacher", "hungry_teacher:ask", "--input-size", "3", "--out", "hungry"]
     refused("out of memory: lower", recover, arguments, capsys, SOME_FAILED)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of",
+        "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.",
+        "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 8.00 TiB for an array",
+    ],
+)
+def test_a_trial_that_ran_out_of_memory_says_what_to_lower(line):
+    assert innermost(f"Traceback (most recent call last):\n  File x\n{line}\n").startswith("out of memory: lower optim")
 
 
 def test_an_interrupted_evaluation_leaves_nothing(here, capsys, monkeypatch):

@@ -187,7 +187,7 @@ def concurrent(kind: str, resources: ResourcesConfig) -> int:
         if amount > has[name]:
             raise UserError(
                 f"a trial needs {amount:g} {name}s and the whole cluster has at most {has[name]:g}: "
-                f"lower --num-workers or resources.{name.lower()}s_per_worker"
+                f"lower resources.num_workers or resources.{name.lower()}s_per_worker"
                 + (", or leave out --use-gpu" if name == "GPU" else "")
             )
     return max(1, int(min(has[name] // amount for name, amount in needs.items())))
