@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # a palette that keeps its contrast on white and on near-black, and for colour-blind readers (Okabe-Ito, darkened)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#9a7d00", "#56b4e9", "#7f7f7f")
@@ -41,6 +42,7 @@ def losses_by_epoch(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]
             axis.plot(*zip(*points, strict=True), color=_colour(names.index(trial)), label=trial, linewidth=1.8)
         axis.set_title(loss, fontsize=10, color=INK)
         axis.set_xlabel("epoch", color=INK)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if all(value > 0 for points in trials.values() for _, value in points):
             axis.set_yscale("log")
     axes[0].set_ylabel("loss (before scaling)", color=INK)
