@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,36 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from distrecon import console
 from distrecon.cluster.journal import Journal, SweepRecord
+from distrecon.errors import UserError
 
 STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"}
 RETRY_SECONDS = 30.0
+MODEL = "model"  # the artifact folder of a trial's models
+NOTE_LENGTH = 5000  # of a description
 PARAM_LENGTH = 500  # MLflow's databases hold 500 to 8,000 characters
+
+
+LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a local store
+BEST = "best_run"  # the tag of a sweep's run that names its best trial's
+
+
+def store_uri() -> str:
+    """Where runs are recorded: MLFLOW_TRACKING_URI, or mlflow.db in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def model_folder(run_id: str) -> Path:
+    """A local copy of the model of a trial's run, or of a sweep's best trial; UserError when there is none."""
+    client = MlflowClient(store_uri())
+    try:
+        best = client.get_run(run_id).data.tags.get(BEST, run_id)
+        if not client.list_artifacts(best, MODEL):
+            raise UserError(f"MLflow run {run_id} holds no model: name an autoencoder's run, or its sweep's")
+        return Path(client.download_artifacts(best, MODEL))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"MLflow at {store_uri()}: {_one_line(error)}") from None
 
 
 class Tracker:
@@ -38,7 +63,7 @@ class Tracker:
         for name in ("mlflow", "alembic", "sqlalchemy"):
             logging.getLogger(name).setLevel(logging.ERROR)
         self.folder, self.tags = folder, dict(tags)
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+        self.uri = store_uri()
         self.sweeps = {name: SweepRecord(name) for name in sweeps}
         self.problem: str | None = None
         self._next_try = 0.0
@@ -74,7 +99,7 @@ class Tracker:
         what, at = event["event"], int(event["time"] * 1000)
         trial = event.get("trial", "")
         if what == "sweep":
-            self._open(name, sent, "", name, at, {"kind": event["kind"], "objective": event["metric"]}, {})
+            self._open(name, sent, "", self.folder.name, at, {"kind": event["kind"], "objective": event["metric"]}, {})
         elif what == "started":
             label = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in event["config"].items())
             self._open(name, sent, trial, label or trial, at, {"trial_id": trial}, event["config"])
@@ -149,9 +174,17 @@ class Tracker:
         run = self._sent.get(sweep, {}).get("runs", {}).get(trial)
         if run is None:
             return False
-        try:
+
+        def send() -> None:
             for file in files:
                 self.client.log_artifact(run, str(file), folder)
+
+        return self._try(send)
+
+    def _try(self, send: Callable[[], None]) -> bool:
+        """False, with the reason in `problem`, when the store did not answer."""
+        try:
+            send()
         except (MlflowException, OSError) as error:
             self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
             return False
@@ -175,8 +208,30 @@ class Tracker:
         """Trial -> MLflow run id; "" is the sweep's own."""
         return dict(self._sent.get(sweep, {}).get("runs", {}))
 
-    def experiment_id(self, sweep: str) -> str | None:
-        return self._sent.get(sweep, {}).get("experiment")
+    def conclude(self, sweep: str, best: str | None, table: str) -> None:
+        """Tells a sweep's run its table, which the UI shows as the run's description, and its best trial."""
+        run_ids = self.run_ids(sweep)
+
+        def send() -> None:
+            self.client.set_tag(run_ids[""], "mlflow.note.content", f"```\n{table}\n```"[:NOTE_LENGTH])
+            if best in run_ids:
+                self.client.set_tag(run_ids[""], BEST, run_ids[best])
+
+        if "" in run_ids:
+            self._try(send)
+
+    @property
+    def look(self) -> str:
+        """How to look at the store: its address, or the command that shows a local one."""
+        path = self.uri.removeprefix("sqlite:///")
+        return self.uri if path == self.uri else f"mlflow ui --backend-store-uri sqlite:///{console.short(Path(path))}"
+
+    def run_url(self, sweep: str, trial: str) -> str | None:
+        """Where a trial's run is shown (of a local store while `look` runs); None when it was never sent."""
+        sent = self._sent.get(sweep, {})
+        base = self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
+        run = sent.get("runs", {}).get(trial)
+        return f"{base}/#/experiments/{sent['experiment']}/runs/{run}" if run else None
 
     def _load(self) -> dict[str, Any]:
         path = self.folder / "tracking.json"

@@ -69,7 +69,7 @@ def _interpolation(good_NF: Tensor, count: int, bandwidth: float, generator: tor
     return torch.lerp(good_NF[first_M], good_NF[(first_M + step_M) % len(good_NF)], share_M1)
 
 
-_SAMPLERS: dict[str, Sampler] = {
+SAMPLERS: dict[str, Sampler] = {
     "joint_kde": _joint_kde,
     "isotropic_kde": _isotropic_kde,
     "dimension_kde": _dimension_kde,
@@ -80,11 +80,11 @@ _SAMPLERS: dict[str, Sampler] = {
 
 def sample(name: str, good: Tensor, count: int, bandwidth: float = 1.0, seed: int = 0) -> Tensor:
     """`count` latents of the shape of `good` [N, ...]; UserError for an unknown sampler or fewer than 3 good models."""
-    if name not in _SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}{nearest(name, _SAMPLERS)}")
+    if name not in SAMPLERS:
+        raise UserError(f"unknown sampler {name!r}{nearest(name, SAMPLERS)}")
     if len(good) < 3:
         raise UserError(
             f"a sampler needs at least 3 good models, not {len(good)}: raise tasks.good or take a larger zoo"
         )
-    drawn_MF = _SAMPLERS[name](good.flatten(1), count, bandwidth, torch.Generator().manual_seed(seed))
+    drawn_MF = SAMPLERS[name](good.flatten(1), count, bandwidth, torch.Generator().manual_seed(seed))
     return drawn_MF.view(count, *good.shape[1:])
