@@ -149,7 +149,7 @@ class Training:
         if self.config.optim.clip:
             torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.config.optim.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optim, self.steps_done, self.total_steps)
+            group["lr"] = learning_rate(self.config.optim_in_use, self.steps_done, self.total_steps)
         self.optimizer.step()
         self.steps_done += 1
         total = sum(weights[name] / scales[name] * mean for name, mean in means.items())
