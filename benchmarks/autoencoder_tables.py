@@ -9,14 +9,15 @@ call goes on from there. Nothing is chosen on test models or test images. One th
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks.autoencoder import generation, gradients, losses, reconstruction
-from benchmarks.autoencoder.bench import Bench, Zoo, summary, table
+from benchmarks.autoencoder.bench import Bench, Tables, Zoo, summary, table
 
-PARTS = {
+PARTS: dict[str, tuple[Callable[[Bench], None], Tables]] = {
     "reconstruction": (reconstruction.run, reconstruction.TABLES),
     "controls": (reconstruction.controls, reconstruction.TABLES),
     "losses": (losses.run, losses.TABLES),

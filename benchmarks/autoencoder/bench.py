@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from distrecon.nets import initialise
 from distrecon.zoos import open_zoo
 
 Row = dict[str, Any]
-Values = Mapping[str, Any]
+Values = dict[str, Any]
 WIDTH = 80
 
 RESIDUAL: Values = {"model.kind": "fisher_residual", "loss.beta": 0.1, "optim.epochs": 4}
@@ -117,6 +117,9 @@ class Column(NamedTuple):
     heading: str
     factor: float = 1.0
     decimals: int = 2
+
+
+Tables = dict[str, tuple[Column, ...]]  # title -> columns
 
 
 def percent(key: str, heading: str) -> Column:

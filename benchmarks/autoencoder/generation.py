@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Values, Zoo, percent
+from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Tables, Values, Zoo, percent
 from benchmarks.autoencoder.reconstruction import all_weights
 from distrecon import figures
 from distrecon.autoencoder import Autoencoder, generate
@@ -23,7 +23,7 @@ CODER: Values = RESIDUAL | {"optim.epochs": 2}
 TEACHERS = 10
 SCRATCH_RATES = (0.07, 0.14, 0.28)  # of distillation from scratch; all are shown
 
-TABLES = {
+TABLES: Tables = {
     "accuracy (%) and novelty (1: as far from the training models as held-out ones)": (
         percent("accuracy_mean", "mean"),
         percent("accuracy_max", "best"),

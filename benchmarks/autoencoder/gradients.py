@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Values
+from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Tables, Values
 from distrecon import figures
 from distrecon.autoencoder import gradients
 from distrecon.autoencoder.model import decode_latents
@@ -11,7 +11,7 @@ SCALES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 MODELS, QUERIES = 60, 128
 CASES: dict[str, Values] = {"Fisher residual": RESIDUAL, "transformer": {}}
 
-TABLES = {
+TABLES: Tables = {
     "cosine of predicted and autograd gradient by the scale of delta (1: as it is)": tuple(
         Column(f"delta x {scale:g}", f"{scale:g}", 1, 3) for scale in SCALES
     ),

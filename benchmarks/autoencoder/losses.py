@@ -1,12 +1,12 @@
 """The tables of "Structure Is Not Enough" (arXiv 2503.17138) for five combinations of losses: the plain transformer."""
 
-from benchmarks.autoencoder.bench import Bench, Column, Row, percent
+from benchmarks.autoencoder.bench import Bench, Column, Row, Tables, percent
 from distrecon.autoencoder import generate, run_tasks
 
 COMBINATIONS = ("C+S", "B", "C+B", "S+B", "C+S+B")
 FINETUNE_EPOCHS = 5  # as in the paper
 
-TABLES = {
+TABLES: Tables = {
     "prediction (R2 on held-out models) and reconstruction (agreement in %)": (
         Column("predict/test_accuracy_r2", "R2 acc"),
         Column("predict/generalization_gap_r2", "R2 gap"),

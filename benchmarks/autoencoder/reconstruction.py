@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Values, Zoo, percent
+from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Tables, Values, Zoo, percent
 from distrecon import config as configuration
 from distrecon.autoencoder import Autoencoder, AutoencoderConfig, ZooSample
 from distrecon.autoencoder.model import decode_latents, encode_models, statistics
@@ -28,7 +28,7 @@ CASES: dict[str, tuple[Values, tuple[int, ...]]] = {
     "transformer C+S": ({"loss.terms": "C+S"}, (0, 10)),
 }
 
-TABLES = {
+TABLES: Tables = {
     "behaviour (%; k: refinement steps; last column: best minus the zoo's best)": (
         percent("agreement", "agreement"),
         percent("agreement_on_errors", "on errors"),
