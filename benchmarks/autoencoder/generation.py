@@ -100,7 +100,7 @@ def _samplers(tasks: TasksConfig) -> list[tuple[str, str, TasksConfig, str]]:
     add("zero-shot, joint KDE", "joint_kde", (0.1, 0.3, 0.5))
     add("best of 4", "flat_kde", (0.2, 0.3), select=4)
     for steps in (10, 30, 60):
-        add(f"{steps} steps", "flat_kde", (0.2, 0.25, 0.3), refine=steps)
+        add(f"{steps} steps", "flat_kde", (0.2, 0.3, 0.4), refine=steps)
     add("", "isotropic_kde", (0.4,), refine=10)
     for sampler in ("gaussian", "interpolation", "dimension_kde"):
         add("", sampler, (1.0,))
