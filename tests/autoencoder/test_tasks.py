@@ -220,7 +220,9 @@ def test_flat_kde_has_noise_of_the_given_shape_and_of_the_same_length():
     length = noise.norm(dim=1).mean() / samplers.nearest_distance(good)
     assert float(length) == pytest.approx(0.5, rel=1e-4)
     isotropic = samplers.sample("isotropic_kde", good, 50, 0.5)
-    assert torch.equal(samplers.sample("flat_kde", good, 50, 0.5), isotropic)  # of a coder that knows no flat directions
+    assert torch.equal(
+        samplers.sample("flat_kde", good, 50, 0.5), isotropic
+    )  # of a coder that knows no flat directions
 
 
 def _after_noise(*shape):

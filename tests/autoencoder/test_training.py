@@ -123,6 +123,16 @@ def test_resume_is_identical(arch, images, theta_BP, kind, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_cycle_loss_that_starts_at_zero_does_not_blow_up(arch, images):
+    """Encoding what the Fisher map decoded gives the latent back, so there is no first value to divide by."""
+    config = tiny(model__kind="fisher_residual", model__latent=1, model__fisher_models=6, loss__lam=0.5)
+    theta_BP = random_models(arch, 50)
+    history = run(Training(config, [ZooSample(arch, theta_BP, images)], 12), theta_BP, range(12))
+    assert history[0]["loss/cycle"] < 1e-6
+    assert max(losses["loss/total"] for losses in history) < 10
+    assert history[8]["loss/total"] < history[0]["loss/total"]  # the same batch
+
+
 def test_several_zoos_keep_their_own_scales(zoo, theta_BP, images):
     mlp = architecture("mlp", sizes=(64, 6, 10))
     theta_mlp = 3 * random_models(mlp, 12)
