@@ -32,10 +32,12 @@ def main() -> None:
     parser.add_argument("--zoo", required=True, metavar="FOLDER")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/autoencoder_tables/NAME_OF_THE_ZOO")
+    parser.add_argument("--only", nargs="+", default=(), metavar="TEXT", help="cases whose names contain one of these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     zoo, (run, tables) = Zoo(arguments.zoo), PARTS[arguments.part]
-    bench = Bench(zoo, arguments.seeds, arguments.out or Path("runs/autoencoder_tables", zoo.name), arguments.part)
+    folder = arguments.out or Path("runs/autoencoder_tables", zoo.name)
+    bench = Bench(zoo, arguments.seeds, folder, arguments.part, arguments.only)
     run(bench)
     lines = summary(bench.rows)
     print(f"\n{arguments.part} on {zoo.name}: {len(zoo.test)} held-out states, {arguments.seeds} seeds, mean±deviation")

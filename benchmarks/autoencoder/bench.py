@@ -60,8 +60,8 @@ class Zoo:
 class Bench:
     """One table in the making: `cell` runs what is not on disk yet, `rows` are all rows of this run."""
 
-    def __init__(self, zoo: Zoo, seeds: int, folder: Path, part: str) -> None:
-        self.zoo, self.seeds, self.folder = zoo, seeds, folder
+    def __init__(self, zoo: Zoo, seeds: int, folder: Path, part: str, only: Sequence[str] = ()) -> None:
+        self.zoo, self.seeds, self.folder, self.only = zoo, seeds, folder, only
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{part}.jsonl"
         kept = self.path.read_text().splitlines() if self.path.exists() else []
@@ -70,6 +70,8 @@ class Bench:
 
     def cell(self, case: str, seed: int, work: Callable[[], list[Row]]) -> None:
         """The rows of `work()`, each with its seed; each row may name a finer case."""
+        if self.only and not any(text in case for text in self.only):
+            return
         if (case, seed) not in self.done:
             found = [{"case": case, "seed": seed} | row for row in work()]
             with self.path.open("a") as file:

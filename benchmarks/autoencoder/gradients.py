@@ -31,13 +31,13 @@ def run(bench: Bench) -> None:
             bench.cell(case, seed, lambda c=case, v=values, s=seed: _coder(bench, c, v, s))  # type: ignore[misc]
     layers = [layer.name for layer in bench.zoo.arch.layers]
     first = {row["case"]: row for row in bench.rows if row["seed"] == 0}
-    curves = {case: [(scale, first[case][f"delta x {scale:g}"]) for scale in SCALES] for case in CASES}
+    curves = {case: [(scale, first[case][f"delta x {scale:g}"]) for scale in SCALES] for case in CASES if case in first}
     shares = {
         case: {
             kind: [first[f"{case}, {layer}"][f"{kind}_share"] for layer in layers]
             for kind in ("structural", "behavioral")
         }
-        for case in CASES
+        for case in curves
     }
     figures.save_png(figures.gradients(layers, shares, curves), Path(bench.folder) / "gradients.png")
 
