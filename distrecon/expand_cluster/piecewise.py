@@ -1,0 +1,90 @@
+"""Recovery of relu and leaky_relu networks from their bends, without students: one or two hidden layers.
+
+Lines are scanned until the layers found in their bends explain the answers exactly (see kinks.py). A last hidden layer
+is a shallow problem on what it sees, so it is collapsed, freed of its sign flips and of false neurons like students'
+clusters. Deeper networks, and those whose first layer is wider than its relevant directions, are left to students.
+
+Legend: R relevant input directions, H hidden, K = R + 1 coordinates of a neuron.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from distrecon.expand_cluster.deep import Peeled, assemble
+from distrecon.expand_cluster.kinks import GRID, Lines, first_layer, scan, second_layer
+from distrecon.expand_cluster.probes import Coordinates
+from distrecon.expand_cluster.result import Recovery
+from distrecon.expand_cluster.run import Run
+from distrecon.expand_cluster.shallow import Collapsed, exact_network
+from distrecon.expand_cluster.verdict import conclude
+
+REACHES = (1.0, 4.0, 16.0, 64.0, 256.0)  # half lengths of the first lines, in units of sqrt(R) of the probes
+PILOTS = 2  # lines of each reach before the best is chosen
+AROUND = (0.25, 1.0, 4.0)  # half lengths of the other lines, in units of the best
+ROUNDS = (4, 8, 16, 32)  # lines of each of those in one round
+LAYERS = 2  # hidden layers that bends can tell
+
+
+def recover_from_bends(run: Run) -> Recovery | None:
+    """The network that explains the bends of more and more lines, until one is verified; None when none is found.
+
+    Leaves the probes' coordinates at the scale at which the network bends. Scans no further when the query budget has
+    not several times the need of a scan left.
+    """
+    if run.activation.symmetry != "scaled" or run.hidden_layers > LAYERS:
+        return None
+    original, best, parts = run.coordinates, None, []
+
+    def ask(z: Tensor) -> Tensor:
+        return run.box(z.reshape(-1, original.rank) @ original.back_IR.T).reshape(*z.shape[:-1], run.box.outputs)
+
+    def look(reach: float, lines: int) -> None:
+        if run.box.left() > 4 * lines * GRID:
+            parts.append(scan(ask, original.rank, reach * original.rank**0.5, lines, run.box.noise, run.generator))
+
+    for reach in REACHES:
+        look(reach, PILOTS)
+    if not any(len(part.line_S) for part in parts):
+        return None
+    fullest = REACHES[max(range(len(parts)), key=lambda i: len(parts[i].line_S))]
+    for lines in ROUNDS:
+        for factor in AROUND:
+            look(fullest * factor, lines)
+        recovery = _explain(run, original, Lines.join(parts))
+        if recovery is not None and (best is None or recovery.verified):
+            best = recovery
+        if (best is not None and best.verified) or run.late():
+            break
+    return best
+
+
+def _explain(run: Run, original: Coordinates, lines: Lines) -> Recovery | None:
+    """The network whose layers the bends show, fitted and verified; None when they do not show every layer."""
+    first_HK, clustering = first_layer(lines)
+    deep = run.hidden_layers > 1
+    if not len(first_HK) or (deep and len(first_HK) > original.rank):
+        return None
+    farthest = float((first_HK[:, -1] / first_HK[:, :-1].norm(dim=1)).abs().max())
+    if deep:
+        first_HK, second_HK, away = second_layer(lines, first_HK, run.activation)
+        farthest = max(farthest, away / original.rank**0.5)
+        if not len(second_HK):
+            return None
+    factor = max(1.0, farthest)  # probes must reach every bend
+    run.coordinates = original.rescaled(factor)
+    first_HK = torch.cat([first_HK[:, :-1] * factor, first_HK[:, -1:]], dim=1)
+    layers = [first_HK, second_HK] if deep else [first_HK]
+    data = run.probe(sum(m.numel() for m in layers) + run.box.outputs * (len(layers[-1]) + 1))
+    _, floor = run.floors(data)
+    settings = (run.activation, run.config, floor, run.deadline)
+    found: Collapsed | Peeled
+    if deep:
+        hidden_QH = run.activation(data.z_QR @ first_HK[:, :-1].T + first_HK[:, -1])
+        inner = dataclasses.replace(data, z_QR=hidden_QH)
+        last = exact_network(second_HK, second_HK[:0], floor, inner, *settings, clustering)
+        found = assemble([first_HK[None], *last.net.matrices(last.theta_1P)], data, *settings, [clustering])
+    else:
+        found = exact_network(first_HK, first_HK[:0], floor, data, *settings, clustering)
+    return conclude(run, found, data, {"recover/students": 0, "recover/lines": len(lines.start_LR)})
