@@ -4,8 +4,8 @@
     python benchmarks/recovery_digits.py --suites shallow
     python benchmarks/recovery_digits.py --hidden 15 15 --activations tanh g     # any other shape
 
-Prints one line a teacher and a table, and writes every number as JSON lines to --out as it goes; teachers that are there
-already are skipped, so that an interrupted run continues.
+Prints one line a teacher and a table, and writes every number as JSON lines to --out as it goes; teachers that are
+there already are skipped, so that an interrupted run continues.
 """
 
 import argparse

@@ -82,50 +82,71 @@ class Lines:
         return float(seen_C.double().mean()) if len(seen_C) else 0.0
 
 
-def scan(ask: Ask, rank: int, reach: float, lines: int, noise: float, generator: torch.Generator) -> Lines:
-    """Bends of `ask` (z[..., R] -> y[..., O]) on random lines of half length `reach` through the probes' centre.
+@dataclass(frozen=True)
+class Row:
+    """A neuron of the second layer, [weights, bias] up to scale and sign; what is not known of it is 0.
+
+    `bends` show it, the nearest of them at the distance `away` from the centre.
+    """
+
+    vector_K: Tensor
+    known_K: Tensor
+    bends: int
+    away: float
+
+
+def random_lines(rank: int, reach: float, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The two ends [L, R] of random lines of half length `reach` through the probes' centre."""
+    middle_LR = torch.randn(count, rank, generator=generator, dtype=torch.float64)
+    direction_LR = torch.randn(count, rank, generator=generator, dtype=torch.float64)
+    half_LR = reach * torch.nn.functional.normalize(direction_LR, dim=1)
+    return middle_LR - half_LR, middle_LR + half_LR
+
+
+def scan(ask: Ask, from_LR: Tensor, to_LR: Tensor, noise: float) -> Lines:
+    """Bends of `ask` (z[..., R] -> y[..., O]) on the lines between two ends each.
 
     Only bends with straight pieces on both sides on the grid are kept: the pieces meet in one point, which one query
     confirms. The normal is the right singular vector of the gradients' jump, which has rank one at a clean bend. Takes
     GRID queries a line and about 4 R a bend.
     """
-    start_LR = torch.randn(lines, rank, generator=generator, dtype=torch.float64)
-    direction_LR = torch.randn(lines, rank, generator=generator, dtype=torch.float64)
-    direction_LR = torch.nn.functional.normalize(direction_LR, dim=1)
-    times_T = reach * torch.linspace(-1, 1, GRID, dtype=torch.float64)
-    step = float(times_T[1] - times_T[0])
-    y_LTO = ask(start_LR[:, None] + times_T[:, None] * direction_LR[:, None])
+    length_L1 = (to_LR - from_LR).norm(dim=1, keepdim=True)
+    direction_LR = (to_LR - from_LR) / length_L1
+    times_LT = length_L1 * torch.linspace(0, 1, GRID, dtype=torch.float64)
+    step_L = times_LT[:, 1]
+    y_LTO = ask(from_LR[:, None] + times_LT[..., None] * direction_LR[:, None])
     noise_L = (1e-16 * y_LTO.abs().amax(dim=(1, 2))).clamp(min=noise)
-    slopes_LTO = torch.diff(y_LTO, dim=1) / step
-    turns_LT = torch.diff(slopes_LTO, dim=1).abs().amax(2) > NOISE_MARGIN * noise_L[:, None] / step
-    # interval i + 1, between grid points i + 1 and i + 2, bends while its neighbours are straight up to the next points
+    slopes_LTO = torch.diff(y_LTO, dim=1) / step_L[:, None, None]
+    turns_LT = torch.diff(slopes_LTO, dim=1).abs().amax(2) > NOISE_MARGIN * (noise_L / step_L)[:, None]
+    # interval i + 2, between grid points i + 2 and i + 3, bends while its neighbours are straight and differ in slope
     alone_LT = ~turns_LT[:, :-3] & turns_LT[:, 1:-2] & turns_LT[:, 2:-1] & ~turns_LT[:, 3:]
+    alone_LT &= (slopes_LTO[:, 3:-1] - slopes_LTO[:, 1:-3]).abs().amax(2) > NOISE_MARGIN * (noise_L / step_L)[:, None]
     line_S, at_S = alone_LT.nonzero().T
     at_S = at_S + 2
-    noise_S = noise_L[line_S]
+    noise_S, step_S1 = noise_L[line_S], step_L[line_S, None]
     before_SO, after_SO = slopes_LTO[line_S, at_S - 1], slopes_LTO[line_S, at_S + 1]
     y_SO, next_SO = y_LTO[line_S, at_S], y_LTO[line_S, at_S + 1]
     jump_SO = before_SO - after_SO  # y + before t = next + after (t - step), by least squares over the outputs
-    t_S = ((next_SO - y_SO - after_SO * step) * jump_SO).sum(1) / jump_SO.square().sum(1)
-    points_SR = start_LR[line_S] + (times_T[at_S] + t_S)[:, None] * direction_LR[line_S]
+    t_S = ((next_SO - y_SO - after_SO * step_S1) * jump_SO).sum(1) / jump_SO.square().sum(1)
+    points_SR = from_LR[line_S] + (times_LT[line_S, at_S] + t_S)[:, None] * direction_LR[line_S]
     miss_S = (ask(points_SR) - y_SO - before_SO * t_S[:, None]).abs().amax(1)
-    beside_SR = BESIDE * step * direction_LR[line_S]
-    left_SOR, straight_S = _gradients(ask, points_SR - beside_SR, STEP * step, noise_S)
-    right_SOR, too_S = _gradients(ask, points_SR + beside_SR, STEP * step, noise_S)
+    beside_SR = BESIDE * step_S1 * direction_LR[line_S]
+    left_SOR, straight_S = _gradients(ask, points_SR - beside_SR, STEP * step_S1, noise_S)
+    right_SOR, too_S = _gradients(ask, points_SR + beside_SR, STEP * step_S1, noise_S)
     _, values, vectors = torch.linalg.svd(right_SOR - left_SOR, full_matrices=False)
     clean_S = straight_S & too_S & (miss_S <= 10 * NOISE_MARGIN * noise_S)
     if values.shape[1] > 1:
         clean_S &= values[:, 1] < PURE * values[:, 0]
     found = (points_SR[clean_S], vectors[clean_S, 0], line_S[clean_S])
-    return Lines(start_LR, direction_LR, times_T.expand(lines, -1), turns_LT, *found)
+    return Lines(from_LR, direction_LR, times_LT, turns_LT, *found)
 
 
-def _gradients(ask: Ask, z_SR: Tensor, step: float, noise_S: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(ask: Ask, z_SR: Tensor, step_S1: Tensor, noise_S: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients [S, O, R] by central differences, and whether the black box is straight there."""
-    moves_RR = step * torch.eye(z_SR.shape[1], dtype=torch.float64)
-    center_S1O, up, down = ask(z_SR)[:, None], ask(z_SR[:, None] + moves_RR), ask(z_SR[:, None] - moves_RR)
+    moves_SRR = step_S1[:, None] * torch.eye(z_SR.shape[1], dtype=torch.float64)
+    center_S1O, up, down = ask(z_SR)[:, None], ask(z_SR[:, None] + moves_SRR), ask(z_SR[:, None] - moves_SRR)
     straight_S = (up + down - 2 * center_S1O).abs().amax(dim=(1, 2)) <= NOISE_MARGIN * noise_S
-    return ((up - down) / (2 * step)).transpose(1, 2), straight_S
+    return ((up - down) / (2 * step_S1[:, None])).transpose(1, 2), straight_S
 
 
 def first_layer(lines: Lines) -> tuple[Tensor, LayerClustering]:
@@ -145,9 +166,8 @@ def first_layer(lines: Lines) -> tuple[Tensor, LayerClustering]:
     return neurons_HK, LayerClustering(planes_SK, line_S, numbers, merges, SAME, kept, alignment, 0.0, True)
 
 
-def second_layer(lines: Lines, first_HK: Tensor, activation: Activation) -> tuple[Tensor, Tensor, float]:
-    """The first layer [H, K] with its signs, the second layer's rows [H2, H + 1] up to scale and sign, and how far away
-    from the centre the one of them lies that is farthest.
+def second_layer(lines: Lines, first_HK: Tensor, activation: Activation) -> tuple[Tensor, list[Row]]:
+    """The first layer [H, K] with its signs, and the second layer's rows, those that most bends show first.
 
     Needs linearly independent first-layer weights: the normals at bends that are not the first layer's are combinations
     `m` of them, with m_h = a_h f'(u_h).
@@ -167,19 +187,17 @@ def second_layer(lines: Lines, first_HK: Tensor, activation: Activation) -> tupl
     row_SH = torch.where(seen_SH, m_SH / slope_SH.clamp(min=1e-300), 0.0)
     offset_S1 = -(row_SH * activation(u_SH)).sum(1, keepdim=True)
     rows_SK = torch.cat([row_SH, offset_S1], dim=1)
-    second_HK, members_H = join_rows(rows_SK, torch.cat([seen_SH, torch.ones_like(seen_SH[:, :1])], dim=1))
     away_S = points_SR.norm(dim=1)
-    return first_HK, second_HK, max((float(away_S[group].min()) for group in members_H), default=0.0)
+    return first_HK, join_rows(rows_SK, torch.cat([seen_SH, torch.ones_like(seen_SH[:, :1])], dim=1), away_S)
 
 
-def join_rows(rows_SK: Tensor, seen_SK: Tensor) -> tuple[Tensor, list[list[int]]]:
-    """Vectors [H, K] of which rows show some coordinates each, up to scale and sign, and the rows of each, two or more.
+def join_rows(rows_SK: Tensor, seen_SK: Tensor, away_S: Tensor) -> list[Row]:
+    """Vectors of which every row shows some coordinates, up to scale and sign.
 
-    A row joins a vector when both are parallel in at least LEAST_COMMON coordinates that they share; coordinates that
-    no row shows are zero.
+    A row joins a vector when both are parallel in at least LEAST_COMMON coordinates that they share.
     """
     rows_SK = torch.nn.functional.normalize(rows_SK, dim=1)
-    found, groups, free_S = [], [], torch.ones(len(rows_SK), dtype=torch.bool)
+    found, free_S = [], torch.ones(len(rows_SK), dtype=torch.bool)
     for seed in seen_SK.sum(1).argsort(descending=True, stable=True).tolist():
         if not free_S[seed]:
             continue
@@ -200,7 +218,7 @@ def join_rows(rows_SK: Tensor, seen_SK: Tensor) -> tuple[Tensor, list[list[int]]
                 known_K |= seen_SK[i]
             group += fits_S.nonzero()[:, 0].tolist()
             free_S &= ~fits_S
-        if len(group) > 1:
-            found.append(torch.nn.functional.normalize(vector_K, dim=0))
-            groups.append(group)
-    return torch.stack(found) if found else rows_SK[:0], groups
+        found.append(
+            Row(torch.nn.functional.normalize(vector_K, dim=0), known_K, len(group), float(away_S[group].min()))
+        )
+    return sorted(found, key=lambda row: -row.bends)

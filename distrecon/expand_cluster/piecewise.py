@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.deep import Peeled, assemble
-from distrecon.expand_cluster.kinks import GRID, Lines, first_layer, scan, second_layer
+from distrecon.expand_cluster.fitting import Probed
+from distrecon.expand_cluster.kinks import GRID, Lines, first_layer, random_lines, scan, second_layer
 from distrecon.expand_cluster.probes import Coordinates
 from distrecon.expand_cluster.result import Recovery
 from distrecon.expand_cluster.run import Run
@@ -24,6 +25,8 @@ REACHES = (1.0, 4.0, 16.0, 64.0, 256.0)  # half lengths of the first lines, in u
 PILOTS = 2  # lines of each reach before the best is chosen
 AROUND = (0.25, 1.0, 4.0)  # half lengths of the other lines, in units of the best
 ROUNDS = (4, 8, 16, 32)  # lines of each of those in one round
+AIMED = 3  # times as many lines towards what does not fit yet
+SPARE = 4  # a scan is made only while the query budget has this many times its grid left
 LAYERS = 2  # hidden layers that bends can tell
 
 
@@ -35,43 +38,69 @@ def recover_from_bends(run: Run) -> Recovery | None:
     """
     if run.activation.symmetry != "scaled" or run.hidden_layers > LAYERS:
         return None
-    original, best, parts = run.coordinates, None, []
+    original, rank = run.coordinates, run.coordinates.rank
+    best: Recovery | None = None
+    parts: list[Lines] = []
 
     def ask(z: Tensor) -> Tensor:
-        return run.box(z.reshape(-1, original.rank) @ original.back_IR.T).reshape(*z.shape[:-1], run.box.outputs)
+        return run.box(z.reshape(-1, rank) @ original.back_IR.T).reshape(*z.shape[:-1], run.box.outputs)
 
-    def look(reach: float, lines: int) -> None:
-        if run.box.left() > 4 * lines * GRID:
-            parts.append(scan(ask, original.rank, reach * original.rank**0.5, lines, run.box.noise, run.generator))
+    def look(from_LR: Tensor, to_LR: Tensor) -> None:
+        if run.box.left() > SPARE * len(from_LR) * GRID:
+            parts.append(scan(ask, from_LR, to_LR, run.box.noise))
 
     for reach in REACHES:
-        look(reach, PILOTS)
+        look(*random_lines(rank, reach * rank**0.5, PILOTS, run.generator))
     if not any(len(part.line_S) for part in parts):
         return None
     fullest = REACHES[max(range(len(parts)), key=lambda i: len(parts[i].line_S))]
     for lines in ROUNDS:
         for factor in AROUND:
-            look(fullest * factor, lines)
-        recovery = _explain(run, original, Lines.join(parts))
-        if recovery is not None and (best is None or recovery.verified):
+            look(*random_lines(rank, fullest * factor * rank**0.5, lines, run.generator))
+        result = _explain(run, original, Lines.join(parts))
+        if result is None:
+            continue
+        recovery, data = result
+        if (
+            best is None
+            or recovery.verified
+            or recovery.metrics["recover/train_loss"] < best.metrics["recover/train_loss"]
+        ):
             best = recovery
-        if (best is not None and best.verified) or run.late():
+        if recovery.verified or run.late():
             break
+        look(*_towards_misfits(recovery, data, original, AIMED * lines, run.generator))
     return best
 
 
-def _explain(run: Run, original: Coordinates, lines: Lines) -> Recovery | None:
+def _towards_misfits(
+    recovery: Recovery, data: Probed, original: Coordinates, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Lines from probes that are fitted well to those fitted worst: what is missing bends in between."""
+    answers_QO = data.y_QO * data.scale + data.mean_O
+    order_Q = (recovery(data.x_QI) - answers_QO).square().sum(1).argsort()
+    z_QR = data.x_QI @ original.to_RI.T
+    good = torch.randint(len(order_Q) // 2, (count,), generator=generator)
+    return z_QR[order_Q[good]], z_QR[order_Q[-count:]]
+
+
+def _explain(run: Run, original: Coordinates, lines: Lines) -> tuple[Recovery, Probed] | None:
     """The network whose layers the bends show, fitted and verified; None when they do not show every layer."""
+    if len(lines.line_S) < 2:
+        return None
     first_HK, clustering = first_layer(lines)
     deep = run.hidden_layers > 1
     if not len(first_HK) or (deep and len(first_HK) > original.rank):
         return None
     farthest = float((first_HK[:, -1] / first_HK[:, :-1].norm(dim=1)).abs().max())
     if deep:
-        first_HK, second_HK, away = second_layer(lines, first_HK, run.activation)
-        farthest = max(farthest, away / original.rank**0.5)
-        if not len(second_HK):
+        first_HK, rows = second_layer(lines, first_HK, run.activation)
+        several = [row for row in rows if row.bends > 1]
+        if not several:
             return None
+        farthest = max(farthest, *(row.away / original.rank**0.5 for row in several))
+        second_HK = torch.stack([row.vector_K for row in several])
+        others_HK = torch.stack([row.vector_K for row in rows])[len(several) :]
     factor = max(1.0, farthest)  # probes must reach every bend
     run.coordinates = original.rescaled(factor)
     first_HK = torch.cat([first_HK[:, :-1] * factor, first_HK[:, -1:]], dim=1)
@@ -83,8 +112,9 @@ def _explain(run: Run, original: Coordinates, lines: Lines) -> Recovery | None:
     if deep:
         hidden_QH = run.activation(data.z_QR @ first_HK[:, :-1].T + first_HK[:, -1])
         inner = dataclasses.replace(data, z_QR=hidden_QH)
-        last = exact_network(second_HK, second_HK[:0], floor, inner, *settings, clustering)
+        last = exact_network(second_HK, others_HK, floor, inner, *settings, clustering)
         found = assemble([first_HK[None], *last.net.matrices(last.theta_1P)], data, *settings, [clustering])
     else:
         found = exact_network(first_HK, first_HK[:0], floor, data, *settings, clustering)
-    return conclude(run, found, data, {"recover/students": 0, "recover/lines": len(lines.start_LR)})
+    metrics = {"recover/students": 0, "recover/lines": len(lines.start_LR)}
+    return conclude(run, found, data, metrics), data
