@@ -84,15 +84,10 @@ class Lines:
 
 @dataclass(frozen=True)
 class Row:
-    """A neuron of the second layer, [weights, bias] up to scale and sign; what is not known of it is 0.
-
-    `bends` show it, the nearest of them at the distance `away` from the centre.
-    """
+    """A neuron of the second layer, [weights, bias] up to scale and sign (0 where unknown), and its bends."""
 
     vector_K: Tensor
-    known_K: Tensor
-    bends: int
-    away: float
+    points_SR: Tensor
 
 
 def random_lines(rank: int, reach: float, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -187,12 +182,13 @@ def second_layer(lines: Lines, first_HK: Tensor, activation: Activation) -> tupl
     row_SH = torch.where(seen_SH, m_SH / slope_SH.clamp(min=1e-300), 0.0)
     offset_S1 = -(row_SH * activation(u_SH)).sum(1, keepdim=True)
     rows_SK = torch.cat([row_SH, offset_S1], dim=1)
-    away_S = points_SR.norm(dim=1)
-    return first_HK, join_rows(rows_SK, torch.cat([seen_SH, torch.ones_like(seen_SH[:, :1])], dim=1), away_S)
+    seen_SK = torch.cat([seen_SH, torch.ones_like(seen_SH[:, :1])], dim=1)
+    joined = [Row(vector_K, points_SR[group]) for vector_K, group in join_rows(rows_SK, seen_SK)]
+    return first_HK, sorted(joined, key=lambda row: -len(row.points_SR))
 
 
-def join_rows(rows_SK: Tensor, seen_SK: Tensor, away_S: Tensor) -> list[Row]:
-    """Vectors of which every row shows some coordinates, up to scale and sign.
+def join_rows(rows_SK: Tensor, seen_SK: Tensor) -> list[tuple[Tensor, list[int]]]:
+    """Vectors [K] of which every row shows some coordinates, up to scale and sign, each with the rows that show it.
 
     A row joins a vector when both are parallel in at least LEAST_COMMON coordinates that they share.
     """
@@ -218,7 +214,5 @@ def join_rows(rows_SK: Tensor, seen_SK: Tensor, away_S: Tensor) -> list[Row]:
                 known_K |= seen_SK[i]
             group += fits_S.nonzero()[:, 0].tolist()
             free_S &= ~fits_S
-        found.append(
-            Row(torch.nn.functional.normalize(vector_K, dim=0), known_K, len(group), float(away_S[group].min()))
-        )
-    return sorted(found, key=lambda row: -row.bends)
+        found.append((torch.nn.functional.normalize(vector_K, dim=0), group))
+    return found

@@ -8,6 +8,7 @@ Legend: R relevant input directions, H hidden, K = R + 1 coordinates of a neuron
 """
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ PILOTS = 2  # lines of each reach before the best is chosen
 AROUND = (0.25, 1.0, 4.0)  # half lengths of the other lines, in units of the best
 ROUNDS = (4, 8, 16, 32)  # lines of each of those in one round
 AIMED = 3  # times as many lines towards what does not fit yet
+NEAREST = 4  # bends of each neuron round which probes are placed
 SPARE = 4  # a scan is made only while the query budget has this many times its grid left
 LAYERS = 2  # hidden layers that bends can tell
 
@@ -33,8 +35,8 @@ LAYERS = 2  # hidden layers that bends can tell
 def recover_from_bends(run: Run) -> Recovery | None:
     """The network that explains the bends of more and more lines, until one is verified; None when none is found.
 
-    Leaves the probes' coordinates at the scale at which the network bends. Scans no further when the query budget has
-    not several times the need of a scan left.
+    Leaves the probes' coordinates at the scale at which the network bends, and places round its bends. Scans no further
+    when the query budget has not several times the need of a scan left.
     """
     if run.activation.symmetry != "scaled" or run.hidden_layers > LAYERS:
         return None
@@ -57,34 +59,62 @@ def recover_from_bends(run: Run) -> Recovery | None:
     for lines in ROUNDS:
         for factor in AROUND:
             look(*random_lines(rank, fullest * factor * rank**0.5, lines, run.generator))
-        result = _explain(run, original, Lines.join(parts))
-        if result is None:
+        found = _explain(run, original, Lines.join(parts))
+        if found is None:
             continue
-        recovery, data = result
-        if (
-            best is None
-            or recovery.verified
-            or recovery.metrics["recover/train_loss"] < best.metrics["recover/train_loss"]
-        ):
-            best = recovery
-        if recovery.verified or run.late():
+        if best is None or _loss(found.recovery) < _loss(best) or found.recovery.verified:
+            best = found.recovery
+        if found.recovery.verified or run.late():
             break
-        look(*_towards_misfits(recovery, data, original, AIMED * lines, run.generator))
+        look(*_towards_misfits(found, original, AIMED * lines, run.generator))
+        if run.hidden_layers > 1:
+            look(*_from_corners(found.first_HK, fullest * rank**0.5, run.generator))
     return best
 
 
+@dataclass(frozen=True)
+class _Explained:
+    """A recovery, the data it was fitted to, and its first layer [H, K] in the coordinates of the lines."""
+
+    recovery: Recovery
+    data: Probed
+    first_HK: Tensor
+
+
+def _loss(recovery: Recovery) -> float:
+    return float(recovery.metrics["recover/train_loss"])
+
+
 def _towards_misfits(
-    recovery: Recovery, data: Probed, original: Coordinates, count: int, generator: torch.Generator
+    found: _Explained, original: Coordinates, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Lines from probes that are fitted well to those fitted worst: what is missing bends in between."""
+    data = found.data
     answers_QO = data.y_QO * data.scale + data.mean_O
-    order_Q = (recovery(data.x_QI) - answers_QO).square().sum(1).argsort()
+    order_Q = (found.recovery(data.x_QI) - answers_QO).square().sum(1).argsort()
     z_QR = data.x_QI @ original.to_RI.T
     good = torch.randint(len(order_Q) // 2, (count,), generator=generator)
     return z_QR[order_Q[good]], z_QR[order_Q[-count:]]
 
 
-def _explain(run: Run, original: Coordinates, lines: Lines) -> tuple[Recovery, Probed] | None:
+def _from_corners(first_HK: Tensor, reach: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """2 H lines from where the first layer is all off, or all on, to where one of its neurons is not.
+
+    At normal probes about half of the layer is on, and a neuron that most of it holds down never bends there.
+    """
+    weights_HR, bias_H = first_HK[:, :-1], first_HK[:, -1]
+    hidden = len(first_HK)
+    sign_LH = torch.cat([-torch.ones(hidden, hidden), torch.ones(hidden, hidden)]).double()
+    other_LH = sign_LH * torch.where(torch.eye(hidden).repeat(2, 1) > 0, -1.0, 1.0)
+    size_LH = torch.randn(sign_LH.shape, generator=generator, dtype=torch.float64).abs() * weights_HR.norm(dim=1)
+
+    def at(u_LH: Tensor) -> Tensor:
+        return (reach * u_LH - bias_H) @ torch.linalg.pinv(weights_HR).T
+
+    return at(sign_LH * size_LH), at(other_LH * size_LH)
+
+
+def _explain(run: Run, original: Coordinates, lines: Lines) -> _Explained | None:
     """The network whose layers the bends show, fitted and verified; None when they do not show every layer."""
     if len(lines.line_S) < 2:
         return None
@@ -95,14 +125,17 @@ def _explain(run: Run, original: Coordinates, lines: Lines) -> tuple[Recovery, P
     farthest = float((first_HK[:, -1] / first_HK[:, :-1].norm(dim=1)).abs().max())
     if deep:
         first_HK, rows = second_layer(lines, first_HK, run.activation)
-        several = [row for row in rows if row.bends > 1]
+        several = [row for row in rows if len(row.points_SR) > 1]
         if not several:
             return None
-        farthest = max(farthest, *(row.away / original.rank**0.5 for row in several))
+        nearest = [row.points_SR[row.points_SR.norm(dim=1).argsort()[:NEAREST]] for row in several]
+        farthest = max(farthest, *(float(points_SR[0].norm()) / original.rank**0.5 for points_SR in nearest))
+        run.places_SI = torch.cat(nearest) @ original.back_IR.T
         second_HK = torch.stack([row.vector_K for row in several])
         others_HK = torch.stack([row.vector_K for row in rows])[len(several) :]
     factor = max(1.0, farthest)  # probes must reach every bend
     run.coordinates = original.rescaled(factor)
+    as_found_HK = first_HK
     first_HK = torch.cat([first_HK[:, :-1] * factor, first_HK[:, -1:]], dim=1)
     layers = [first_HK, second_HK] if deep else [first_HK]
     data = run.probe(sum(m.numel() for m in layers) + run.box.outputs * (len(layers[-1]) + 1))
@@ -117,4 +150,4 @@ def _explain(run: Run, original: Coordinates, lines: Lines) -> tuple[Recovery, P
     else:
         found = exact_network(first_HK, first_HK[:0], floor, data, *settings, clustering)
     metrics = {"recover/students": 0, "recover/lines": len(lines.start_LR)}
-    return conclude(run, found, data, metrics), data
+    return _Explained(conclude(run, found, data, metrics), data, as_found_HK)

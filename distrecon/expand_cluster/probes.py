@@ -23,6 +23,8 @@ GAP = 100.0  # ratio of neighbouring singular values that separates gradient fro
 CONDITION = 1e-3  # directions weaker than this (relative) are not stretched any further
 SCALES = tuple(2.0**k for k in range(-4, 7))
 SCALE_QUERIES = 300
+NEAR = 0.3  # scatter of probes round a place, relative to its distance from the centre
+WIDE_SCALES = (1.0, 4.0, 16.0)  # of the probes that look for directions not found yet
 BLIND = 1e-7  # relative change of the answers that betrays a direction not found yet
 
 
@@ -52,8 +54,15 @@ class Coordinates:
         x_QI = (z_QR * size_Q1) @ self.back_IR.T
         if self.rank < self.back_IR.shape[0]:
             noise_QI = torch.randn(count, self.back_IR.shape[0], generator=generator, dtype=torch.float64)
-            x_QI = x_QI + self.scale * noise_QI @ self.outside_II
+            x_QI = x_QI + self.scale * size_Q1 * noise_QI @ self.outside_II
         return x_QI
+
+    def near(self, places_SI: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Probes x[Q, I] scattered round given inputs, a fraction of their distance from the centre."""
+        chosen_QI = places_SI[torch.randint(len(places_SI), (count,), generator=generator)]
+        noise_QR = torch.randn(count, self.rank, generator=generator, dtype=torch.float64)
+        away_Q1 = (chosen_QI @ self.to_RI.T).norm(dim=1, keepdim=True) / self.rank**0.5
+        return chosen_QI + NEAR * away_Q1 * noise_QR @ self.back_IR.T
 
 
 def find_coordinates(
@@ -97,9 +106,10 @@ def _blind_points(box: BlackBox, coordinates: Coordinates, generator: torch.Gene
 
     A neuron that is off, or saturated, wherever the gradients were taken does not show in them.
     """
-    x_QI = coordinates.draw(SCALE_QUERIES, generator)
+    x_QI = coordinates.draw(SCALE_QUERIES, generator, WIDE_SCALES)
+    size_Q1 = (x_QI @ coordinates.to_RI.T).norm(dim=1, keepdim=True) / coordinates.rank**0.5
     noise_QI = torch.randn(x_QI.shape, generator=generator, dtype=torch.float64)
-    moved_QI = x_QI + coordinates.scale * noise_QI @ coordinates.outside_II
+    moved_QI = x_QI + coordinates.scale * size_Q1 * noise_QI @ coordinates.outside_II
     here_QO, there_QO = box(x_QI), box(moved_QI)
     change_Q = (there_QO - here_QO).abs().amax(1) / here_QO.std()
     seen_Q = change_Q > max(BLIND, GAP * coordinates.error, GAP * box.noise / float(here_QO.std()))

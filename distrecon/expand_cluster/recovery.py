@@ -141,6 +141,7 @@ def _attempts(run: Run) -> Recovery:
     best = recover_from_bends(run)
     if best is not None and best.verified:
         return best
+    run.places_SI = None
     for attempt in range(run.config.budget.attempts):
         run.coordinates = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
         recovery, underfit = _round(run, guess, patience, attempt)

@@ -20,6 +20,8 @@ from distrecon.nets.activations import Activation
 
 NOISE_MARGIN = 10.0  # the floor lies this far above the teacher's rounding noise
 DIRECTION_MARGIN = 100.0  # likewise for a fit in relevant directions that are known to a relative error
+NEAR_SHARE = 0.25  # of the probes lie round places of interest, where such are known
+TRAIN_SCALES = (1.0, 1.0, 3.0)  # of the probes that students learn from, in turn
 
 Progress = Callable[[str, float], None]
 
@@ -38,6 +40,7 @@ class Run:
     coordinates: Coordinates
     hidden_layers: int = 1
     memory: Stages | None = None
+    places_SI: Tensor | None = None  # inputs round which something happens that other probes would miss
     history: list[tuple[str, int, list[float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
@@ -57,6 +60,14 @@ class Run:
     def late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
+    def draw(self, count: int, scales: tuple[float, ...] = TRAIN_SCALES) -> Tensor:
+        """Probes x[Q, I] in the coordinates, a share of them round the places of interest."""
+        near = int(NEAR_SHARE * count) if self.places_SI is not None else 0
+        x_QI = self.coordinates.draw(count - near, self.generator, scales)
+        if self.places_SI is not None:
+            x_QI = torch.cat([x_QI, self.coordinates.near(self.places_SI, near, self.generator)])
+        return x_QI
+
     def probe(self, unknowns: int, patience: int = 1) -> Probed:
         """Training queries for a network of so many unknowns, some of them the user's data, in random order.
 
@@ -71,7 +82,7 @@ class Run:
         started = time.monotonic()
         count = settings.count * patience or patience * max(2000, 4 * unknowns // outputs)
         own = 0 if self.data_QI is None else min(len(self.data_QI), int(settings.data_share * count))
-        x_QI = self.coordinates.draw(count - own, self.generator)
+        x_QI = self.draw(count - own)
         if self.data_QI is not None and own:
             rows = torch.randperm(len(self.data_QI), generator=self.generator)[:own]
             x_QI = torch.cat([x_QI, self.data_QI[rows]])

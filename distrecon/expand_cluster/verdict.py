@@ -21,6 +21,8 @@ from distrecon.expand_cluster.shallow import Collapsed
 from distrecon.expand_cluster.teachers import Weights
 from distrecon.nets.activations import Activation
 
+FRESH_SCALES = (1.0, 3.0, 10.0, 30.0)  # of the queries that verify a result, in turn
+
 
 def conclude(run: Run, found: Collapsed | Peeled | None, data: Probed, metrics: dict[str, Any]) -> Recovery:
     """Polish and verify what a stage found; None: nothing, which is unverified."""
@@ -59,9 +61,9 @@ def _polish(run: Run, weights: Weights, data: Probed) -> Weights:
 
 
 def _verify(run: Run, weights: Weights, floor: float, train_loss: float) -> tuple[bool, str]:
-    """Fresh queries at two scales must agree to the floor, and every neuron must be needed."""
+    """Fresh queries, most of them farther out than the training ones, must agree, and every neuron must be needed."""
     started = time.monotonic()
-    x_QI = run.coordinates.draw(run.config.probes.fresh, run.generator)
+    x_QI = run.draw(run.config.probes.fresh, FRESH_SCALES)
     if run.data_QI is not None:
         x_QI = torch.cat([x_QI, run.data_QI[: run.config.probes.fresh]])
     answers_QO = run.box(x_QI)
@@ -77,6 +79,9 @@ def _verify(run: Run, weights: Weights, floor: float, train_loss: float) -> tupl
     needed = _least_needed(run.activation, weights, x_QI)
     if needed <= 100 * floor:
         return False, f"a neuron can be dropped without leaving the floor (cost {needed:.1e})"
+    straight = _never_bent(run.activation, weights, x_QI)
+    if straight:
+        return False, f"{straight} neurons are on one side of their kink at all queries, which do not determine them"
     return True, f"{len(x_QI)} fresh queries agree to {error:.1e} (relative RMSE) and every neuron is needed"
 
 
@@ -90,3 +95,15 @@ def _least_needed(activation: Activation, weights: Weights, x_QI: Tensor) -> flo
         least = min(least, float((drop_costs(design_QF, coefficients_FH, len(b)) / next_QH.var()).min()))
         hidden_QH = design_QF[:, :-1]
     return least
+
+
+def _never_bent(activation: Activation, weights: Weights, x_QI: Tensor) -> int:
+    """Hidden neurons of a piecewise linear network that are linear at all queries; 0 for smooth activations."""
+    if activation.symmetry != "scaled":
+        return 0
+    count, hidden_QH = 0, x_QI
+    for w, b in weights[:-1]:
+        pre_QH = hidden_QH @ w.T + b
+        count += int(((pre_QH > 0).all(0) | (pre_QH < 0).all(0)).sum())
+        hidden_QH = activation(pre_QH)
+    return count
