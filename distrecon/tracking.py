@@ -252,9 +252,8 @@ def _create(database: Path) -> None:
     """Makes MLflow's database whole or not at all: one that an interrupt left half made would break every later run."""
     if database.exists():
         return
-    temporary = database.with_name(
-        f".{database.name}.{uuid.uuid4().hex[:8]}"
-    )  # never again: MLflow keeps stores by name
+    # a name that was never used: MLflow keeps a process's stores by their address
+    temporary = database.with_name(f".{database.name}.{uuid.uuid4().hex[:8]}")
     try:
         MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
         with contextlib.suppress(FileExistsError):  # another process was faster
