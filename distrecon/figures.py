@@ -110,6 +110,34 @@ def agreement(matrix_BB: np.ndarray) -> Figure:
     return _matrix(matrix_BB, "agreement", "originals", "reconstructions")
 
 
+def gradient_analysis(
+    layers: Sequence[str],
+    shares: Mapping[str, Mapping[str, Sequence[float]]],
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+) -> Figure:
+    """How gradients spread over layers, shares[model][kind] = one number a layer, a panel a model; and, last,
+    curves[model] = [(scale of the reconstruction error, cosine of predicted and exact gradient), ...]."""
+    figure, axes = _figure(3.0 * (len(shares) + 1), 3.4, len(shares) + 1)
+    for axis, (model, kinds) in zip(axes, shares.items(), strict=False):
+        for i, (kind, values) in enumerate(kinds.items()):
+            at = np.arange(len(layers)) + (i - (len(kinds) - 1) / 2) * 0.38
+            axis.bar(at, values, 0.36, color=_colour(i), label=kind)
+        axis.set_xticks(range(len(layers)), list(layers), color=INK)
+        axis.set_title(model, fontsize=10, color=INK)
+        axis.set_ylim(0, 1)
+    axes[0].set_ylabel("share of the gradient's norm", color=INK)
+    bars = axes[0].get_legend_handles_labels()
+    for i, (model, points) in enumerate(curves.items()):
+        axes[-1].plot(*zip(*points, strict=True), "o-", color=_colour(i + 2), label=model, markersize=5)
+    axes[-1].set_xscale("log")
+    axes[-1].set_xlabel("scale of the reconstruction error", color=INK)
+    axes[-1].set_title("cosine of predicted and exact", fontsize=10, color=INK)
+    lines = axes[-1].get_legend_handles_labels()
+    handles, labels = [*bars[0], *lines[0]], [*bars[1], *lines[1]]
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
 def recovered_sizes(
     students: Sequence[str], sizes: Sequence[int], verified: Sequence[bool], true: int | None
 ) -> Figure:

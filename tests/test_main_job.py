@@ -263,7 +263,7 @@ def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
         (["--address", "127.0.0.1:1"], ["127.0.0.1:1", "nothing answers"]),
         (["--address", "nowhere"], ["nowhere", "auto or HOST:PORT"]),
         (["--resume", "nowhere"], ["nowhere", "no run there"]),
-        (["--num-workers", "3"], ["data.shards", "multiple of resources.num_workers (3)"]),
+        (["--num-workers", "17"], ["data.shards (16)", "at least resources.num_workers (17)"]),
         (["--out", "/proc/out"], ["/proc/out", "cannot be written"]),
     ],
 )

@@ -5,7 +5,7 @@ Not Enough" (arXiv 2503.17138).
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distrecon.autoencoder.losses import BEHAVIORAL
@@ -13,6 +13,7 @@ from distrecon.autoencoder.samplers import SAMPLERS
 from distrecon.errors import UserError, nearest
 
 KINDS = ("transformer", "fisher_residual", "fisher_pca")
+METRICS = ("behavioral", "structural")
 TERMS = ("C", "S", "B")
 STRUCTURAL = ("layer", "token", "none", "fisher")
 VIEWS = ("permutation", "noise", "none")
@@ -48,6 +49,7 @@ class ModelConfig:
     heads: int = 4
     latent: int = 16
     projection: int = 30
+    fisher_metric: str = "behavioral"  # or "structural": plain principal components of the weights
     fisher_models: int = 300  # of the sample, for the Gauss-Newton matrix
     fisher_queries: int = 60
     fisher_temperature: float = 2.0
@@ -56,6 +58,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _one_of("model.kind", self.kind, KINDS)
+        _one_of("model.fisher_metric", self.fisher_metric, METRICS)
         _one_of("model.fisher_blocks", self.fisher_blocks, ("global", "layer", "token"))
         for name in ("width", "layers", "heads", "latent", "projection", "fisher_models", "fisher_queries"):
             _at_least(f"model.{name}", getattr(self, name), 1)
@@ -114,6 +117,7 @@ class OptimConfig:
     """AdamW with a learning-rate schedule over all steps."""
 
     lr: float = 1e-3
+    lr_without_b: float | None = None  # in place of lr when loss.terms has no B
     weight_decay: float = 0.01
     batch_size: int = 32  # models of a global batch, over all workers
     epochs: int = 8
@@ -130,6 +134,8 @@ class OptimConfig:
         _between("optim.warmup", self.warmup, 0, 1)
         for name in ("lr", "weight_decay", "clip"):
             _at_least(f"optim.{name}", getattr(self, name), 0)
+        if self.lr_without_b is not None:
+            _at_least("optim.lr_without_b", self.lr_without_b, 0)
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,12 @@ class AutoencoderConfig:
         if "contrastive" in self.loss.weights and self.data.views == "none":
             raise UserError("loss.terms with C needs two views of a model: set data.views to permutation or noise")
 
+    @property
+    def optim_in_use(self) -> OptimConfig:
+        """`optim` with the learning rate that goes with `loss.terms`."""
+        other = self.optim.lr_without_b
+        return self.optim if other is None or "behavioral" in self.loss.weights else replace(self.optim, lr=other)
+
 
 PAPER: dict[str, Any] = {
     "model.width": 256,
@@ -215,6 +227,7 @@ PAPER: dict[str, Any] = {
     "data.align": False,
     "optim.batch_size": 64,
     "optim.lr": 1e-5,
+    "optim.lr_without_b": 1e-4,
     "optim.epochs": 100,
     "data.query_pool": 4096,
     "data.queries": 256,

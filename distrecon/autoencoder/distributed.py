@@ -60,4 +60,4 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     """The first worker's values on all, so that rounding in their making cannot differ."""
     if active():
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor.detach(), src=0)

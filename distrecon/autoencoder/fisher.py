@@ -10,7 +10,7 @@ those directions of the weights that change the outputs most. No training is nee
 
 One matrix for all weights is the best and costs P^2 numbers (`global`). For larger networks there is one a layer
 (`layer`), or one for all tokens of a layer (`token`); the latent numbers are then split between layers by eigenvalue.
-Everything is in standardised weights x.
+Everything is in standardised weights x. With the structural metric, I in place of G, the map is plain PCA.
 
 Legend: B models, P parameters, Q queries, C classes, N copies of a block (tokens that share it), E its entries, K its
 latent numbers a copy, R rows of a Jacobian.
@@ -79,7 +79,9 @@ def jacobian_rows(arch: Architecture, theta_BP: Tensor, inputs: Tensor, temperat
 def metric(
     arch: Architecture, theta_BP: Tensor, std_P: Tensor, inputs: Tensor, found: list[Block], config: ModelConfig
 ) -> list[Tensor]:
-    """G + ridge I of each block [E, E], in standardised weights, float64."""
+    """G + ridge I of each block [E, E], in standardised weights, float64; I alone for the structural metric."""
+    if config.fisher_metric == "structural":
+        return [torch.eye(b.index_NE.shape[1], dtype=torch.float64) for b in found]
     sums = [torch.zeros(b.index_NE.shape[1], b.index_NE.shape[1], dtype=theta_BP.dtype) for b in found]
     numbers = len(inputs) * arch.num_outputs * arch.num_parameters
     for chunk in theta_BP.split(max(1, ROW_NUMBERS // numbers)):
@@ -203,3 +205,20 @@ def weighted(tensors: Mapping[str, Tensor], difference_BP: Tensor) -> Tensor:
         for i in range(_block_count(tensors))
     ]
     return torch.stack(squares).sum(0) / difference_BP.shape[1]
+
+
+def flattened(tensors: Mapping[str, Tensor], noise_BZ: Tensor) -> Tensor:
+    """White noise in the latents' behavioural scale, turned to directions in which the outputs are flat.
+
+    With D the linear decoder in that scale, D^T D noise: its variance along a direction grows with the fourth power of
+    how far a unit of behaviour moves the weights.
+    """
+    parts, start = [], 0
+    for i in range(_block_count(tensors)):
+        copies, decode_EK = len(tensors[f"index{i}_NE"]), tensors[f"decode{i}_EK"]
+        width = copies * decode_EK.shape[1]
+        scale_NK = tensors["scale_Z"][start : start + width].view(copies, -1)
+        noise_BNK = noise_BZ[:, start : start + width].unflatten(1, scale_NK.shape)
+        parts.append(((noise_BNK / scale_NK) @ decode_EK.T @ decode_EK / scale_NK).flatten(1))
+        start += width
+    return torch.cat(parts, dim=1)

@@ -108,7 +108,11 @@ def generate_models(
     arch = autoencoder.architectures[zoo]
     start = perf_counter()
     scale = autoencoder.coder.behavioral_scale(zoo).detach().to(z_N)  # type: ignore[operator]
-    drawn = sample(sampler, z_N * scale, config.samples * config.select, config.bandwidth, seed) / scale
+
+    def shape(noise_MF: Tensor) -> Tensor:
+        return autoencoder.coder.flat_noise(noise_MF, zoo).detach()  # type: ignore[operator]
+
+    drawn = sample(sampler, z_N * scale, config.samples * config.select, config.bandwidth, seed, shape) / scale
     drawn = drawn.to(autoencoder.fitted(zoo, "queries"))
     if config.generate_refine:
         targets_BQC = teacher_targets(autoencoder, good_NP, len(drawn), config.teachers, seed, zoo)

@@ -78,6 +78,10 @@ class FisherCoder(nn.Module):
         """[Z]: what a latent number must be multiplied by for equal steps to change the outputs about equally."""
         return self._fitted[zoo]["scale_Z"]
 
+    def flat_noise(self, noise_BZ: Tensor, zoo: int) -> Tensor:
+        """White noise in the behavioural scale, turned to where weights move much and outputs little."""
+        return fisher.flattened(self._fitted[zoo], noise_BZ.to(self._fitted[zoo]["scale_Z"])).to(noise_BZ)
+
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
         """z[B, Z]."""
         with torch.autocast(x_BP.device.type, enabled=False):  # bf16 would round the linear map away

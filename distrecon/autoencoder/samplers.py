@@ -4,6 +4,8 @@
   good latents; at bandwidth 1 the noise is as long as the median distance from a good latent to its nearest neighbour.
 - isotropic_kde: the same with noise of equal size in all directions; for the Fisher coders, whose latents are measured
   in the behavioural metric here, it moves weights most where the outputs change least.
+- flat_kde (ours): the same with noise shaped by the coder, in directions that move the weights much and the outputs
+  little; where the coder knows of none (the transformer) it is isotropic.
 - dimension_kde: every dimension from its own kernel density, independently (Schürholt et al., NeurIPS 2022); it breaks
   the dependence between dimensions, and most of its samples are useless.
 - gaussian: the good latents' mean and covariance, of a rank below their number; `bandwidth` multiplies the deviation.
@@ -13,6 +15,7 @@ Legend: N good models, M samples, F latent numbers.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from torch import Tensor
 from distrecon.errors import UserError, nearest
 
 Sampler = Callable[[Tensor, int, float, torch.Generator], Tensor]
+Shape = Callable[[Tensor], Tensor]  # of white noise [M, F]
 
 
 def _covariance_noise(good_NF: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -46,8 +50,10 @@ def _joint_kde(good_NF: Tensor, count: int, bandwidth: float, generator: torch.G
     return centres_MF + noise_MF * (bandwidth * nearest_distance(good_NF) / length)
 
 
-def _isotropic_kde(good_NF: Tensor, count: int, bandwidth: float, generator: torch.Generator) -> Tensor:
-    noise_MF = torch.randn(count, good_NF.shape[1], generator=generator).to(good_NF)
+def _isotropic_kde(
+    good_NF: Tensor, count: int, bandwidth: float, generator: torch.Generator, shape: Shape = lambda noise: noise
+) -> Tensor:
+    noise_MF = shape(torch.randn(count, good_NF.shape[1], generator=generator).to(good_NF))
     centres_MF = good_NF[_picked(good_NF, count, generator)]
     return centres_MF + noise_MF * (bandwidth * nearest_distance(good_NF) / noise_MF.norm(dim=1).mean())
 
@@ -72,19 +78,28 @@ def _interpolation(good_NF: Tensor, count: int, bandwidth: float, generator: tor
 SAMPLERS: dict[str, Sampler] = {
     "joint_kde": _joint_kde,
     "isotropic_kde": _isotropic_kde,
+    "flat_kde": _isotropic_kde,
     "dimension_kde": _dimension_kde,
     "gaussian": _gaussian,
     "interpolation": _interpolation,
 }
 
 
-def sample(name: str, good: Tensor, count: int, bandwidth: float = 1.0, seed: int = 0) -> Tensor:
-    """`count` latents of the shape of `good` [N, ...]; UserError for an unknown sampler or fewer than 3 good models."""
+def sample(
+    name: str, good: Tensor, count: int, bandwidth: float = 1.0, seed: int = 0, shape: Shape | None = None
+) -> Tensor:
+    """`count` latents of the shape of `good` [N, ...]; `shape` is what flat_kde does to white noise [M, F].
+
+    Raises UserError for an unknown sampler or fewer than 3 good models.
+    """
     if name not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}{nearest(name, SAMPLERS)}")
     if len(good) < 3:
         raise UserError(
             f"a sampler needs at least 3 good models, not {len(good)}: raise tasks.good or take a larger zoo"
         )
-    drawn_MF = SAMPLERS[name](good.flatten(1), count, bandwidth, torch.Generator().manual_seed(seed))
+    draw = SAMPLERS[name]
+    if name == "flat_kde" and shape is not None:
+        draw = partial(_isotropic_kde, shape=shape)
+    drawn_MF = draw(good.flatten(1), count, bandwidth, torch.Generator().manual_seed(seed))
     return drawn_MF.view(count, *good.shape[1:])

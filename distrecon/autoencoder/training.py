@@ -28,6 +28,7 @@ from distrecon.errors import UserError
 from distrecon.images.queries import query_pool
 from distrecon.nets import Architecture, outputs
 
+SMALLEST_SCALE = {"cycle": 0.01}  # the Fisher coders' latents, of unit variance, start with no cycle loss at all
 TARGET_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -106,6 +107,7 @@ class Training:
             self.autoencoder.parameters(),
             lr=config.optim.lr,
             weight_decay=config.optim.weight_decay,
+            fused=True,
         )
         self.steps_done = 0
         self.scales: list[dict[str, float]] = [{} for _ in zoos]  # per zoo, each loss at its first step
@@ -141,7 +143,7 @@ class Training:
         means = self._means(values, batch)
         scales = self.scales[batch.zoo]
         for name, mean in means.items():
-            scales.setdefault(name, max(abs(mean), 1e-12))
+            scales.setdefault(name, max(abs(mean), SMALLEST_SCALE.get(name, 1e-12)))
         weights = self.config.loss.weights
         loss = torch.stack([weights[n] / scales[n] * v.sum() / batch.global_size for n, v in values.items()]).sum()
         loss.backward()
@@ -149,7 +151,7 @@ class Training:
         if self.config.optim.clip:
             torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.config.optim.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optim, self.steps_done, self.total_steps)
+            group["lr"] = learning_rate(self.config.optim_in_use, self.steps_done, self.total_steps)
         self.optimizer.step()
         self.steps_done += 1
         total = sum(weights[name] / scales[name] * mean for name, mean in means.items())

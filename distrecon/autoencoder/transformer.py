@@ -81,6 +81,10 @@ class PlainTransformer(nn.Module):
         """Ones: nothing is known about how the latents change the outputs."""
         return self.to_latent.weight.new_ones(())
 
+    def flat_noise(self, noise_BF: Tensor, zoo: int) -> Tensor:
+        """The noise as it is, for the same reason."""
+        return noise_BF
+
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
         """z[B, T, Z]. Padding enters as zeros, whatever it held."""
         tokens_BTD = self.architectures[zoo].tokenize(x_BP)

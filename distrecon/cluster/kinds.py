@@ -18,6 +18,7 @@ class ResourcesConfig:
     """
 
     num_workers: int = 1
+    min_workers: int = 0  # elastic: after a loss go on with as few as these, and grow again (0: wait for num_workers)
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 1.0  # with use_gpu; a share packs several small trials on one GPU
@@ -26,6 +27,11 @@ class ResourcesConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise UserError(f"resources.num_workers must be at least 0, not {self.num_workers}")
+        if not 0 <= self.min_workers <= self.num_workers:
+            raise UserError(
+                f"resources.min_workers must be from 0 to resources.num_workers ({self.num_workers}), "
+                f"not {self.min_workers}"
+            )
         if self.cpus_per_worker <= 0 or self.gpus_per_worker <= 0:
             raise UserError("resources.cpus_per_worker and resources.gpus_per_worker must be positive")
         if self.max_failures < 0:
@@ -43,9 +49,9 @@ class AutoencoderRun(AutoencoderConfig):
         super().__post_init__()
         if not self.zoo:
             raise UserError("zoo must name at least one zoo")
-        workers = max(1, self.resources.num_workers)
-        if self.data.shards % workers:
-            raise UserError(f"data.shards ({self.data.shards}) must be a multiple of resources.num_workers ({workers})")
+        shards, workers = self.data.shards, self.resources.num_workers
+        if shards < workers:
+            raise UserError(f"data.shards ({shards}) must be at least resources.num_workers ({workers})")
 
     @property
     def autoencoder(self) -> AutoencoderConfig:

@@ -184,9 +184,10 @@ def concurrent(kind: str, resources: ResourcesConfig) -> int:
     if resources.use_gpu:
         needs["GPU"] = workers * resources.gpus_per_worker
     for name, amount in needs.items():
-        if amount > has[name]:
+        least = amount * (resources.min_workers or workers) / workers
+        if least > has[name]:
             raise UserError(
-                f"a trial needs {amount:g} {name}s and the whole cluster has at most {has[name]:g}: "
+                f"a trial needs {least:g} {name}s and the whole cluster has at most {has[name]:g}: "
                 f"lower resources.num_workers or resources.{name.lower()}s_per_worker"
                 + (", or leave out --use-gpu" if name == "GPU" else "")
             )

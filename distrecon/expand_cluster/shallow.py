@@ -109,7 +109,10 @@ def collapse(
         if best is not None and key == previous:
             continue  # a lower share that finds the same clusters fits no better
         previous = key
-        result = exact_network(representatives(found, pool), pool, data, activation, config, floor, deadline, found)
+        own_HK = pool.vectors_VK[torch.from_numpy(pool.students == int(pool.loss_N.argmin()))]
+        target = max(4 * float(pool.loss_N.min()), floor)
+        chosen_HK = representatives(found, pool)
+        result = exact_network(chosen_HK, own_HK, target, data, activation, config, floor, deadline, found)
         if best is None or result.loss < best.loss:
             best = result
         if best.loss <= floor or (deadline is not None and time.monotonic() > deadline):
@@ -119,7 +122,8 @@ def collapse(
 
 def exact_network(
     neurons_HK: Tensor,
-    pool: Pool,
+    own_HK: Tensor,
+    target: float,
     data: Probed,
     activation: Activation,
     config: RecoveryConfig,
@@ -127,11 +131,12 @@ def exact_network(
     deadline: float | None,
     found: LayerClustering,
 ) -> Collapsed:
-    """Clustered neurons, completed by the best student's, fitted to the floor, then reduced to an irreducible net."""
+    """Clustered neurons, fitted to the floor, then reduced to an irreducible network.
+
+    Where the clusters are not enough, they are completed by neurons of the best student (`own_HK`) until the mean
+    squared error is at most `target`.
+    """
     skip = takes_skip(activation)
-    best_student = int(pool.loss_N.argmin())
-    own_HK = pool.vectors_VK[torch.from_numpy(pool.students == best_student)]
-    target = max(4 * float(pool.loss_N[best_student]), floor)
     alone_HK, loss = _refit(neurons_HK, data, activation, skip, config, deadline)
     if loss > floor:  # the clusters alone are not enough
         neurons_HK = pursue(neurons_HK, own_HK, data.z_QR, data.y_QO, activation, skip, target)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from distrecon import config
 from distrecon.cluster.space import read_space
 
 SPACES = Path(__file__).parents[2] / "tune_spaces"
@@ -15,6 +16,8 @@ def test_paper_spaces(name):
     sweep = read_space(SPACES / f"{name}.yaml")
     assert (sweep.name, sweep.kind, sweep.trials) == (name, "autoencoder", TRIALS[name])
     assert (sweep.base.model.width, sweep.base.model.layers, sweep.base.model.heads) == (256, 8, 8)
+    rates = {config.replace(sweep.base, v).autoencoder.optim_in_use.lr for v in sweep.grid()}
+    assert rates == ({1e-4, 1e-5} if name == "paper_losses" else {1e-5})
     small = read_space(SPACES / f"{name}.yaml", smoke=True)
     assert small.trials == 2
     assert small.base.model.width < 64

@@ -210,6 +210,28 @@ def test_isotropic_kde_has_equal_noise_in_all_directions():
     torch.testing.assert_close(noise.std(0) / noise.std(), torch.ones(8), rtol=0.05, atol=0)
 
 
+def test_flat_kde_has_noise_of_the_given_shape_and_of_the_same_length():
+    good = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    widths = torch.arange(1.0, 9.0)
+    drawn = samplers.sample("flat_kde", good, 3000, 0.5, shape=lambda noise: widths * noise)
+    centres = good[torch.randint(30, (3000,), generator=_after_noise(3000, 8))]
+    noise = drawn - centres
+    torch.testing.assert_close(noise.std(0) / noise.std(0)[0], widths, rtol=0.06, atol=0)
+    length = noise.norm(dim=1).mean() / samplers.nearest_distance(good)
+    assert float(length) == pytest.approx(0.5, rel=1e-4)
+    isotropic = samplers.sample("isotropic_kde", good, 50, 0.5)
+    assert torch.equal(
+        samplers.sample("flat_kde", good, 50, 0.5), isotropic
+    )  # of a coder that knows no flat directions
+
+
+def _after_noise(*shape):
+    """A sampler's generator once its noise is drawn, before it picks good models."""
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(*shape, generator=generator)
+    return generator
+
+
 def test_interpolation_stays_between_two_good_models():
     good = torch.eye(5)
     drawn = samplers.sample("interpolation", good, 50, 1.0)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from distrecon.autoencoder import Batch, Training, ZooSample
+from distrecon.autoencoder import PAPER, AutoencoderConfig, Batch, Training, ZooSample
 from distrecon.autoencoder.rows import BLOCK, RowCache
 from distrecon.autoencoder.training import generator, learning_rate, views
+from distrecon.config import replace
 from distrecon.errors import UserError
+from distrecon.images import ImageSet, LabelledImages
 from distrecon.nets import architecture, outputs
 from tests.autoencoder.small import random_models, tiny
 
@@ -121,6 +123,16 @@ def test_resume_is_identical(arch, images, theta_BP, kind, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_cycle_loss_that_starts_at_zero_does_not_blow_up(arch, images):
+    """Encoding what the Fisher map decoded gives the latent back, so there is no first value to divide by."""
+    config = tiny(model__kind="fisher_residual", model__latent=1, model__fisher_models=6, loss__lam=0.5)
+    theta_BP = random_models(arch, 50)
+    history = run(Training(config, [ZooSample(arch, theta_BP, images)], 12), theta_BP, range(12))
+    assert history[0]["loss/cycle"] < 1e-6
+    assert max(losses["loss/total"] for losses in history) < 10
+    assert history[8]["loss/total"] < history[0]["loss/total"]  # the same batch
+
+
 def test_several_zoos_keep_their_own_scales(zoo, theta_BP, images):
     mlp = architecture("mlp", sizes=(64, 6, 10))
     theta_mlp = 3 * random_models(mlp, 12)
@@ -167,6 +179,8 @@ def test_what_is_not_finite_is_named(zoo, theta_BP):
         ({"data__queries": 50}, r"data.queries \(50\) cannot exceed data.query_pool \(40\)"),
         ({"data__views": "none"}, "needs two views"),
         ({"optim__precision": "int8"}, "optim.precision"),
+        ({"optim__lr_without_b": -1.0}, "optim.lr_without_b must be at least 0"),
+        ({"model__fisher_metric": "structure"}, "model.fisher_metric.*did you mean 'structural'"),
         ({"tasks__samplers": ["joint"]}, "tasks.samplers.*did you mean 'joint_kde'"),
         ({"tasks__good": 0.0}, "tasks.good"),
     ],
@@ -205,21 +219,75 @@ def test_bf16_trains(zoo, theta_BP):
     assert history[-1]["loss/total"] < history[0]["loss/total"]
 
 
-def test_the_papers_sizes_take_steps_on_cnn3(images):
-    """256 wide, 8 + 8 layers, 8 heads, latent 64, on random CNN3s and noise images."""
-    from distrecon.autoencoder import PAPER, AutoencoderConfig
-    from distrecon.config import replace
-    from distrecon.images import ImageSet, LabelledImages
-
+def papers_sizes(precision, batch_size):
+    """The paper's configuration, six random CNN3s and a dozen noise images; 256 wide, 8 + 8 layers, latent 64."""
     arch = architecture("cnn3")
     noise = LabelledImages(
         torch.rand(12, 3, 32, 32, generator=generator(0, 0, 0, 0)), torch.zeros(12, dtype=torch.long)
     )
-    fake = ImageSet("noise", noise, noise, noise, tuple("0123456789"), "none")
-    config = replace(AutoencoderConfig(), PAPER | {"data.query_pool": 12, "data.queries": 6, "optim.batch_size": 3})
+    images = ImageSet("noise", noise, noise, noise, tuple("0123456789"), "none")
+    small = {"data.query_pool": 12, "data.queries": 6, "optim.batch_size": batch_size, "optim.precision": precision}
     theta_BP = random_models(arch, 6)
-    training = Training(config, [ZooSample(arch, theta_BP, fake)], 4)
+    return replace(AutoencoderConfig(), PAPER | small), ZooSample(arch, theta_BP, images), theta_BP
+
+
+def test_the_papers_sizes_take_steps_on_cnn3():
+    config, zoo, theta_BP = papers_sizes("float32", 3)
+    training = Training(config, [zoo], 4)
     assert sum(p.numel() for p in training.autoencoder.parameters()) > 10_000_000
     history = [training.step(batch(theta_BP, range(3 * s, 3 * s + 3), step=s)) for s in range(2)]
     assert set(history[0]) == {"loss/contrastive", "loss/structural", "loss/behavioral", "loss/total"}
     assert history[0]["loss/total"] == pytest.approx(1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_papers_sizes_take_bf16_steps_on_a_gpu():
+    """The same steps in bf16 and float32 on the GPU: losses within bf16's precision, weights moved, inference runs."""
+    histories = {}
+    for precision in ("float32", "bf16"):
+        config, zoo, theta_BP = papers_sizes(precision, 6)
+        training = Training(config, [zoo], 20, device="cuda")
+        first = [p.detach().clone() for p in training.autoencoder.parameters()]
+        histories[precision] = [training.step(batch(theta_BP, range(6), step=s)) for s in range(20)]
+        assert any(not torch.equal(a, b) for a, b in zip(first, training.autoencoder.parameters(), strict=True))
+    assert histories["bf16"][-1]["loss/structural"] < histories["bf16"][0]["loss/structural"]
+    for name in ("loss/structural", "loss/behavioral"):
+        assert histories["bf16"][0][name] == pytest.approx(histories["float32"][0][name], rel=0.05)
+    autoencoder = training.autoencoder
+    z = autoencoder.encode(theta_BP.cuda(), refine=2)
+    assert z.is_cuda
+    assert autoencoder.decode(z).isfinite().all()
+
+
+def test_the_papers_learning_rates_go_with_its_losses():
+    """1e-5 with the behavioural loss, 1e-4 without."""
+    rates = {}
+    for terms in ("C+S", "B", "C+B", "S+B", "C+S+B"):
+        config = replace(AutoencoderConfig(), PAPER | {"loss.terms": terms})
+        rates[terms] = config.optim_in_use.lr
+    assert rates == {"C+S": 1e-4, "B": 1e-5, "C+B": 1e-5, "S+B": 1e-5, "C+S+B": 1e-5}
+    assert tiny(loss__terms="C+S").optim_in_use.lr == tiny().optim.lr
+
+
+def test_the_learning_rate_in_use_is_the_optimisers(zoo, theta_BP):
+    config = tiny(
+        loss__terms="S", optim__lr=1.0, optim__lr_without_b=1e-3, optim__schedule="constant", optim__warmup=0.0
+    )
+    training = Training(config, [zoo], 10)
+    run(training, theta_BP, range(1))
+    assert training.optimizer.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_zoo_and_inputs_that_do_not_fit_are_named(zoo, theta_BP, images, value):
+    broken_BP = theta_BP.clone()
+    broken_BP[2, -1] = value
+    with pytest.raises(UserError, match="sample: model 2 has a weight that is not finite"):
+        Training(tiny(), [ZooSample(zoo.architecture, broken_BP, images)], 4)
+    training = Training(tiny(), [zoo], 4)
+    with pytest.raises(UserError, match="model in row 2"):
+        training.step(batch(broken_BP, torch.arange(6)))
+    with pytest.raises(UserError, match=r"query set 'data'.*cnn3 reads \(3, 32, 32\)"):
+        Training(tiny(), [ZooSample(architecture("cnn3"), random_models(architecture("cnn3"), 4), images)], 4)
+    with pytest.raises(UserError, match="10853 parameters a model"):
+        Training(tiny(), [ZooSample(architecture("cnn3"), theta_BP, images)], 4)

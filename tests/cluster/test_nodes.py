@@ -12,10 +12,14 @@ CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.slow
-def test_a_training_that_loses_a_node_ends_like_an_undisturbed_one(tmp_path):
+@pytest.mark.parametrize(
+    ("nodes", "workers", "min_workers"), [(3, 2, 0), (3, 3, 1)], ids=["another-node-takes-over", "elastic"]
+)
+def test_a_training_that_loses_a_node_ends_like_an_undisturbed_one(tmp_path, nodes, workers, min_workers):
+    """Elastic: three workers, of which the two that are left go on."""
     script = Path(__file__).with_name("node_loss.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path), str(nodes), str(workers), str(min_workers)],
         env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
         capture_output=True,
         text=True,
@@ -23,7 +27,7 @@ def test_a_training_that_loses_a_node_ends_like_an_undisturbed_one(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])
-    assert len(set(told["before"])) == 2, "the workers were not on two nodes"
+    assert len(set(told["before"])) == workers, "two workers were on one node"
     assert told["victim"] in told["before"]
     assert told["victim"] not in told["after"]
     assert len(set(told["after"])) == 2
