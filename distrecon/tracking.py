@@ -4,10 +4,12 @@ The journal is the record, the store a copy: what was sent is remembered in the 
 the rest is sent later, and nothing is sent twice. An experiment a sweep name, a parent run a sweep, a child a trial.
 """
 
+import contextlib
 import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,8 @@ class Tracker:
     def client(self) -> MlflowClient:
         """Made on first use, which creates a local database where there is none."""
         if self._client is None:
+            if self.uri.startswith("sqlite:///"):
+                _create(Path(self.uri.removeprefix("sqlite:///")))
             self._client = MlflowClient(self.uri)
         return self._client
 
@@ -242,6 +246,20 @@ class Tracker:
         temporary = self.folder / ".tracking.json.tmp"
         temporary.write_text(json.dumps({"uri": self.uri, "sweeps": self._sent}, indent=1))
         temporary.replace(self.folder / "tracking.json")
+
+
+def _create(database: Path) -> None:
+    """Makes MLflow's database whole or not at all: one that an interrupt left half made would break every later run."""
+    if database.exists():
+        return
+    # a name that was never used: MLflow keeps a process's stores by their address
+    temporary = database.with_name(f".{database.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(temporary, database)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _is_number(value: Any) -> bool:

@@ -232,7 +232,7 @@ def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     if how == signal.SIGINT:
-        assert process.returncode == INTERRUPTED
+        assert process.returncode == INTERRUPTED, errors
         assert "continue with --resume" in errors
         assert "Traceback" not in errors
         client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
