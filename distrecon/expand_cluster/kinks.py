@@ -91,6 +91,7 @@ class Row:
     """A neuron of the second layer, [weights, bias] up to scale and sign (0 where unknown), and its bends."""
 
     vector_K: Tensor
+    complete: bool
     points_SR: Tensor
 
 
@@ -190,7 +191,10 @@ def second_layer(lines: Lines, first_HK: Tensor, activation: Activation) -> tupl
     offset_S1 = -(row_SH * activation(u_SH)).sum(1, keepdim=True)
     rows_SK = torch.cat([row_SH, offset_S1], dim=1)
     seen_SK = torch.cat([seen_SH, torch.ones_like(seen_SH[:, :1])], dim=1)
-    joined = [Row(vector_K, points_SR[group]) for vector_K, group in join_rows(rows_SK, seen_SK)]
+    joined = [
+        Row(vector_K, bool(seen_SK[group].any(0).all()), points_SR[group])
+        for vector_K, group in join_rows(rows_SK, seen_SK)
+    ]
     return first_HK, sorted(joined, key=lambda row: -len(row.points_SR))
 
 
