@@ -9,6 +9,8 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.nets import activation
 
+SYNTHETIC = "synthetic"  # in the place of an image set's name
+
 
 @dataclass(frozen=True)
 class ResourcesConfig:
@@ -61,17 +63,25 @@ class AutoencoderRun(AutoencoderConfig):
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The black box of a recovery trial: a classifier of an image set, trained on the spot, known to scores only."""
+    """The black box of a recovery trial, known to scores only: a classifier of an image set, trained on the spot.
+
+    Or, with images "synthetic", one of Expand-and-Cluster's random problems of `inputs` inputs and one hidden layer.
+    """
 
     images: str = "digits"
     hidden: tuple[int, ...] = (20,)
     activation: str = "tanh"
     seed: int = 0
+    inputs: int = 8  # of a synthetic teacher
 
     def __post_init__(self) -> None:
         activation(self.activation)
         if not self.hidden or min(self.hidden) < 1:
             raise UserError(f"teacher.hidden must list positive sizes, not {list(self.hidden)}")
+        if self.images == SYNTHETIC and len(self.hidden) != 1:
+            raise UserError(f"teacher.hidden of a synthetic teacher is one layer, not {list(self.hidden)}")
+        if self.inputs < 1:
+            raise UserError(f"teacher.inputs must be at least 1, not {self.inputs}")
 
 
 @dataclass(frozen=True)

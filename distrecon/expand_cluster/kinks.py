@@ -39,7 +39,8 @@ Ask = Callable[[Tensor], Tensor]
 class Lines:
     """Lines z = start + t direction and where they bend.
 
-    `turns_LT` says whether a line turns at an inner grid point; `points_SR`, unit `normals_SR` and `line_S` describe
+    `turns_LT` says whether a line turns at an inner grid point, `flat_LT` whether it is constant there (relu networks
+    are, where all of a layer is off); `points_SR`, unit `normals_SR` and `line_S` describe
     the bends that were found cleanly.
     """
 
@@ -47,6 +48,7 @@ class Lines:
     direction_LR: Tensor
     times_LT: Tensor
     turns_LT: Tensor
+    flat_LT: Tensor
     points_SR: Tensor
     normals_SR: Tensor
     line_S: Tensor
@@ -60,6 +62,7 @@ class Lines:
             torch.cat([part.direction_LR for part in parts]),
             torch.cat([part.times_LT for part in parts]),
             torch.cat([part.turns_LT for part in parts]),
+            torch.cat([part.flat_LT for part in parts]),
             torch.cat([part.points_SR for part in parts]),
             torch.cat([part.normals_SR for part in parts]),
             torch.cat([part.line_S + int(count) for part, count in zip(parts, counts[:-1], strict=True)]),
@@ -72,13 +75,14 @@ class Lines:
         return torch.nn.functional.normalize(torch.cat([self.normals_SR, offset_S1], dim=1), dim=1)
 
     def seen(self, plane_K: Tensor) -> float:
-        """Share of the lines that turn where they cross a hyperplane; 0 when none crosses it."""
+        """Share of the lines that turn where they cross a hyperplane, constant places aside; 0 when none crosses it."""
         t_L = -(self.start_LR @ plane_K[:-1] + plane_K[-1]) / (self.direction_LR @ plane_K[:-1])
         step_L = self.times_LT[:, 1] - self.times_LT[:, 0]
         at_L = torch.floor((t_L - self.times_LT[:, 0]) / step_L)
         crossing_L = (at_L >= 1) & (at_L < self.times_LT.shape[1] - 2)
         line_C, at_C = crossing_L.nonzero()[:, 0], at_L[crossing_L].long()
         seen_C = self.turns_LT[line_C, at_C - 1] | self.turns_LT[line_C, at_C]
+        seen_C = seen_C[~(self.flat_LT[line_C, at_C - 1] & self.flat_LT[line_C, at_C])]
         return float(seen_C.double().mean()) if len(seen_C) else 0.0
 
 
@@ -87,6 +91,7 @@ class Row:
     """A neuron of the second layer, [weights, bias] up to scale and sign (0 where unknown), and its bends."""
 
     vector_K: Tensor
+    complete: bool
     points_SR: Tensor
 
 
@@ -113,6 +118,9 @@ def scan(ask: Ask, from_LR: Tensor, to_LR: Tensor, noise: float) -> Lines:
     noise_L = (1e-16 * y_LTO.abs().amax(dim=(1, 2))).clamp(min=noise)
     slopes_LTO = torch.diff(y_LTO, dim=1) / step_L[:, None, None]
     turns_LT = torch.diff(slopes_LTO, dim=1).abs().amax(2) > NOISE_MARGIN * (noise_L / step_L)[:, None]
+    flat_LT = (
+        torch.maximum(slopes_LTO[:, :-1].abs(), slopes_LTO[:, 1:].abs()).amax(2) * step_L[:, None] <= noise_L[:, None]
+    )
     # interval i + 2, between grid points i + 2 and i + 3, bends while its neighbours are straight and differ in slope
     alone_LT = ~turns_LT[:, :-3] & turns_LT[:, 1:-2] & turns_LT[:, 2:-1] & ~turns_LT[:, 3:]
     alone_LT &= (slopes_LTO[:, 3:-1] - slopes_LTO[:, 1:-3]).abs().amax(2) > NOISE_MARGIN * (noise_L / step_L)[:, None]
@@ -133,7 +141,7 @@ def scan(ask: Ask, from_LR: Tensor, to_LR: Tensor, noise: float) -> Lines:
     if values.shape[1] > 1:
         clean_S &= values[:, 1] < PURE * values[:, 0]
     found = (points_SR[clean_S], vectors[clean_S, 0], line_S[clean_S])
-    return Lines(from_LR, direction_LR, times_LT, turns_LT, *found)
+    return Lines(from_LR, direction_LR, times_LT, turns_LT, flat_LT, *found)
 
 
 def _gradients(ask: Ask, z_SR: Tensor, step_S1: Tensor, noise_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +191,10 @@ def second_layer(lines: Lines, first_HK: Tensor, activation: Activation) -> tupl
     offset_S1 = -(row_SH * activation(u_SH)).sum(1, keepdim=True)
     rows_SK = torch.cat([row_SH, offset_S1], dim=1)
     seen_SK = torch.cat([seen_SH, torch.ones_like(seen_SH[:, :1])], dim=1)
-    joined = [Row(vector_K, points_SR[group]) for vector_K, group in join_rows(rows_SK, seen_SK)]
+    joined = [
+        Row(vector_K, bool(seen_SK[group].any(0).all()), points_SR[group])
+        for vector_K, group in join_rows(rows_SK, seen_SK)
+    ]
     return first_HK, sorted(joined, key=lambda row: -len(row.points_SR))
 
 

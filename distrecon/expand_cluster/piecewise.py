@@ -132,7 +132,9 @@ def _explain(run: Run, original: Coordinates, lines: Lines) -> _Explained | None
         farthest = max(farthest, *(float(points_SR[0].norm()) / original.rank**0.5 for points_SR in nearest))
         run.places_SI = torch.cat(nearest) @ original.back_IR.T
         second_HK = torch.stack([row.vector_K for row in several])
-        others_HK = torch.stack([row.vector_K for row in rows])[len(several) :]
+        others_HK = torch.stack([row.vector_K for row in rows if len(row.points_SR) > 1 or row.complete])[
+            len(several) :
+        ]
     factor = max(1.0, farthest)  # probes must reach every bend
     run.coordinates = original.rescaled(factor)
     as_found_HK = first_HK
