@@ -11,15 +11,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Tables, Values, Zoo, percent
+from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Tables, Values, percent
 from benchmarks.autoencoder.reconstruction import all_weights
 from distrecon import figures
-from distrecon.autoencoder import Autoencoder, generate
+from distrecon.autoencoder import generate
 from distrecon.autoencoder.config import TasksConfig
 from distrecon.autoencoder.model import decode_latents, encode_models
 from distrecon.autoencoder.refine import refine
 
 CODER: Values = RESIDUAL | {"optim.epochs": 2}
+UNTRAINED: Values = {"model.kind": "fisher_pca"}
+UNTRAINED_CURVE = "untrained, 30 to 100 steps"
 TEACHERS = 10
 SCRATCH = "scratch, 10 to 100 steps"
 SCRATCH_RATES = (0.07, 0.14, 0.28)  # of distillation from scratch; the figure has the second
@@ -39,13 +41,12 @@ TABLES: Tables = {
     ),
 }
 
-Made = tuple[Tensor, float]  # models [M, P] and the CPU milliseconds that each took
-
 
 def run(bench: Bench) -> None:
     """All budgets with every seed, and a figure."""
     for seed in range(bench.seeds):
-        bench.cell("generation", seed, lambda s=seed: _seed(bench, s))  # type: ignore[misc]
+        bench.cell("trained", seed, lambda s=seed: Maker(bench, CODER, s).trained_and_baselines())  # type: ignore[misc]
+        bench.cell("untrained", seed, lambda s=seed: Maker(bench, UNTRAINED, s).untrained())  # type: ignore[misc]
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in bench.rows:
         if row["seed"] == 0 and row["method"]:
@@ -53,38 +54,71 @@ def run(bench: Bench) -> None:
     figures.save_png(figures.accuracy_novelty(curves), Path(bench.folder) / "generation.png")
 
 
-def _seed(bench: Bench, seed: int) -> list[Row]:
-    zoo, (autoencoder, _) = bench.zoo, bench.autoencoder(CODER, seed)
-    tasks = autoencoder.config.tasks
-    best_N = generate.best_states(zoo.arch, zoo.train, zoo.images)
-    good_N = generate.top(best_N, tasks.good)
-    good_NP, z_NZ = zoo.train.theta_BP[good_N], encode_models(autoencoder, zoo.train)[good_N]
-    judge = generate.Judge.make(zoo.arch, zoo.train, best_N, zoo.test, zoo.images, tasks)
-    rows: list[Row] = []
+class Maker:
+    """Makes and judges models with one coder and one seed."""
 
-    def report(method: str, name: str, make: Callable[[], Tensor]) -> None:
+    def __init__(self, bench: Bench, values: Values, seed: int) -> None:
+        self.zoo, self.seed = bench.zoo, seed
+        self.autoencoder, _ = bench.autoencoder(values, seed)
+        self.tasks = self.autoencoder.config.tasks
+        zoo, best_N = bench.zoo, generate.best_states(bench.zoo.arch, bench.zoo.train, bench.zoo.images)
+        good_N = generate.top(best_N, self.tasks.good)
+        self.good_NP, self.z_NZ = zoo.train.theta_BP[good_N], encode_models(self.autoencoder, zoo.train)[good_N]
+        self.judge = generate.Judge.make(zoo.arch, zoo.train, best_N, zoo.test, zoo.images, self.tasks)
+        self.rows: list[Row] = []
+
+    def trained_and_baselines(self) -> list[Row]:
+        """A trained coder by every sampler and budget, and what one could do without it."""
+        for method, name, settings, sampler in _samplers(self.tasks):
+            self._drawn(method, name, settings, sampler)
+        arch, good_NP, count, seed = self.zoo.arch, self.good_NP, self.tasks.samples, self.seed
+        std_P = self.autoencoder.fitted(0, "std_P")
+        for scale in (0.1, 0.2, 0.3, 0.4, 0.5):
+            name = f"weight noise {scale:g}"
+            self._report("weight noise", name, lambda s=scale: generate.noisy(good_NP, std_P, s, count, seed))  # type: ignore[misc]
+        for share in (0.1, 0.25, 0.5):
+            name = f"average of two, share {share:g}"
+            self._report("average of two", name, lambda s=share: generate.averaged(arch, good_NP, count, seed, s))  # type: ignore[misc]
+        for steps in (10, 30, 60, 100):
+            for rate in SCRATCH_RATES:
+                curve = SCRATCH if rate == SCRATCH_RATES[1] else ""
+                self._report(curve, f"scratch, {steps} steps, rate {rate:g}", self._distilled(steps, rate))
+        self._report("", "held-out good models", lambda: self.judge.heldout_BP)
+        return self.rows
+
+    def untrained(self) -> list[Row]:
+        """The Fisher PCA alone, whose refinement steps cost a third."""
+        for bandwidth in (0.2, 0.3):
+            self._drawn("", f"untrained {bandwidth:g}", replace(self.tasks, bandwidth=bandwidth), "flat_kde")
+        for steps in (30, 60, 100):
+            for bandwidth in (0.3, 0.4):
+                settings = replace(self.tasks, bandwidth=bandwidth, generate_refine=steps, teachers=TEACHERS)
+                self._drawn(UNTRAINED_CURVE, f"untrained {bandwidth:g}, refine {steps}", settings, "flat_kde")
+        return self.rows
+
+    def _report(self, method: str, name: str, make: Callable[[], Tensor]) -> None:
         start = time.process_time()
         theta_MP = make()
         milliseconds = 1000 * (time.process_time() - start) / len(theta_MP)
-        rows.append({"case": name, "method": method, "ms_per_model": milliseconds} | judge(theta_MP)[0])
+        self.rows.append({"case": name, "method": method, "ms_per_model": milliseconds} | self.judge(theta_MP)[0])
 
-    for method, name, settings, sampler in _samplers(tasks):
-        report(method, name, lambda t=settings, s=sampler: _drawn(autoencoder, good_NP, z_NZ, zoo, t, s, seed))  # type: ignore[misc]
-    std_P, count = autoencoder.fitted(0, "std_P"), tasks.samples
-    for scale in (0.1, 0.2, 0.3, 0.4, 0.5):
-        name = f"weight noise {scale:g}"
-        report("weight noise", name, lambda s=scale: generate.noisy(good_NP, std_P, s, count, seed))  # type: ignore[misc]
-    for share in (0.1, 0.25, 0.5):
-        name = f"average of two, share {share:g}"
-        report("average of two", name, lambda s=share: generate.averaged(zoo.arch, good_NP, count, seed, s))  # type: ignore[misc]
-    for steps in (10, 30, 60, 100):
-        for rate in SCRATCH_RATES:
-            name = f"scratch, {steps} steps, rate {rate:g}"
-            report(
-                SCRATCH if rate == SCRATCH_RATES[1] else "", name, _distilled(zoo, good_NP, steps, rate, count, seed)
-            )
-    report("", "held-out good models", lambda: judge.heldout_BP)
-    return rows
+    def _drawn(self, method: str, name: str, settings: TasksConfig, sampler: str) -> None:
+        def make() -> Tensor:
+            source, images = (self.autoencoder, self.good_NP, self.z_NZ), self.zoo.images
+            return generate.generate_models(*source, images, settings, sampler, self.seed)[0]
+
+        self._report(method, name, make)
+
+    def _distilled(self, steps: int, rate: float) -> Callable[[], Tensor]:
+        """Randomly initialised models after Adam steps on all weights towards ten good models' averaged outputs."""
+        plain, count = all_weights(self.zoo), self.tasks.samples
+        first = plain.standardise(self.zoo.fresh(count, 1_000_000 + 1000 * self.seed), 0)
+
+        def make() -> Tensor:
+            targets_MQC = generate.teacher_targets(plain, self.good_NP, count, TEACHERS, self.seed, 0)
+            return decode_latents(plain, refine(plain, first, targets_MQC, steps, 0, self.seed, rate))
+
+        return make
 
 
 def _samplers(tasks: TasksConfig) -> list[tuple[str, str, TasksConfig, str]]:
@@ -108,21 +142,3 @@ def _samplers(tasks: TasksConfig) -> list[tuple[str, str, TasksConfig, str]]:
     for sampler in ("gaussian", "interpolation", "dimension_kde"):
         add("", sampler, (1.0,))
     return cases
-
-
-def _drawn(
-    autoencoder: Autoencoder, good_NP: Tensor, z_NZ: Tensor, zoo: Zoo, settings: TasksConfig, sampler: str, seed: int
-) -> Tensor:
-    return generate.generate_models(autoencoder, good_NP, z_NZ, zoo.images, settings, sampler, seed)[0]
-
-
-def _distilled(zoo: Zoo, good_NP: Tensor, steps: int, rate: float, count: int, seed: int) -> Callable[[], Tensor]:
-    """Randomly initialised models after Adam steps on all weights towards ten good models' averaged outputs."""
-    plain = all_weights(zoo)
-    first = plain.standardise(zoo.fresh(count, 1_000_000 + 1000 * seed), 0)
-
-    def make() -> Tensor:
-        targets_MQC = generate.teacher_targets(plain, good_NP, count, TEACHERS, seed, 0)
-        return decode_latents(plain, refine(plain, first, targets_MQC, steps, 0, seed, rate))
-
-    return make
