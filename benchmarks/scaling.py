@@ -1,7 +1,7 @@
 """What a training step costs beside its arithmetic, measured here, and what follows for 1 to 64 GPUs.
 
-    python benchmarks/scaling.py [--quick] [--out runs/scaling.json] [--page docs/scaling.md]
-    python benchmarks/scaling.py --from runs/scaling.json --gpu-tflops 100 --network-gbit 200 ...
+    python -m benchmarks.scaling [--quick] [--out runs/scaling.json] [--page docs/scaling.md]
+    python -m benchmarks.scaling --from runs/scaling.json --gpu-tflops 100 --network-gbit 200 ...
 
 Measured, with 1 and 2 processes of one thread: steps, the sum of gradients (gloo on loopback), reading and sharding the
 zoo (Ray Data), checkpoints. The model puts a GPU's arithmetic and a cluster's network and storage, which are arguments
@@ -27,7 +27,7 @@ import torch.multiprocessing as mp
 
 from benchmarks.__main__ import BEGIN, END
 from benchmarks.suite.harness import machine, turns
-from benchmarks.suite.steps import _config, _random_images
+from benchmarks.suite.steps import config_of, random_images
 from distrecon.autoencoder.model import ZooSample
 from distrecon.autoencoder.training import Batch, Training
 from distrecon.images import load
@@ -46,8 +46,8 @@ def build(size: str, count: int) -> Training:
     """A training of the demo's or the paper's autoencoder with contrastive, structural and behavioural loss."""
     arch = architecture(SIZES[size])
     theta_BP = initialise(arch, ["kaiming_normal"] * count, range(count))
-    images = _random_images(arch) if size == "paper" else load("digits")
-    return Training(_config(size == "paper"), [ZooSample(arch, theta_BP, images)], total_steps=1000)
+    images = random_images(arch) if size == "paper" else load("digits")
+    return Training(config_of(size == "paper"), [ZooSample(arch, theta_BP, images)], total_steps=1000)
 
 
 def steps(training: Training, total: int, rank: int, world: int, repeats: int, clock: Callable[[], float]) -> float:

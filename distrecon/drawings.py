@@ -186,8 +186,8 @@ def dendrogram(sweep: SweepRecord, arrays: Arrays) -> Drawing | None:
     cut, cluster_V = float(data["layer1_cut"]), data["layer1_cluster"]
     return Drawing(
         "dendrogram",
-        f"Clustering of the students' neurons ({tables.heading(sweep)} {tables.label(best.config)})",
-        f"{cluster_V.max() + 1} clusters are kept below the cut at {cut:.1e}, of {len(cluster_V)} neurons.",
+        f"Clustering of {_clustered(best)} ({tables.heading(sweep)} {tables.label(best.config)})",
+        f"{cluster_V.max() + 1} clusters are kept below the cut at {cut:.1e}, of {len(cluster_V)} vectors.",
         figures.dendrogram(data["layer1_merges"], cut, cluster_V),
     )
 
@@ -199,14 +199,19 @@ def similarity(sweep: SweepRecord, arrays: Arrays) -> Drawing | None:
     data = arrays[best.trial]
     return Drawing(
         "similarity",
-        f"Similarity of the students' neurons ({tables.heading(sweep)} {tables.label(best.config)})",
-        "Neurons of one cluster point the same way (cosine 1) and form blocks on the diagonal.",
+        f"Similarity of {_clustered(best)} ({tables.heading(sweep)} {tables.label(best.config)})",
+        "Vectors of one cluster point the same way (cosine 1) and form blocks on the diagonal.",
         figures.similarity(data["layer1_similarity"], data["layer1_cluster"]),
     )
 
 
 def _recovered(sweep: SweepRecord) -> Sequence[TrialRecord]:
     return [t for t in sweep.trials.values() if "recover/layer_sizes" in t.metrics]
+
+
+def _clustered(trial: TrialRecord) -> str:
+    """What the clustered vectors of a recovery are."""
+    return "the bends along lines" if trial.metrics.get("recover/lines") else "the students' neurons"
 
 
 def _most_students(sweep: SweepRecord, arrays: Arrays) -> TrialRecord | None:

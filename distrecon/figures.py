@@ -100,7 +100,7 @@ def gradients(layers: Sequence[str], shares: Mapping[str, np.ndarray], cosines: 
         axis.set_xticks(range(len(layers)), layers, color=INK)
         axis.set_title(title, fontsize=10, color=INK)
         axis.axhline(0, color=INK, linewidth=0.8, linestyle=":")
-        axis.set_ylim(min(-0.05, *(float(np.min(v)) - 0.08 for v in lines.values())), 1.05)
+        axis.set_ylim(min(-0.05, *(np.nanmin([*v, 0.0]) - 0.08 for v in lines.values())), 1.05)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 

@@ -150,8 +150,8 @@ def finish(
     stage = Progress("report")
     records = [read_sweep(place.journal(name).path) for name in names]
     tracker.sync(force=True)
-    spans = [record.ended - record.started for record in records if record.ended and record.started]
-    about = _about(request, zoos, max(seconds, *spans, 0.0))  # a resumed run took as long as its sweeps
+    # a resumed run took as long as its sweeps, earlier starts included
+    about = _about(request, zoos, max([seconds, *(record.seconds for record in records)]))
     runs.write_json(place.folder / "summary.json", runs.summary(records, **about))
     files = report.write(place.folder, records, place, about, tracker)
     _log_artifacts(tracker, records, files)

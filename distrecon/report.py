@@ -123,7 +123,7 @@ def _page(about: Mapping[str, Any], sections: Sequence[str], tracker: Tracker) -
 
 
 def _section(sweep: SweepRecord, made: Sequence[Drawing], tracker: Tracker) -> str:
-    seconds = (sweep.ended - sweep.started) if sweep.ended and sweep.started else 0.0
+    seconds = sweep.seconds
     introduction = (
         f"{len(sweep.trials)} trials of kind {sweep.kind} in {duration(seconds)}; "
         f"objective {sweep.metric} ({sweep.mode})."

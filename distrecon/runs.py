@@ -152,13 +152,12 @@ def summary(sweeps: Iterable[SweepRecord], **extra: Any) -> dict[str, Any]:
 
 def _summarise(sweep: SweepRecord) -> dict[str, Any]:
     best = sweep.best()
-    ended = sweep.ended or time.time()
     return {
         "name": sweep.name,
         "kind": sweep.kind,
         "metric": sweep.metric,
         "mode": sweep.mode,
-        "seconds": round(ended - sweep.started, 1) if sweep.started else 0.0,
+        "seconds": round(sweep.seconds, 1),
         "best": best.trial if best else None,
         "trials": [
             {

@@ -166,7 +166,7 @@ class Tracker:
     def client(self) -> MlflowClient:
         """Made on first use, which creates a local database where there is none."""
         if self._client is None:
-            if self.uri.startswith("sqlite:///"):
+            if self.uri.startswith("sqlite:///") and "?" not in self.uri:
                 _create(Path(self.uri.removeprefix("sqlite:///")))
             self._client = MlflowClient(self.uri)
         return self._client

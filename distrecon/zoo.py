@@ -43,9 +43,9 @@ def parser() -> console.Parser:
     check.add_argument("--images-dir", metavar="DIR", help="where the zoo's images lie")
     export = _command(commands, "export", "write one model as safetensors")
     export.add_argument("zoo", help="folder or URL of the zoo")
-    export.add_argument("--model", required=True, metavar="ID")
+    export.add_argument("--model", required=True, metavar="ID", help="the model's id in the zoo")
     export.add_argument("--epoch", type=int, help="which of its states (default: the last)")
-    export.add_argument("--out", required=True, metavar="FILE")
+    export.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
     return parser
 
 

@@ -17,14 +17,14 @@ from distrecon.images import ImageSet, LabelledImages, load
 from distrecon.nets import Architecture, architecture, initialise
 
 
-def _config(paper: bool) -> AutoencoderConfig:
+def config_of(paper: bool) -> AutoencoderConfig:
     """A transformer with all three losses; the paper's size is 256 wide, 8 + 8 layers, 8 heads, latent 64."""
     model = ModelConfig(width=256, layers=8, heads=8, latent=64) if paper else ModelConfig()
     data = DataConfig(queries=256, query_pool=512, views="permutation", align=False)
     return AutoencoderConfig(model, LossConfig(beta=0.1), OptimConfig(batch_size=16 if paper else 32), data)
 
 
-def _random_images(arch: Architecture) -> ImageSet:
+def random_images(arch: Architecture) -> ImageSet:
     """As many random images of the architecture's size as a pool of queries needs."""
     part = LabelledImages(torch.randn(512, *arch.input_shape), torch.zeros(512, dtype=torch.long))
     return ImageSet("random", part, part, part, tuple("0123456789"), "none")
@@ -70,16 +70,16 @@ def published_step(
 
 def demo_step(models: int, queries: int) -> Callable[[], object]:
     """A training step of demo size on so many models and queries."""
-    config, arch = _config(paper=False), architecture("cnn_small")
+    config, arch = config_of(paper=False), architecture("cnn_small")
     config = replace(config, data=replace(config.data, queries=queries))
     return _stepper(_training(config, arch, models, load("digits"), CPU))
 
 
 def paper_step(models: int, precision: str, device: torch.device, compiled: bool) -> Callable[[], object]:
     """A training step of the paper's size on 256 queries; `compiled`: the transformer by torch.compile."""
-    config, arch = _config(paper=True), architecture("cnn3")
+    config, arch = config_of(paper=True), architecture("cnn3")
     config = replace(config, optim=replace(config.optim, precision=precision))
-    training = _training(config, arch, models, _random_images(arch), device)
+    training = _training(config, arch, models, random_images(arch), device)
     if compiled:
         for name in ("encoder", "decoder"):
             getattr(training.autoencoder.coder, name).compile()
@@ -108,8 +108,8 @@ def whole_step(quick: bool, device: torch.device = CPU) -> list[Row]:
     """One training step with contrastive, structural and behavioural loss, against the published way."""
     rows = []
     for paper in (False, True):
-        config, arch = _config(paper), architecture("cnn3" if paper else "cnn_small")
-        images = _random_images(arch) if paper else load("digits")
+        config, arch = config_of(paper), architecture("cnn3" if paper else "cnn_small")
+        images = random_images(arch) if paper else load("digits")
         models = config.optim.batch_size if not (paper and quick) else 4
         training = _training(config, arch, models, images, device)
         theta_BP = training.zoos[0].sample_BP.to(device)

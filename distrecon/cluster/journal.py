@@ -104,18 +104,18 @@ class SweepRecord:
     metric: str = ""
     mode: str = "max"
     total: int = 0
-    started: float | None = None
-    ended: float | None = None
+    seconds: float = 0.0  # at work: what lay between an interruption and the next start is left out
+    last: float = 0.0  # time of the last event
     trials: dict[str, TrialRecord] = field(default_factory=dict)
 
     def apply(self, event: Mapping[str, Any]) -> None:
         """Takes in one event."""
         what, at = event["event"], event["time"]
+        self.seconds += 0.0 if what in ("sweep", "restart") else at - self.last
+        self.last = at
         if what == "sweep":
             self.kind, self.metric, self.mode = event["kind"], event["metric"], event["mode"]
             self.total = event["trials"]
-            self.started = self.started or at
-            self.ended = None
         elif what == "started":
             known = self.trials.get(event["trial"])
             if known is None:
@@ -129,8 +129,6 @@ class SweepRecord:
             trial.status, trial.error, trial.ended = event["status"], event["error"], at
         elif what == "restart":
             self.trials.clear()
-        elif what == "done":
-            self.ended = at
 
     def best(self) -> TrialRecord | None:
         """The completed trial with the best objective."""

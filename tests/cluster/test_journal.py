@@ -3,8 +3,9 @@
 import json
 
 import numpy as np
+import pytest
 
-from distrecon.cluster.journal import Journal, read_sweep
+from distrecon.cluster.journal import Journal, SweepRecord, read_sweep
 
 
 def start(tmp_path):
@@ -28,7 +29,17 @@ def test_events_become_a_record(tmp_path):
     assert record.best().trial == "p"
     assert record.trials["p"].metrics == {"a/x": 3.0, "a/y": 0.5}
     assert record.trials["q"].error == "boom"
-    assert record.ended >= record.started
+    times = [event["time"] for event in journal.read()[0]]
+    assert record.seconds == pytest.approx(times[-1] - times[0])
+
+
+def test_time_between_an_interruption_and_the_next_start_does_not_count():
+    record = SweepRecord("demo")
+    begin = {"event": "sweep", "kind": "autoencoder", "metric": "a/x", "mode": "max", "trials": 1}
+    for event, at in ((begin, 100), ({"event": "started", "trial": "p", "config": {}}, 104), (begin, 1000)):
+        record.apply({**event, "time": at})
+    record.apply({"event": "done", "time": 1003})
+    assert record.seconds == 7
 
 
 def test_best_follows_the_mode_and_skips_what_has_no_number(tmp_path):

@@ -67,8 +67,8 @@ def test_passes_and_seeds_differ_and_rows_are_mixed() -> None:
     ("call", "message"),
     [
         (lambda: Order(spans([(0, 9)]), 10, 4, 1, (0,)), "10 is not a multiple of the 4"),
-        (lambda: Order(spans([(0, 9)]), 8, 4, 1, (0,)).owned(0, 3), "among 3 workers"),
-        (lambda: Order(spans([(0, 9)]), 8, 4, 1, (0,)).owned(2, 2), "among 2 workers"),
+        (lambda: Order(spans([(0, 9)]), 8, 4, 1, (0,)).owned(0, 5), "worker 0 of 5: there are only 4"),
+        (lambda: Order(spans([(0, 9)]), 8, 4, 1, (0,)).owned(2, 2), "worker 2 of 2"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(call, message: str) -> None:
