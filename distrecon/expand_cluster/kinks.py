@@ -32,6 +32,8 @@ LEAST_COMMON = 3  # coordinates that two partial rows must share to be compared
 LEAST_LINES = 3  # distinct lines that must find a first-layer hyperplane
 STRAIGHT = 0.95  # share of the lines crossing it that must bend there
 
+AT_ONCE = 4_000_000  # numbers of the queries round bends that are made at a time
+
 Ask = Callable[[Tensor], Tensor]
 
 
@@ -146,6 +148,15 @@ def scan(ask: Ask, from_LR: Tensor, to_LR: Tensor, noise: float) -> Lines:
 
 def _gradients(ask: Ask, z_SR: Tensor, step_S1: Tensor, noise_S: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients [S, O, R] by central differences, and whether the black box is straight there."""
+    most = max(1, AT_ONCE // z_SR.shape[1] ** 2)
+    parts = [
+        _central_differences(ask, *part)
+        for part in zip(z_SR.split(most), step_S1.split(most), noise_S.split(most), strict=True)
+    ]
+    return torch.cat([gradients for gradients, _ in parts]), torch.cat([straight for _, straight in parts])
+
+
+def _central_differences(ask: Ask, z_SR: Tensor, step_S1: Tensor, noise_S: Tensor) -> tuple[Tensor, Tensor]:
     moves_SRR = step_S1[:, None] * torch.eye(z_SR.shape[1], dtype=torch.float64)
     center_S1O, up, down = ask(z_SR)[:, None], ask(z_SR[:, None] + moves_SRR), ask(z_SR[:, None] - moves_SRR)
     straight_S = (up + down - 2 * center_S1O).abs().amax(dim=(1, 2)) <= NOISE_MARGIN * noise_S
@@ -215,7 +226,7 @@ def join_rows(rows_SK: Tensor, seen_SK: Tensor) -> list[tuple[Tensor, list[int]]
             dot_S = (rows_SK * common_SK * vector_K).sum(1)
             own_S = (rows_SK * common_SK).square().sum(1)
             theirs_S = (vector_K * common_SK).square().sum(1)
-            fits_S = free_S & (common_SK.sum(1) >= LEAST_COMMON)
+            fits_S = free_S & (common_SK.sum(1) >= LEAST_COMMON) & (own_S * theirs_S > 0)
             fits_S &= own_S * theirs_S - dot_S.square() <= SAME**2 * own_S * theirs_S
             if not fits_S.any():
                 break

@@ -28,27 +28,29 @@ AROUND = (0.25, 1.0, 4.0)  # half lengths of the other lines, in units of the be
 ROUNDS = (4, 8, 16, 32)  # lines of each of those in one round
 AIMED = 3  # times as many lines towards what does not fit yet
 NEAREST = 4  # bends of each neuron round which probes are placed
-SPARE = 4  # a scan is made only while the query budget has this many times its grid left
+SPARE = 4  # times its grid that a scan may cost
+KEPT = 0.5  # share of the query budget that is left to probes, verification and students
 LAYERS = 2  # hidden layers that bends can tell
 
 
 def recover_from_bends(run: Run) -> Recovery | None:
     """The network that explains the bends of more and more lines, until one is verified; None when none is found.
 
-    Leaves the probes' coordinates at the scale at which the network bends, and places round its bends. Scans no further
-    when the query budget has not several times the need of a scan left.
+    Leaves the probes' coordinates at the scale at which the network bends, and places round its bends. Takes at most
+    half of the queries that are left, and no more rounds than `budget.attempts`.
     """
     if run.activation.symmetry != "scaled" or run.hidden_layers > LAYERS:
         return None
     original, rank = run.coordinates, run.coordinates.rank
     best: Recovery | None = None
     parts: list[Lines] = []
+    keep = KEPT * run.box.left() if run.box.budget else 0.0
 
     def ask(z: Tensor) -> Tensor:
         return run.box(z.reshape(-1, rank) @ original.back_IR.T).reshape(*z.shape[:-1], run.box.outputs)
 
     def look(from_LR: Tensor, to_LR: Tensor) -> None:
-        if run.box.left() > SPARE * len(from_LR) * GRID:
+        if run.box.left() - keep > SPARE * len(from_LR) * GRID:
             parts.append(scan(ask, from_LR, to_LR, run.box.noise))
 
     for reach in REACHES:
@@ -56,19 +58,25 @@ def recover_from_bends(run: Run) -> Recovery | None:
     if not any(len(part.line_S) for part in parts):
         return None
     fullest = REACHES[max(range(len(parts)), key=lambda i: len(parts[i].line_S))]
-    for lines in ROUNDS:
+    found: _Explained | None = None
+    aimed = 0
+    for lines in ROUNDS[: run.config.budget.attempts]:
+        before = len(parts)
+        if found is not None:
+            look(*_towards_misfits(found, original, aimed, run.generator))
+            if run.hidden_layers > 1:
+                look(*_from_corners(found.first_HK, fullest * rank**0.5, run.generator))
         for factor in AROUND:
             look(*random_lines(rank, fullest * factor * rank**0.5, lines, run.generator))
-        found = _explain(run, original, Lines.join(parts))
+        if len(parts) == before or run.late():
+            break
+        found, aimed = _explain(run, original, Lines.join(parts)), AIMED * lines
         if found is None:
             continue
         if best is None or _loss(found.recovery) < _loss(best) or found.recovery.verified:
             best = found.recovery
-        if found.recovery.verified or run.late():
+        if found.recovery.verified:
             break
-        look(*_towards_misfits(found, original, AIMED * lines, run.generator))
-        if run.hidden_layers > 1:
-            look(*_from_corners(found.first_HK, fullest * rank**0.5, run.generator))
     return best
 
 
@@ -92,6 +100,7 @@ def _towards_misfits(
     data = found.data
     answers_QO = data.y_QO * data.scale + data.mean_O
     order_Q = (found.recovery(data.x_QI) - answers_QO).square().sum(1).argsort()
+    count = min(count, len(order_Q) // 2)  # so that no line has the same probe at both ends
     z_QR = data.x_QI @ original.to_RI.T
     good = torch.randint(len(order_Q) // 2, (count,), generator=generator)
     return z_QR[order_Q[good]], z_QR[order_Q[-count:]]
@@ -132,9 +141,8 @@ def _explain(run: Run, original: Coordinates, lines: Lines) -> _Explained | None
         farthest = max(farthest, *(float(points_SR[0].norm()) / original.rank**0.5 for points_SR in nearest))
         run.places_SI = torch.cat(nearest) @ original.back_IR.T
         second_HK = torch.stack([row.vector_K for row in several])
-        others_HK = torch.stack([row.vector_K for row in rows if len(row.points_SR) > 1 or row.complete])[
-            len(several) :
-        ]
+        single = [row.vector_K for row in rows if len(row.points_SR) == 1 and row.complete]
+        others_HK = torch.stack(single) if single else second_HK[:0]
     factor = max(1.0, farthest)  # probes must reach every bend
     run.coordinates = original.rescaled(factor)
     as_found_HK = first_HK

@@ -128,3 +128,24 @@ def test_smooth_activations_have_no_bends_to_recover_from():
         activation, hidden_layers = activation("tanh"), 1
 
     assert recover_from_bends(Nothing()) is None
+
+
+@pytest.mark.parametrize("budget", [14_000, 20_000, 30_000])
+def test_bends_leave_the_students_their_share_of_the_queries(budget):
+    settings = {"budget.queries": budget, "budget.attempts": 1, "students.count": 2}
+    config = configuration.replace(RecoveryConfig(), settings)
+    result = recover(network(deep_weights((8, 6, 1), seed=3), "relu"), 8, "relu", config=config)
+    assert result.metrics["recover/queries"] <= budget
+
+
+def test_a_network_of_another_slope_is_asked_finite_inputs_only():
+    """Few probes: the lines towards what does not fit must not begin where they end."""
+    settings = {"probes.count": 60, "budget.attempts": 2, "students.count": 2}
+    config = configuration.replace(RecoveryConfig(), settings)
+    answer = network(deep_weights((3, 2, 1), seed=0), "leaky_relu")
+
+    def teacher(x_QI):
+        assert x_QI.isfinite().all()
+        return answer(x_QI)
+
+    assert not recover(teacher, 3, "relu", config=config).verified
