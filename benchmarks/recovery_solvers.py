@@ -113,7 +113,10 @@ def main() -> None:
             flush=True,
         )
     for name, ratio in (
-        (f"time to {TARGET:g}", [row["adam_to_target"] / row["solver_to_target"] for row in rows]),
+        (
+            f"time to {TARGET:g} (Adam's whole time where it does not get there)",
+            [min(row["adam_to_target"], row["adam_seconds"]) / row["solver_to_target"] for row in rows],
+        ),
         ("time to Adam's final loss", [row["adam_seconds"] / row["solver_to_adams_final"] for row in rows]),
     ):
         print(f"{name}: Adam over solver, median {torch.tensor(ratio).median():.0f}, least {min(ratio):.0f}")
