@@ -1,7 +1,8 @@
 """Wall time, stage by stage, and peak memory of all processes of `python -m distrecon.tune`.
 
 Memory is the sum over the command and all its descendants, Ray's processes among them, of their proportional set size
-(PSS: shared pages are counted once), sampled twice a second.
+(PSS: shared pages are counted once), sampled twice a second. Outside work is the wall time in which no zoo is made, no
+autoencoder trained or scored and no network recovered: those times are the trials' own, read from the journals.
 
     python benchmarks/default_run.py [--out FILE.json] [-- OPTIONS OF distrecon.tune]
 """
@@ -9,11 +10,17 @@ Memory is the sum over the command and all its descendants, Ray's processes amon
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+WORK = ("time/seconds", "time/scoring_seconds")  # metrics that say how long their trial had worked when they came
+UNITS = {"h": 3600.0, "min": 60.0, "s": 1.0}
 
 
 def main() -> int:
@@ -21,12 +28,22 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("options", nargs="*", help="options of distrecon.tune, after --")
     args = parser.parse_args()
+    figures = measure(args.options, Path.cwd())
+    print(json.dumps(figures, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=1))
+    return int(figures["rc"])
+
+
+def measure(options: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Runs the command in `folder` and prints what it prints. Seconds by stage, and outside work; peak GiB; its rc."""
     start = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "distrecon.tune", *args.options],
+        [sys.executable, "-m", "distrecon.tune", *options],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        cwd=folder,
     )
     peak = {"bytes": 0}
     watcher = threading.Thread(target=_watch, args=(process, peak), daemon=True)
@@ -40,17 +57,51 @@ def main() -> int:
     seconds = time.monotonic() - start
     watcher.join()
     print(printed)
-    stages = {line.split()[0]: line.rsplit("(", 1)[-1].rstrip(")") for _, line in marks if line.endswith(")")}
-    figures = {
-        "seconds": round(seconds, 1),
-        "peak_gib": round(peak["bytes"] / 2**30, 2),
+    figures = {"rc": process.returncode, "seconds": seconds, "peak_gib": peak["bytes"] / 2**30}
+    return figures | (_stages(marks, seconds, folder) if process.returncode == 0 else {})
+
+
+def _stages(marks: Sequence[tuple[float, str]], seconds: float, folder: Path) -> dict[str, Any]:
+    """Seconds of each stage, from the lines that end them, and of what is outside work."""
+    stages, last, run = {"start": 0.0}, 0.0, folder
+    for end, line in marks:
+        found = re.fullmatch(r"(\w+) +(.*) \(([^()]*)\)", line)
+        if found and "left" not in found[3]:
+            parts = found[3].split()
+            took = sum(float(n) * UNITS[unit] for n, unit in zip(parts[::2], parts[1::2], strict=True))
+            stages["start"] += end - took - last
+            stages[found[1]] = stages.get(found[1], 0.0) + took
+            last = end
+            if found[1] == "report":
+                run = folder / Path(found[2]).parent
+    stages["end"] = seconds - last
+    spans = _work(run)
+    working = stages.get("zoo", 0.0) + _union(spans)
+    return {
         "stages": stages,
-        "rc": process.returncode,
+        "outside_seconds": seconds - working,
+        "outside_share": 1 - working / seconds,
+        "trials_at_once": sum(end - begin for begin, end in spans) / stages["sweeps"],
     }
-    print(json.dumps(figures))
-    if args.out:
-        args.out.write_text(json.dumps(figures, indent=1))
-    return process.returncode
+
+
+def _work(run: Path) -> list[tuple[float, float]]:
+    """When trials worked, from and to, in seconds since the epoch; of every trial its training and its scoring."""
+    spans = {}
+    for journal in run.glob("sweeps/*/journal.jsonl"):
+        for event in map(json.loads, journal.read_text().splitlines()):
+            for name in set(WORK) & set(event.get("metrics", ())):  # the last tells of all epochs before
+                spans[event["trial"], name] = (event["time"] - event["metrics"][name], event["time"])
+    return list(spans.values())
+
+
+def _union(spans: Sequence[tuple[float, float]]) -> float:
+    """Seconds that lie in at least one of the spans."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _watch(process: subprocess.Popen, peak: dict[str, int]) -> None:

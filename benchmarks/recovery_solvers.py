@@ -1,9 +1,10 @@
 """Adam with plateau decay (the published way) against Levenberg-Marquardt, on the same students of the same problems.
 
-    python benchmarks/recovery_solvers.py [--problems 6] [--adam-seconds 30]
+    python benchmarks/recovery_solvers.py [--problems 10] [--adam-seconds 30]
 
 Both start from the same random students and see the same probes. The table gives the time at which the median student
-passes a relative loss of 1e-4, and the final losses; writes JSON to --out.
+passes a relative loss of 1e-4, and the final losses. Writes JSON lines to --out as it goes; problems that are there
+already are skipped.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.warm_start import Adam
 from distrecon.nets.activations import activation as find_activation
 
-PROBLEMS = ((4, 4), (8, 4), (16, 4), (4, 2), (8, 8), (2, 4))
+PROBLEMS = ((4, 4), (8, 4), (16, 4), (4, 2), (8, 8), (2, 4), (16, 2), (32, 2), (2, 2), (4, 8))
 TARGET = 1e-4
 PATIENCE, DECAY = 200, 0.5  # the plateau rule: this many steps without a new least loss shrink the rate
 
@@ -91,12 +92,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=len(PROBLEMS))
     parser.add_argument("--adam-seconds", type=float, default=30.0)
-    parser.add_argument("--out", type=Path, default=Path("runs/recovery_solvers.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/recovery_solvers.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    known = {(row["inputs"], row["width"]): row for row in rows}
     rows = []
     for i, (inputs, width) in enumerate(PROBLEMS[: arguments.problems]):
-        row = compare(inputs, width, arguments.adam_seconds, seed=i)
+        row = known.get((inputs, width))
+        if row is None:
+            row = compare(inputs, width, arguments.adam_seconds, seed=i)
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         rows.append(row)
         print(
             f"d={inputs:<3} r={width:<2} seconds to {TARGET:g}: Adam {row['adam_to_target']:6.2f} "
@@ -109,8 +117,6 @@ def main() -> None:
         ("time to Adam's final loss", [row["adam_seconds"] / row["solver_to_adams_final"] for row in rows]),
     ):
         print(f"{name}: Adam over solver, median {torch.tensor(ratio).median():.0f}, least {min(ratio):.0f}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/recovery_synthetic.py                                  # the 150 problems with activation g
     python benchmarks/recovery_synthetic.py --activation tanh --seeds 5
     python benchmarks/recovery_synthetic.py --ray                            # the same over a Ray cluster
+    python -m distrecon.tune --space tune_spaces/synthetic_problems.yaml     # the same as a Ray Tune sweep
 
 Prints one line a problem and a map of exact recoveries by inputs d and width r; writes every number as JSON lines to
 --out as it goes, and skips the problems that are there already, so that an interrupted run continues.
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 
 from distrecon import config as configuration
-from distrecon.expand_cluster import RecoveryConfig, network, recover, score, synthetic_teacher
+from distrecon.expand_cluster import RecoveryConfig, network, recover, score
+from distrecon.expand_cluster.teachers import synthetic_problem
 
 INPUTS, WIDTHS = (2, 4, 8, 16, 32), (2, 4, 8)
 EXACT = 1e-6  # largest cosine distance of an exact recovery
@@ -27,7 +29,7 @@ EXACT = 1e-6  # largest cosine distance of an exact recovery
 def solve(activation: str, inputs: int, width: int, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Recover one problem and score it against its teacher."""
     torch.set_num_threads(1)
-    weights = synthetic_teacher(inputs, width, activation, seed=100_000 * inputs + 1_000 * width + seed)
+    weights = synthetic_problem(inputs, width, activation, seed)
     started, cpu = time.monotonic(), time.process_time()
     config = configuration.replace(RecoveryConfig(), settings)
     recovery = recover(network(weights, activation), inputs, activation, seed=seed, config=config)

@@ -1,5 +1,6 @@
 """python -m distrecon: lists the commands; `distrecon COMMAND ...` runs one."""
 
+import os
 import runpy
 import sys
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"distrecon: error: unknown command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv = [f"distrecon.{name}", *arguments[1:]]
+    sys.path.insert(0, os.getcwd())  # as with python -m: --teacher MODULE:CALLABLE may lie here
     runpy.run_module(f"distrecon.{name}", run_name="__main__", alter_sys=True)
     return 0
 

@@ -1,13 +1,21 @@
 """What commands print: progress that a person can follow, tables that fit 80 columns, one-line errors, exit codes."""
 
 import argparse
+import contextlib
+import json
+import os
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
 
-from distrecon.errors import UserError, WorkFailed
+from distrecon import runs
+from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory, nearest
 
 DONE, SOME_FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 EVERY = 15.0  # seconds between progress lines when the output is not a terminal
@@ -64,27 +72,82 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def run_command(
-    main: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: list[str] | None
-) -> int:
-    """Parses, runs, and turns a wrong request into one line and exit code 2; `--verbose` shows tracebacks."""
-    args = parser.parse_args(argv)
+def short(path: Path) -> str:
+    """A path as a person would write it here: relative when it lies below the working directory."""
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command came to: its exit code, the text for people, and the same as data for `--json`."""
+
+    code: int
+    text: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and name the nearest option or choice."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.match(r"unrecognized arguments: (\S+)", message):
+            message = f"unknown option {found[1]!r}{nearest(found[1], self.options())}"
+        elif found := re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+            known = [choice.strip(" '") for choice in found[2].split(",")]
+            message = f"{message[: found.start()]}{found[1]!r} is unknown{nearest(found[1], known)}"
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def options(self) -> list[str]:
+        """Every long option of the command and of its own commands."""
+        names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                names += [name for parser in action.choices.values() for name in parser.options()]
+        return names
+
+
+def run_command(main: Callable[[argparse.Namespace], Answer], parser: Parser, argv: list[str] | None) -> int:
+    """Parses, runs, prints, returns the exit code. A wrong request is one line; `--verbose` shows its traceback.
+
+    With `--json` one JSON document is all that goes to stdout, also when the command failed; text goes to stderr.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in argv
     signal.signal(signal.SIGTERM, _interrupt)
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        answer = _answer(main, parser, argv)
+        if answer.text:
+            print(answer.text)
+    if as_json:
+        print(json.dumps(runs.plain({"command": parser.prog, "exit_code": answer.code, **answer.data}), indent=1))
+    return answer.code
+
+
+def _answer(main: Callable[[argparse.Namespace], Answer], parser: Parser, argv: list[str]) -> Answer:
     try:
-        return main(args)
+        return main(parser.parse_args(argv))
     except UserError as error:
-        if args.verbose:
-            traceback.print_exc()
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return WRONG_REQUEST
+        return _failure(parser, argv, WRONG_REQUEST, "error", str(error))
     except (WorkFailed, OSError) as error:
-        if args.verbose:
-            traceback.print_exc()
-        print(f"{parser.prog}: failed: {error}", file=sys.stderr)
-        return SOME_FAILED
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _failure(parser, argv, SOME_FAILED, "failed", str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _failure(parser, argv, SOME_FAILED, "failed", OUT_OF_MEMORY)
+    except KeyboardInterrupt as error:
+        print(file=sys.stderr)
+        return _failure(parser, argv, INTERRUPTED, "interrupted", str(error))
+
+
+def _failure(parser: Parser, argv: list[str], code: int, what: str, message: str) -> Answer:
+    if "--verbose" in argv and code != INTERRUPTED:
+        traceback.print_exc()
+    print(f"{parser.prog}: {what}" + (f": {message}" if message else ""), file=sys.stderr)
+    return Answer(code, data={"error": message or what})
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -96,4 +159,10 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/<time>-<command>)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     parser.add_argument("--smoke", action="store_true", help="a tiny instance of every stage; its numbers mean nothing")
+    output_options(parser)
+
+
+def output_options(parser: argparse.ArgumentParser) -> None:
+    """How a command tells what it does."""
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout; text goes to stderr")
     parser.add_argument("--verbose", action="store_true", help="show Ray's and MLflow's messages, and tracebacks")

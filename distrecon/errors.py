@@ -1,6 +1,7 @@
 """The exceptions that users see, each said in one line: a request that cannot be carried out, work that broke off."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -17,3 +18,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+OUT_OF_MEMORY = (
+    "out of memory: lower optim.batch_size, data.query_pool or students.count, run fewer trials at once "
+    "(max_concurrent), or take a machine with more"
+)
+
+
+def is_out_of_memory(error: BaseException | str) -> bool:
+    """Whether an error, or the text of another process's, is a lack of memory: Python's, torch's, CUDA's or Ray's."""
+    known = r"MemoryError|can't allocate memory|out of memory|running low on memory|Unable to allocate"
+    return isinstance(error, MemoryError) or re.search(known, str(error)) is not None

@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from distrecon import config, console, launch, runs, single
-from distrecon.cluster.scoring import score, zoo_index
+from distrecon.cluster import session
+from distrecon.cluster.scoring import check_memory, score, zoo_index
 from distrecon.config import parse_assignments
 from distrecon.zoos import open_zoo
 
@@ -14,12 +15,11 @@ EXAMPLES = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> console.Parser:
+    parser = console.Parser(
         prog="distrecon.evaluate",
         description="Predict, reconstruct and generate on a zoo's held-out models with a trained autoencoder.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--autoencoder", required=True, metavar="RUN", help="a run folder, or an autoencoder's own")
     parser.add_argument("--zoo", required=True, help="the zoo's folder")
@@ -30,13 +30,15 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> console.Answer:
     runs.check_absent(args.out)
     autoencoder, zoo = runs.load_autoencoder(args.autoencoder), open_zoo(args.zoo)
     zoo_index(autoencoder, zoo)
+    check_memory(zoo, session.memory())
     small = {"tasks.samples": 4, "tasks.pairs": 4} if args.smoke else {}
     changes = {**small, **({"seed": args.seed} if args.seed is not None else {}), **parse_assignments(args.set)}
     settings = config.replace(autoencoder.config, changes, "--set")
+    console.Progress("tasks").show(f"predict, reconstruct, generate on {zoo.num_states} states of {zoo.name}")
     outcome = single.record(
         name="evaluate",
         kind="autoencoder",
@@ -49,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
         work=lambda folder: score(autoencoder, zoo, settings, folder),
         smoke=args.smoke,
     )
-    launch.show(outcome, "evaluate", args.smoke)
-    return console.DONE
+    return launch.answer(outcome, "evaluate", args.smoke)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """The only room that knows matplotlib: figures of sweeps, as PNG files and as inline SVG in the page's own colours.
 
-Each function takes plain arrays and returns a Figure; `Figures` decides where they go.
+Each function takes plain arrays and returns a Figure; `drawings` decides which, `report` where they go.
 """
 
 import io
@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # a palette that keeps its contrast on white and on near-black, and for colour-blind readers (Okabe-Ito, darkened)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#9a7d00", "#56b4e9", "#7f7f7f")
 INK, PAPER = "#222222", "#ffffff"
 SIZE = (6.4, 3.6)
+READABLE = 0.79  # least pixels a point on a page: text is legible, and a plain figure fits a phone
 
 
 def _figure(width: float = SIZE[0], height: float = SIZE[1], columns: int = 1) -> tuple[Figure, list]:
@@ -40,6 +42,7 @@ def losses_by_epoch(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]
             axis.plot(*zip(*points, strict=True), color=_colour(names.index(trial)), label=trial, linewidth=1.8)
         axis.set_title(loss, fontsize=10, color=INK)
         axis.set_xlabel("epoch", color=INK)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if all(value > 0 for points in trials.values() for _, value in points):
             axis.set_yscale("log")
     axes[0].set_ylabel("loss (before scaling)", color=INK)
@@ -86,7 +89,28 @@ def accuracy_novelty(points: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
     return figure
 
 
-def gradients(
+def gradients(layers: Sequence[str], shares: Mapping[str, np.ndarray], cosines: Mapping[str, np.ndarray]) -> Figure:
+    """Per layer: each loss's share of its gradient's norm, and cosines between gradients; one line a name."""
+    figure, axes = _figure(7.2, 3.4, 2)
+    names = [*shares, *cosines]
+    for axis, lines, title in zip(axes, (shares, cosines), ("share of the gradient's norm", "cosine"), strict=True):
+        for name, values in lines.items():
+            colour, marker = _colour(names.index(name)), "os^D"[names.index(name)]
+            axis.plot(range(len(layers)), values, color=colour, marker=marker, label=name, linewidth=1.8)
+        axis.set_xticks(range(len(layers)), layers, color=INK)
+        axis.set_title(title, fontsize=10, color=INK)
+        axis.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+        axis.set_ylim(min(-0.05, *(float(np.min(v)) - 0.08 for v in lines.values())), 1.05)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def agreement(matrix_BB: np.ndarray) -> Figure:
+    """Agreement of reconstructions (rows) with originals (columns)."""
+    return _matrix(matrix_BB, "agreement", "originals", "reconstructions")
+
+
+def gradient_analysis(
     layers: Sequence[str],
     shares: Mapping[str, Mapping[str, Sequence[float]]],
     curves: Mapping[str, Sequence[tuple[float, float]]],
@@ -164,16 +188,21 @@ def dendrogram(merges: np.ndarray, cut: float, cluster_V: np.ndarray) -> Figure:
 
 def similarity(similarity_VV: np.ndarray, cluster_V: np.ndarray) -> Figure:
     """Cosine similarity of all students' neurons, ordered by cluster."""
-    figure, (axis,) = _figure(4.6, 4.0)
     order = np.argsort(np.where(cluster_V < 0, cluster_V.max() + 1, cluster_V), kind="stable")
-    image = axis.imshow(
-        similarity_VV[np.ix_(order, order)].astype(float), vmin=0, vmax=1, cmap="viridis", rasterized=True
-    )
-    axis.set_xlabel("neurons, by cluster; outside clusters last", color=INK, fontsize=9)
+    label = "neurons, by cluster; outside clusters last"
+    return _matrix(similarity_VV[np.ix_(order, order)].astype(float), "cosine similarity", label, "")
+
+
+def _matrix(values: np.ndarray, what: str, columns: str, rows: str) -> Figure:
+    """Values from 0 to 1 as an image with its scale."""
+    figure, (axis,) = _figure(4.6, 4.0)
+    image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", rasterized=True)
+    axis.set_xlabel(columns, color=INK, fontsize=9)
+    axis.set_ylabel(rows, color=INK, fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])
     bar = figure.colorbar(image, ax=axis, shrink=0.8)
-    bar.set_label("cosine similarity", color=INK)
+    bar.set_label(what, color=INK)
     bar.ax.tick_params(colors=INK)
     return figure
 
@@ -196,10 +225,11 @@ def inline_svg(figure: Figure, title: str, description: str) -> str:
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
     )
+    least = round(READABLE * 72 * figure.get_figwidth())
     unique = f"f{abs(hash((title, description))) % 10**8}"  # ids must not clash between the page's figures
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{unique}-", svg)
     text = f"<title>{_escape(title)}</title><desc>{_escape(description)}</desc>"
-    return svg.replace("<svg ", '<svg role="img" ', 1).replace(">", f">{text}", 1)
+    return svg.replace("<svg ", f'<svg role="img" style="min-width: {least}px" ', 1).replace(">", f">{text}", 1)
 
 
 def _escape(text: str) -> str:

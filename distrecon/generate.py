@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from distrecon import console, runs
-from distrecon.autoencoder.config import SAMPLERS
 from distrecon.autoencoder.generate import best_states, generate_models, scores, top
+from distrecon.autoencoder.samplers import SAMPLERS
 from distrecon.autoencoder.tasks import encode_models
 from distrecon.cluster.scoring import zoo_index
 from distrecon.errors import UserError
@@ -22,12 +23,11 @@ EXAMPLES = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> console.Parser:
+    parser = console.Parser(
         prog="distrecon.generate",
         description="Sample new models. Writes models/<number>.safetensors, which plain torch loads, and summary.json.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--autoencoder", required=True, metavar="RUN", help="a run folder, or an autoencoder's own")
     parser.add_argument("--zoo", help="zoo whose good training models are sampled around (default: the run's)")
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> console.Answer:
     runs.check_absent(args.out)
     if args.count < 1:
         raise UserError(f"--count must be at least 1, not {args.count}")
@@ -62,14 +62,19 @@ def run(args: argparse.Namespace) -> int:
     accuracy_M = scores(arch, theta_MP, images.test).accuracy_B
     request = {"autoencoder": str(args.autoencoder), "zoo": str(zoo.store), "sampler": sampler, "seed": seed}
     folder = runs.create(args.out, "generate", request)
-    _write(folder, zoo, theta_MP, accuracy_M, request, milliseconds)
+    summary = _write(folder, zoo, theta_MP, accuracy_M, request, milliseconds)
     accuracy = f"test accuracy {float(accuracy_M.mean()):.3f} mean, {float(accuracy_M.max()):.3f} best"
-    print(f"{len(theta_MP)} models of {arch.name}: {accuracy}; {milliseconds:.2f} ms each")
-    print(f"models   {folder / 'models'}\nnumbers  {folder / 'summary.json'}")
-    return console.DONE
+    text = (
+        f"{len(theta_MP)} models of {arch.name}: {accuracy}; {milliseconds:.2f} ms each\n"
+        f"models   {console.short(folder / 'models')}\nnumbers  {console.short(folder / 'summary.json')}"
+    )
+    return console.Answer(console.DONE, text, {"folder": str(folder), **summary})
 
 
 def _zoo_of(run: str) -> str:
+    """The folder of the zoo that a run's autoencoder was trained on; UserError when it has to be named."""
+    if run.startswith(runs.MLFLOW_RUN) or not (Path(run) / "summary.json").exists():
+        raise UserError(f"{run} does not tell its zoo: name one with --zoo")
     zoos = runs.read_summary(Path(run))["zoos"]
     if len(zoos) != 1:
         raise UserError(f"{run} was trained on {len(zoos)} zoos: name one with --zoo")
@@ -78,7 +83,7 @@ def _zoo_of(run: str) -> str:
 
 def _write(
     folder: Path, zoo: Zoo, theta_MP: torch.Tensor, accuracy_M: torch.Tensor, request: dict, milliseconds: float
-) -> None:
+) -> dict[str, Any]:
     (folder / "models").mkdir()
     models = []
     for number, (theta_P, accuracy) in enumerate(zip(theta_MP, accuracy_M.tolist(), strict=True)):
@@ -91,9 +96,9 @@ def _write(
         "generate/ms_per_model": milliseconds,
     }
     architecture = zoo.architecture.to_dict()
-    runs.write_json(
-        folder / "summary.json", {**request, "architecture": architecture, "metrics": metrics, "models": models}
-    )
+    summary = {**request, "architecture": architecture, "metrics": metrics, "models": models}
+    runs.write_json(folder / "summary.json", summary)
+    return summary
 
 
 def main(argv: list[str] | None = None) -> int:

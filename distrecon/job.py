@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from distrecon import config as configuration
-from distrecon import report, runs, tables
+from distrecon import report, runs, tables, tracking
 from distrecon.cluster import session
 from distrecon.cluster.journal import SweepRecord, read_sweep
+from distrecon.cluster.scoring import check_memory
 from distrecon.cluster.space import Sweep, read_space
 from distrecon.cluster.sweeps import Place, check_resources, run_sweeps
 from distrecon.console import Progress, time_left
@@ -84,12 +85,14 @@ def prepare(request: Request, out: str | None, command: str, verbose: bool = Fal
     """Checks all that can be checked, joins Ray, and only then makes the run folder, with the space files in it."""
     runs.check_absent(out)
     sweeps = read_sweeps(request)
-    for name in _zoo_names(sweeps) - set(ZOOS):
-        open_zoo(name)
+    zoos = _folders(sweeps)
     session.connect(request.address, verbose=verbose)
     check_resources(sweeps)
+    for zoo in zoos.values():
+        check_memory(zoo, session.memory())
     kept = [f"spaces/{sweep.name}.yaml" for sweep in sweeps]
-    folder = runs.create(out, command, {**dataclasses.asdict(request), "spaces": kept})
+    held = {name: zoo.digest for name, zoo in zoos.items()}
+    folder = runs.create(out, command, {**dataclasses.asdict(request), "spaces": kept, "zoos": held})
     (folder / "spaces").mkdir()
     for source, copy in zip(request.spaces, kept, strict=True):
         shutil.copyfile(source, folder / copy)
@@ -97,11 +100,21 @@ def prepare(request: Request, out: str | None, command: str, verbose: bool = Fal
 
 
 def reopen(folder: str, command: str, address: str | None) -> tuple[Path, Request]:
-    """An earlier job's folder and request, as it was made; only the cluster may be another."""
+    """An earlier job's folder and request, as it was made; only the cluster may be another.
+
+    Raises UserError when the run is stale: a zoo changed since it began, or its request is not one of this version.
+    """
     path, saved = runs.reopen(folder, command)
-    fields = {f.name: saved[f.name] for f in dataclasses.fields(Request)}
+    names = [f.name for f in dataclasses.fields(Request)]
+    if missing := [name for name in [*names, "zoos"] if name not in saved]:
+        raise UserError(f"--resume {folder}: {runs.REQUEST} has no {missing[0]!r}; start anew with another --out")
     spaces = tuple(str(path / space) for space in saved["spaces"])
-    return path, Request(**{**fields, "spaces": spaces, "address": address or saved["address"]})
+    fields = {name: saved[name] for name in names}
+    request = Request(**{**fields, "spaces": spaces, "address": address or saved["address"]})
+    for name, zoo in _folders(read_sweeps(request)).items():
+        if zoo.digest != saved["zoos"].get(name):
+            raise UserError(f"--resume {folder}: the zoo {name} has changed since; start anew with another --out")
+    return path, request
 
 
 def run(request: Request, folder: Path, verbose: bool = False) -> Outcome:
@@ -137,7 +150,8 @@ def finish(
     stage = Progress("report")
     records = [read_sweep(place.journal(name).path) for name in names]
     tracker.sync(force=True)
-    about = _about(request, zoos, seconds)
+    spans = [record.ended - record.started for record in records if record.ended and record.started]
+    about = _about(request, zoos, max(seconds, *spans, 0.0))  # a resumed run took as long as its sweeps
     runs.write_json(place.folder / "summary.json", runs.summary(records, **about))
     files = report.write(place.folder, records, place, about, tracker)
     _log_artifacts(tracker, records, files)
@@ -167,9 +181,17 @@ def _zoos(sweeps: Sequence[Sweep], request: Request) -> dict[str, Zoo]:
     return zoos
 
 
+def _folders(sweeps: Sequence[Sweep]) -> dict[str, Zoo]:
+    """The zoos that the sweeps name by folder; the shipped ones are trained when they are missing."""
+    names = sorted(_zoo_names(sweeps) - set(ZOOS))
+    for name in names:
+        if "/" not in name and not Path(name).exists():
+            raise UserError(f"no zoo {name!r} here{nearest(name, ZOOS)} (or a folder)")
+    return {name: open_zoo(name) for name in names}
+
+
 def _zoo_names(sweeps: Sequence[Sweep]) -> set[str]:
-    swept = [s.space["zoo"].values if "zoo" in s.space else [getattr(s.base, "zoo", ())] for s in sweeps]
-    return {name for values in swept for zoo in values for name in zoo}
+    return {name for sweep in sweeps for name in sweep.zoos}
 
 
 class _SweepsProgress:
@@ -241,6 +263,7 @@ def _about(request: Request, zoos: Mapping[str, Zoo], seconds: float) -> dict[st
         "seconds": round(seconds, 1),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": session.machine(),
+        "commit": _git_commit(),
         "versions": {name: metadata.version(name) for name in ("torch", "ray", "mlflow")},
         "overrides": request.overrides,
         "zoos": {
@@ -262,4 +285,6 @@ def _log_artifacts(tracker: Tracker, records: Sequence[SweepRecord], files: repo
         tracker.artifacts(record.name, "", [files.page, files.summary])
         tracker.artifacts(record.name, "", files.figures.get(record.name, []), "figures")
         for trial, models in files.models.get(record.name, {}).items():
-            tracker.artifacts(record.name, trial, models, "model")
+            tracker.artifacts(record.name, trial, models, tracking.MODEL)
+        best = record.best()
+        tracker.conclude(record.name, best.trial if best else None, tables.render(record))

@@ -1,11 +1,10 @@
 """What `tune` and `train` have in common: options, the request made of them, the job, what is printed at its end."""
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distrecon import console, job, tables
+from distrecon import console, job, runs, tables
 from distrecon.config import parse_assignments
 from distrecon.errors import WorkFailed
 
@@ -35,8 +34,8 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     return values | parse_assignments(args.set)
 
 
-def launch(args: argparse.Namespace, command: str, spaces: Sequence[str]) -> int:
-    """Runs or resumes a job, prints its tables and where to look next; returns the exit code."""
+def launch(args: argparse.Namespace, command: str, spaces: Sequence[str]) -> console.Answer:
+    """Runs or resumes a job; answers with its tables and where to look next."""
     if args.resume:
         folder, request = job.reopen(args.resume, command, args.address)
     else:
@@ -50,33 +49,40 @@ def launch(args: argparse.Namespace, command: str, spaces: Sequence[str]) -> int
         )
         folder = job.prepare(request, args.out, command, args.verbose)
     try:
-        outcome = job.run(request, folder, args.verbose)
+        with runs.held(folder):
+            outcome = job.run(request, folder, args.verbose)
     except KeyboardInterrupt:
-        print(f"\ndistrecon.{command}: interrupted; continue with --resume {folder}", file=sys.stderr)
-        return console.INTERRUPTED
+        raise KeyboardInterrupt(f"continue with --resume {console.short(folder)}") from None
     except (WorkFailed, OSError) as error:
-        raise WorkFailed(f"{error}; when that is mended, continue with --resume {folder}") from error
-    show(outcome, command, request.smoke)
-    return console.SOME_FAILED if outcome.failed or outcome.tracker.problem else console.DONE
+        hint = f"when that is mended, continue with --resume {console.short(folder)}"
+        raise WorkFailed(f"{error}; {hint}") from error
+    return answer(outcome, command, request.smoke)
 
 
-def show(outcome: job.Outcome, command: str, smoke: bool) -> None:
+def answer(outcome: job.Outcome, command: str, smoke: bool) -> console.Answer:
+    """A finished job's exit code, the text to print, and its summary with the run's folder."""
+    code = console.SOME_FAILED if outcome.failed or outcome.tracker.problem else console.DONE
+    return console.Answer(
+        code,
+        "\n".join(lines(outcome, command, smoke)),
+        {"folder": str(outcome.folder), **runs.read_summary(outcome.folder), "mlflow": outcome.tracker.uri},
+    )
+
+
+def lines(outcome: job.Outcome, command: str, smoke: bool) -> Iterator[str]:
     """The tables, what failed, and where to look next."""
     for sweep in outcome.sweeps:
-        print(f"\n{sweep.name} (* best by {sweep.metric})\n{tables.render(sweep)}")
+        yield f"\n{sweep.name} (* best by {sweep.metric})\n{tables.render(sweep)}"
         for trial in sweep.trials.values():
             if trial.error:
-                print(f"failed: {tables.label(trial.config)}: {trial.error}")
+                yield f"failed: {tables.label(trial.config)}: {trial.error}"
     if smoke:
-        print("\nA smoke run: every stage ran at its smallest, the numbers mean nothing.")
-    tracker = outcome.tracker
-    print(f"\nreport   {outcome.folder / 'report.html'}\nnumbers  {outcome.folder / 'summary.json'}")
+        yield "\nA smoke run: every stage ran at its smallest, the numbers mean nothing."
+    tracker, folder = outcome.tracker, console.short(outcome.folder)
+    yield f"\nreport   {folder}/report.html\nnumbers  {folder}/summary.json"
     if tracker.problem:
-        print(
-            f"MLflow   NOT COMPLETE: {tracker.problem}\n         all metrics are in the run folder; send the rest with"
-        )
-        print(f"         python -m distrecon.{command} --resume {outcome.folder}")
-    elif tracker.uri.startswith("sqlite"):
-        print(f"MLflow   mlflow ui --backend-store-uri {tracker.uri}")
+        yield f"MLflow   NOT COMPLETE: {tracker.problem}\n         all metrics are in the run folder"
+        if command in runs.RESUMABLE:
+            yield f"         send the rest with python -m distrecon.{command} --resume {folder}"
     else:
-        print(f"MLflow   {tracker.uri}")
+        yield f"MLflow   {tracker.look}"

@@ -1,10 +1,12 @@
 """Run folders: made anew by each command, never overwritten, holding the request that made them and summary.json."""
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 REQUEST = "request.json"
 FORMAT = 1
+MLFLOW_RUN = "runs:/"
+RESUMABLE = ("tune", "train")  # commands whose runs another call continues
 
 
 def create(out: str | None, command: str, request: Mapping[str, Any]) -> Path:
@@ -36,7 +40,7 @@ def create(out: str | None, command: str, request: Mapping[str, Any]) -> Path:
 def check_absent(out: str | None) -> None:
     """Raises UserError when the folder asked for exists."""
     if out is not None and Path(out).exists():
-        hint = f", or continue it with --resume {out}" if (Path(out) / REQUEST).exists() else ""
+        hint = f", or continue it with --resume {out}" if _command(Path(out)) in RESUMABLE else ""
         raise UserError(f"--out {out}: exists already; choose another folder{hint}")
 
 
@@ -56,19 +60,40 @@ def reopen(folder: str | Path, command: str) -> tuple[Path, dict[str, Any]]:
     return path.absolute(), request
 
 
+def _command(folder: Path) -> str | None:
+    """Which command made a run folder; None where there is none, or no readable one."""
+    try:
+        return json.loads((folder / REQUEST).read_text()).get("command")
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds a run folder for this process; UserError when another process works in it. A dead process holds nothing."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--resume {folder}: another process still works on it; wait, or stop it") from None
+        yield
+
+
 def autoencoder_folder(path: str | Path) -> Path:
     """Where the autoencoder of a run lies: the folder itself, or the best trial's of its first autoencoder sweep.
 
     Raises UserError when there is none.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; name a run of distrecon.train or distrecon.tune")
     if (path / "autoencoder.json").exists():
         return path
     summary = read_summary(path)
-    for sweep in summary["sweeps"]:
+    for sweep in summary.get("sweeps", ()):
         if sweep["kind"] == "autoencoder" and sweep["best"]:
             return path / "models" / sweep["name"] / sweep["best"]
-    raise UserError(f"{path}: this run trained no autoencoder")
+    raise UserError(f"{path}: this run trained no autoencoder; name a run of distrecon.train or distrecon.tune")
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -76,16 +101,26 @@ def read_summary(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "summary.json").read_text())
     except FileNotFoundError:
-        hint = "it did not finish: continue it with --resume" if (path / REQUEST).exists() else "not a run folder"
-        raise UserError(f"{path}: no autoencoder and no summary.json there ({hint})") from None
+        made_by = _command(path)
+        if made_by in RESUMABLE:
+            hint = f"the run did not finish: continue it with python -m distrecon.{made_by} --resume {path}"
+        else:
+            hint = "name a run of distrecon.train or distrecon.tune"
+        raise UserError(f"{path} holds no autoencoder and no finished run; {hint}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}/summary.json cannot be read ({error})") from None
 
 
 def load_autoencoder(path: str | Path) -> "Autoencoder":
-    """The autoencoder of a run folder (the best trial's), or of a folder that `save_autoencoder` wrote, on the CPU."""
+    """An autoencoder, on the CPU: of a run folder (the best trial's), of a folder that `save_autoencoder` wrote, or of
+    an MLflow run, `runs:/RUN_ID` (a sweep's run gives its best trial's; the store is MLFLOW_TRACKING_URI, or mlflow.db
+    here). Raises UserError when there is none."""
     from distrecon.autoencoder.store import load_autoencoder as load
 
+    if str(path).startswith(MLFLOW_RUN):
+        from distrecon.tracking import model_folder
+
+        return load(model_folder(str(path).removeprefix(MLFLOW_RUN)))
     return load(autoencoder_folder(path))
 
 

@@ -1,5 +1,6 @@
 """One piece of work in this process, recorded as a sweep of one trial: the same journal, MLflow runs and report."""
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ def record(
 ) -> job.Outcome:
     """Makes a run folder, does `work(artifacts folder) -> metrics` in it, and records everything.
 
-    When the work raises, the folder keeps the request only and the error goes on.
+    When the work raises, no folder is left and the error goes on.
     """
     request = job.Request(spaces=(), overrides=dict(settings), seed=seed, smoke=smoke)
     folder = runs.create(out, name, {"config": dict(config), "settings": dict(settings), "seed": seed})
@@ -36,7 +37,11 @@ def record(
     journal, began = place.journal(name), time.monotonic()
     artifacts = folder / ".work"
     artifacts.mkdir()
-    metrics = work(artifacts)
+    try:
+        metrics = work(artifacts)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
     upload(artifacts, f"{place.storage}/trials/{name}/{TRIAL}")
     for file in artifacts.iterdir():
         file.unlink()

@@ -4,11 +4,13 @@ The journal is the record, the store a copy: what was sent is remembered in the 
 the rest is sent later, and nothing is sent twice. An experiment a sweep name, a parent run a sweep, a child a trial.
 """
 
+import contextlib
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,36 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from distrecon import console
 from distrecon.cluster.journal import Journal, SweepRecord
+from distrecon.errors import UserError
 
 STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"}
 RETRY_SECONDS = 30.0
+MODEL = "model"  # the artifact folder of a trial's models
+NOTE_LENGTH = 5000  # of a description
 PARAM_LENGTH = 500  # MLflow's databases hold 500 to 8,000 characters
+
+
+LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a local store
+BEST = "best_run"  # the tag of a sweep's run that names its best trial's
+
+
+def store_uri() -> str:
+    """Where runs are recorded: MLFLOW_TRACKING_URI, or mlflow.db in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def model_folder(run_id: str) -> Path:
+    """A local copy of the model of a trial's run, or of a sweep's best trial; UserError when there is none."""
+    client = MlflowClient(store_uri())
+    try:
+        best = client.get_run(run_id).data.tags.get(BEST, run_id)
+        if not client.list_artifacts(best, MODEL):
+            raise UserError(f"MLflow run {run_id} holds no model: name an autoencoder's run, or its sweep's")
+        return Path(client.download_artifacts(best, MODEL))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"MLflow at {store_uri()}: {_one_line(error)}") from None
 
 
 class Tracker:
@@ -38,7 +65,7 @@ class Tracker:
         for name in ("mlflow", "alembic", "sqlalchemy"):
             logging.getLogger(name).setLevel(logging.ERROR)
         self.folder, self.tags = folder, dict(tags)
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+        self.uri = store_uri()
         self.sweeps = {name: SweepRecord(name) for name in sweeps}
         self.problem: str | None = None
         self._next_try = 0.0
@@ -74,7 +101,7 @@ class Tracker:
         what, at = event["event"], int(event["time"] * 1000)
         trial = event.get("trial", "")
         if what == "sweep":
-            self._open(name, sent, "", name, at, {"kind": event["kind"], "objective": event["metric"]}, {})
+            self._open(name, sent, "", self.folder.name, at, {"kind": event["kind"], "objective": event["metric"]}, {})
         elif what == "started":
             label = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in event["config"].items())
             self._open(name, sent, trial, label or trial, at, {"trial_id": trial}, event["config"])
@@ -139,6 +166,8 @@ class Tracker:
     def client(self) -> MlflowClient:
         """Made on first use, which creates a local database where there is none."""
         if self._client is None:
+            if self.uri.startswith("sqlite:///"):
+                _create(Path(self.uri.removeprefix("sqlite:///")))
             self._client = MlflowClient(self.uri)
         return self._client
 
@@ -149,9 +178,17 @@ class Tracker:
         run = self._sent.get(sweep, {}).get("runs", {}).get(trial)
         if run is None:
             return False
-        try:
+
+        def send() -> None:
             for file in files:
                 self.client.log_artifact(run, str(file), folder)
+
+        return self._try(send)
+
+    def _try(self, send: Callable[[], None]) -> bool:
+        """False, with the reason in `problem`, when the store did not answer."""
+        try:
+            send()
         except (MlflowException, OSError) as error:
             self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
             return False
@@ -175,8 +212,30 @@ class Tracker:
         """Trial -> MLflow run id; "" is the sweep's own."""
         return dict(self._sent.get(sweep, {}).get("runs", {}))
 
-    def experiment_id(self, sweep: str) -> str | None:
-        return self._sent.get(sweep, {}).get("experiment")
+    def conclude(self, sweep: str, best: str | None, table: str) -> None:
+        """Tells a sweep's run its table, which the UI shows as the run's description, and its best trial."""
+        run_ids = self.run_ids(sweep)
+
+        def send() -> None:
+            self.client.set_tag(run_ids[""], "mlflow.note.content", f"```\n{table}\n```"[:NOTE_LENGTH])
+            if best in run_ids:
+                self.client.set_tag(run_ids[""], BEST, run_ids[best])
+
+        if "" in run_ids:
+            self._try(send)
+
+    @property
+    def look(self) -> str:
+        """How to look at the store: its address, or the command that shows a local one."""
+        path = self.uri.removeprefix("sqlite:///")
+        return self.uri if path == self.uri else f"mlflow ui --backend-store-uri sqlite:///{console.short(Path(path))}"
+
+    def run_url(self, sweep: str, trial: str) -> str | None:
+        """Where a trial's run is shown (of a local store while `look` runs); None when it was never sent."""
+        sent = self._sent.get(sweep, {})
+        base = self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
+        run = sent.get("runs", {}).get(trial)
+        return f"{base}/#/experiments/{sent['experiment']}/runs/{run}" if run else None
 
     def _load(self) -> dict[str, Any]:
         path = self.folder / "tracking.json"
@@ -187,6 +246,20 @@ class Tracker:
         temporary = self.folder / ".tracking.json.tmp"
         temporary.write_text(json.dumps({"uri": self.uri, "sweeps": self._sent}, indent=1))
         temporary.replace(self.folder / "tracking.json")
+
+
+def _create(database: Path) -> None:
+    """Makes MLflow's database whole or not at all: one that an interrupt left half made would break every later run."""
+    if database.exists():
+        return
+    # a name that was never used: MLflow keeps a process's stores by their address
+    temporary = database.with_name(f".{database.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(temporary, database)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _is_number(value: Any) -> bool:

@@ -16,12 +16,11 @@ EXAMPLES = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> console.Parser:
+    parser = console.Parser(
         prog="distrecon.train",
         description="Train one weight autoencoder on one or several zoos, score it, record it in MLflow.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--zoo",
@@ -33,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> console.Answer:
     zoos = ["smoke"] if args.smoke and args.zoo == ["digits"] else args.zoo
     space = {"name": "train", "kind": "autoencoder", "base": {}, "space": {"zoo": {"grid": [zoos]}}}
     with tempfile.TemporaryDirectory() as folder:

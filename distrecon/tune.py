@@ -16,19 +16,18 @@ exit codes: 0 done, 1 some trials failed, 2 the request is wrong, 130 interrupte
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> console.Parser:
+    parser = console.Parser(
         prog="distrecon.tune",
         description="Run sweeps side by side on one Ray session and record them in MLflow.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--space", nargs="+", metavar="FILE", help="space files (default: the two digits sweeps)")
     launch.options(parser)
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> console.Answer:
     return launch.launch(args, "tune", [] if args.resume else args.space or job.shipped_spaces())
 
 

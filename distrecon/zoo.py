@@ -1,6 +1,7 @@
 """python -m distrecon.zoo: train, import, describe, check and export model zoos."""
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,12 +26,11 @@ exit codes: 0 done, 1 done but something was skipped or is unsound, 2 the reques
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> console.Parser:
+    parser = console.Parser(
         prog="distrecon.zoo",
         description="Train, import, describe, check and export model zoos.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _train_options(_command(commands, "train", "train a zoo, or continue one that was interrupted"))
@@ -49,13 +49,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
-) -> argparse.ArgumentParser:
+def _command(commands: "argparse._SubParsersAction[console.Parser]", name: str, text: str) -> console.Parser:
     command = commands.add_parser(name, help=text, description=text)
     command.add_argument("--seed", type=int, help="seed of everything random (default: 0, or the configuration's)")
     command.add_argument("--smoke", action="store_true", help="a tiny instance, to check an installation")
-    command.add_argument("--verbose", action="store_true", help="show Ray's messages, and tracebacks")
+    console.output_options(command)
     return command
 
 
@@ -96,6 +94,10 @@ def _connect(args: argparse.Namespace) -> dict[str, float]:
     from distrecon.cluster import session
 
     session.connect(args.address, verbose=args.verbose)
+    if args.gpus_per_task > (has := session.largest()["GPU"]):
+        raise UserError(
+            f"--gpus-per-task {args.gpus_per_task:g}: the whole cluster has {has:g} GPUs; lower it, or leave it out"
+        )
     return {"num_cpus": 1, "num_gpus": args.gpus_per_task} if args.gpus_per_task else {"num_cpus": 1}
 
 
@@ -111,7 +113,7 @@ def _shower(stage: console.Progress) -> Callable[[int, int, float], None]:
     return show
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace) -> console.Answer:
     """Trains, continues or finds a zoo."""
     from distrecon.zoos.train import ensure
 
@@ -124,10 +126,10 @@ def train(args: argparse.Namespace) -> int:
     stage.done(
         f"{zoo.num_models} models, {zoo.num_states} states in {zoo.store}" + f", {excluded} diverged" * bool(excluded)
     )
-    return console.SOME_FAILED if excluded else console.DONE
+    return console.Answer(console.SOME_FAILED if excluded else console.DONE, data=inspection.facts(zoo))
 
 
-def import_(args: argparse.Namespace) -> int:
+def import_(args: argparse.Namespace) -> console.Answer:
     """Imports what can be, tells what cannot."""
     from distrecon.zoos.importing import REPORT, ImportOptions, import_zoo
 
@@ -152,11 +154,11 @@ def import_(args: argparse.Namespace) -> int:
         resources, stage = _connect(args), console.Progress("import")
         report = import_zoo(source, args.out, options, _shower(stage), resources)
     stage.done(f"{report.models} models, {report.states} states into {report.zoo}")
-    for reason, count in report.reasons.items():
-        print(f"skipped {count:6}  {reason}")
+    lines = [f"skipped {count:6}  {reason}" for reason, count in report.reasons.items()]
     if report.skipped:
-        print(f"each one is listed in {report.zoo}/{REPORT}")
-    return console.SOME_FAILED if report.skipped else console.DONE
+        lines.append(f"each one is listed in {report.zoo}/{REPORT}")
+    code = console.SOME_FAILED if report.skipped else console.DONE
+    return console.Answer(code, "\n".join(lines), dataclasses.asdict(report))
 
 
 def _smoke_source(folder: Path) -> Path:
@@ -175,38 +177,41 @@ def _smoke_source(folder: Path) -> Path:
     return folder
 
 
-def info(args: argparse.Namespace) -> int:
-    """Prints what a zoo is."""
-    print(inspection.describe(open_zoo(args.zoo)))
-    return console.DONE
+def info(args: argparse.Namespace) -> console.Answer:
+    """Tells what a zoo is."""
+    zoo = open_zoo(args.zoo)
+    return console.Answer(console.DONE, inspection.describe(zoo), inspection.facts(zoo))
 
 
-def check(args: argparse.Namespace) -> int:
-    """Prints what is wrong with a zoo."""
+def check(args: argparse.Namespace) -> console.Answer:
+    """Tells what is wrong with a zoo."""
     zoo = open_zoo(args.zoo)
     result = inspection.check(zoo, 4 if args.smoke else args.sample, args.seed or 0, args.images_dir)
-    for problem in result.problems:
-        print(problem)
     recomputed = (
         f"{result.recomputed} accuracies recomputed" if result.recomputed else f"none recomputed: {result.note}"
     )
-    print(f"{result.states} states read, {recomputed}, {len(result.problems) or 'no'} problems")
-    return console.SOME_FAILED if result.problems else console.DONE
+    lines = [*result.problems, f"{result.states} states read, {recomputed}, {len(result.problems) or 'no'} problems"]
+    code = console.SOME_FAILED if result.problems else console.DONE
+    return console.Answer(code, "\n".join(lines), dataclasses.asdict(result))
 
 
-def export(args: argparse.Namespace) -> int:
+def export(args: argparse.Namespace) -> console.Answer:
     """Writes one model."""
     zoo: Zoo = open_zoo(args.zoo)
     epoch = inspection.export(zoo, args.model, args.out, args.epoch)
-    print(f"{args.model}, epoch {epoch}: {args.out}")
-    return console.DONE
+    data = {"model": args.model, "epoch": epoch, "file": args.out}
+    return console.Answer(console.DONE, f"{args.model}, epoch {epoch}: {args.out}", data)
 
 
 COMMANDS = {"train": train, "import": import_, "info": info, "check": check, "export": export}
 
 
-def run(args: argparse.Namespace) -> int:
-    return COMMANDS[args.command](args)
+def run(args: argparse.Namespace) -> console.Answer:
+    try:
+        return COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        hint = "run the same command again, and it continues" if args.command in ("train", "import") else ""
+        raise KeyboardInterrupt(hint) from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,10 +1,13 @@
-"""Writes docs/settings.md: every setting of the configuration classes, with its type, default and comment.
+"""Writes docs/settings.md, every setting of the configuration classes with its type, default and comment, and the
+tables of options in docs/commands.md.
 
 python docs/make_reference.py            # write
-python docs/make_reference.py --check    # fail when the file is out of date
+python docs/make_reference.py --check    # fail when a file is out of date
 """
 
+import argparse
 import dataclasses
+import importlib
 import inspect
 import re
 import sys
@@ -15,7 +18,7 @@ from distrecon import config
 from distrecon.cluster.kinds import KINDS
 from distrecon.zoos.settings import ZooConfig
 
-TARGET = Path(__file__).with_name("settings.md")
+SETTINGS, COMMANDS = (Path(__file__).with_name(f"{name}.md") for name in ("settings", "commands"))
 HEAD = """# Settings
 
 Written by `python docs/make_reference.py` from the configuration classes. The names are the keys of space files (`base`
@@ -52,7 +55,7 @@ def rows(kind: type, prefix: str = "") -> list[str]:
     return lines
 
 
-def text() -> str:
+def settings() -> str:
     parts = [HEAD]
     kinds = {f"kind: {name}": kind.config_type for name, kind in KINDS.items()}
     for title, kind in {**kinds, "zoos (distrecon.zoo train)": ZooConfig}.items():
@@ -62,7 +65,39 @@ def text() -> str:
     return "\n".join(parts) + "\n"
 
 
+def options(command: str) -> str:
+    """A table of a command's options; `zoo train` names a command of a command."""
+    name, *inner = command.split()
+    parser = importlib.import_module(f"distrecon.{name}").parser()
+    for part in inner:
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        parser = commands.choices[part]
+    lines = ["| option | |", "| --- | --- |"]
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
+            continue
+        name = action.dest if not action.option_strings else " ".join(action.option_strings)
+        value = "|".join(action.choices or ()) or action.metavar or ("N" if action.type else action.dest.upper())
+        takes = action.option_strings and action.nargs != 0
+        shown = f"{name} {value}" if takes else str(action.metavar or name)
+        cells = (f"`{shown}`", str(action.help).replace("<", "&lt;"))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def commands() -> str:
+    """docs/commands.md with its tables made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- options {match[1]}: begin -->\n\n{options(match[1])}\n\n<!-- options {match[1]}: end -->"
+
+    pattern = r"<!-- options ([\w ]+): begin -->.*?<!-- options \1: end -->"
+    return re.sub(pattern, fill, COMMANDS.read_text(), flags=re.DOTALL)
+
+
 if __name__ == "__main__":
-    if "--check" in sys.argv:
-        sys.exit("docs/settings.md is out of date" if TARGET.read_text() != text() else 0)
-    TARGET.write_text(text())
+    for target, text in ((SETTINGS, settings()), (COMMANDS, commands())):
+        if "--check" not in sys.argv:
+            target.write_text(text)
+        elif target.read_text() != text:
+            sys.exit(f"docs/{target.name} is out of date: run python docs/make_reference.py")

@@ -1,12 +1,42 @@
 """Fixtures that all floors share."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def environment() -> dict[str, str]:
+    """For commands of this checkout that record in the MLflow store of their working directory."""
+    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "MLFLOW_TRACKING_URI": ""}
+
+
+def run_command(folder: Path, name: str, *arguments: object, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    """`python -m distrecon.NAME ARGUMENTS` in a folder."""
+    command = [sys.executable, "-m", f"distrecon.{name}", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, subprocess.CompletedProcess[str]]:
+    """A finished `distrecon.tune --smoke`: the folder it was started in, its run folder, its process."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = run_command(folder, "tune", "--smoke", "--out", "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, folder / "out", done
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """What the docs say is what the code does."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +41,31 @@ def test_every_command_is_listed_and_has_a_module(capsys):
         assert (CHECKOUT / "distrecon" / f"{name}.py").exists()
     assert commands.main(["tunne"]) == 2
     assert "did you mean 'tune'" in capsys.readouterr().err
+
+
+def test_the_concepts_are_as_the_page_shows():
+    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs/concepts.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_worked_examples_are_one_file_and_a_test_each(tmp_path):
+    """Puts each block of docs/extending.md where it says, in a copy of the package, and runs the tests it shows."""
+    shutil.copytree(CHECKOUT / "distrecon", tmp_path / "distrecon", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests").mkdir()
+    blocks = re.findall(r"```python\n# (\S+)\n(.*?)```", (CHECKOUT / "docs/extending.md").read_text(), re.DOTALL)
+    for name, code in blocks:
+        with open(tmp_path / name, "a") as file:
+            file.write(f"\n\n{code}" if name.startswith("distrecon/") else code)
+    files = [name for name, _ in blocks if name.startswith("tests/")]
+    assert len(files) == len(blocks) - len(files) == 2, "a file and a test each"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *files],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout

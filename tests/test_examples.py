@@ -1,13 +1,13 @@
 """The examples run as printed."""
 
+import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+from tests.conftest import CHECKOUT, run_command
 
 
 def run(folder, name, *arguments):
@@ -28,6 +28,19 @@ def test_a_zoo_then_an_autoencoder_on_it(tmp_path):
     told = run(tmp_path, "train_and_generate.py")
     assert "epoch 5: loss/contrastive" in told
     assert "generate/accuracy_mean" in told
+
+
+def test_scikit_learns_network_is_a_black_box_that_is_recovered(tmp_path):
+    done = run_command(
+        CHECKOUT,
+        "recover",
+        *("--teacher", "examples.black_box:scores", "--input-size", 64, "--activation", "tanh"),
+        *("--out", tmp_path / "run", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["verified"]
+    assert found["metrics"]["recover/layer_sizes"] == [20]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The main job end to end, as a user runs it: `python -m distrecon.tune --smoke` in an empty folder."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,14 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 import distrecon
 from distrecon import evaluate, generate, images, tune
 from distrecon.console import DONE, INTERRUPTED, SOME_FAILED, WRONG_REQUEST
+from tests.conftest import environment, run_command
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 ONE_RECOVERY = """
 name: recoveries
 kind: expand_cluster
@@ -30,15 +30,8 @@ def command(*arguments):
     return [sys.executable, "-m", "distrecon.tune", *map(str, arguments)]
 
 
-def environment():
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "MLFLOW_TRACKING_URI": ""}
-
-
-def run(folder, *arguments, timeout=400):
-    return subprocess.run(
-        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
+def run(folder, *arguments):
+    return run_command(folder, "tune", *arguments)
 
 
 def recoveries(folder, space):
@@ -47,21 +40,12 @@ def recoveries(folder, space):
     return path
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """A finished smoke run: the folder it was started in, its run folder, its process."""
-    folder = tmp_path_factory.mktemp("smoke")
-    done = run(folder, "--smoke", "--out", "out")
-    assert done.returncode == DONE, done.stdout + done.stderr
-    return folder, folder / "out", done
-
-
 def test_prints_both_tables_and_where_to_look_next(smoke):
-    _, out, done = smoke
+    _, _, done = smoke
     for words in ("loss_weights", "C+S+B", "student_counts", "students.count", "numbers mean nothing"):
         assert words in done.stdout
-    assert str(out / "report.html") in done.stdout
-    assert "mlflow ui --backend-store-uri sqlite:" in done.stdout
+    assert "report   out/report.html" in done.stdout
+    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in done.stdout
     assert max(len(line) for line in done.stdout.splitlines() if "/" not in line) <= 80
     for chatter in ("Warning", "WARNING", "raylet", "Traceback"):
         assert chatter not in done.stdout + done.stderr
@@ -120,27 +104,58 @@ def test_mlflow_has_parents_children_epochs_and_artifacts(smoke):
     assert child.data.metrics["reconstruct/agreement"] == told[child.data.params["loss.terms"]]["reconstruct/agreement"]
 
 
-def test_report_stands_alone(smoke):
+def test_report_has_every_figure_and_a_link_to_every_run(smoke):
     page = (smoke[1] / "report.html").read_text()
-    assert page.count("<svg") == page.count("</svg>") >= 5
-    assert page.count("<svg") == page.count("<title>") - 1 == page.count("<desc>")
+    assert page.count("<figure>") == len(list((smoke[1] / "figures").glob("*.png"))) == 8
+    assert page.count("/runs/") == 4
     assert "smoke run" in page
-    assert not re.search(r"""(src|href)=["'](?!#|data:)""", page)  # nothing is fetched
-    ids = re.findall(r' id="([^"]+)"', page)
-    assert len(ids) == len(set(ids))
-    assert len(list((smoke[1] / "figures").glob("*.png"))) >= 5
+
+
+def test_the_best_autoencoder_is_loaded_from_the_store_by_one_line(smoke, monkeypatch):
+    folder, out, _ = smoke
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (line,) = re.findall(r"distrecon.load_autoencoder\((&quot;|\")(runs:/\w+)", (out / "report.html").read_text())
+    here = distrecon.load_autoencoder(out).state_dict()
+    client = MlflowClient("sqlite:///mlflow.db")
+    parents = client.search_runs([client.get_experiment_by_name("loss_weights").experiment_id], "tags.best_run != ''")
+    assert [p.info.run_name for p in parents] == ["out"]
+    assert "C+S+B" in parents[0].data.tags["mlflow.note.content"]
+    for address in (line[1], f"runs:/{parents[0].info.run_id}"):  # the trial's run, and its sweep's
+        stored = distrecon.load_autoencoder(address).state_dict()
+        assert all(torch.equal(stored[name], tensor) for name, tensor in here.items())
+    recovered = client.get_experiment_by_name("student_counts").experiment_id
+    for address, words in (
+        (client.search_runs([recovered])[0].info.run_id, "holds no autoencoder"),
+        ("nothing", "nothing"),
+    ):
+        with pytest.raises(distrecon.UserError, match=words):
+            distrecon.load_autoencoder(f"runs:/{address}")
+
+
+def test_mlflow_tells_what_a_run_came_from(smoke):
+    client = MlflowClient(f"sqlite:///{smoke[0] / 'mlflow.db'}")
+    for run_ in client.search_runs([client.get_experiment_by_name("loss_weights").experiment_id]):
+        tags = run_.data.tags
+        assert {"mlflow.source.git.commit", "seed", "zoos", "smoke", "run_folder", "version.torch"} <= set(tags)
+        assert "zoos/smoke-" in tags["zoos"]
+        assert run_.info.run_name in ("out", "terms=C+S", "terms=C+S+B")
 
 
 def test_the_trained_autoencoder_evaluates_and_generates(smoke, capsys, monkeypatch):
     monkeypatch.chdir(smoke[0])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{smoke[0] / 'evaluate.db'}")
     (zoo,) = (smoke[0] / "zoos").iterdir()
-    assert evaluate.main(["--smoke", "--autoencoder", "out", "--zoo", str(zoo), "--out", "evaluated"]) == DONE
+    assert evaluate.main(["--smoke", "--autoencoder", "out", "--zoo", str(zoo), "--out", "evaluated", "--json"]) == DONE
+    document = json.loads(capsys.readouterr().out)
     (sweep,) = json.loads(Path("evaluated/summary.json").read_text())["sweeps"]
+    assert document["sweeps"] == [sweep]
     (trial,) = sweep["trials"]
     assert 0 <= trial["metrics"]["reconstruct/agreement"] <= 1
-    assert generate.main(["--autoencoder", "out", "--count", "3", "--out", "generated"]) == DONE
+    assert generate.main(["--autoencoder", "out", "--count", "3", "--out", "generated", "--json"]) == DONE
     made = json.loads(Path("generated/summary.json").read_text())
+    printed = {"command": "distrecon.generate", "exit_code": DONE, "folder": str(smoke[0] / "generated")}
+    assert json.loads(capsys.readouterr().out) == {**printed, **made}
     assert len(made["models"]) == 3
     arch = distrecon.Architecture.from_dict(made["architecture"])
     test = images.load("digits").test
@@ -150,7 +165,7 @@ def test_the_trained_autoencoder_evaluates_and_generates(smoke, capsys, monkeypa
         assert float((predictions_Q == test.labels_Q).float().mean()) == pytest.approx(model["test_accuracy"], abs=1e-3)
     capsys.readouterr()
     for arguments, words in [
-        (["--autoencoder", "nowhere", "--count", "3"], "nowhere: no autoencoder"),
+        (["--autoencoder", "nowhere", "--count", "3"], "nowhere: no such folder"),
         (["--autoencoder", "out", "--count", "0"], "--count must be at least 1"),
         (["--autoencoder", "out", "--out", "generated"], "--out generated: exists already"),
     ]:
@@ -169,10 +184,14 @@ def test_a_run_is_never_overwritten(smoke, capsys, monkeypatch):
 def test_resuming_a_finished_run_repeats_nothing(smoke):
     folder, out, _ = smoke
     before = json.loads((out / "summary.json").read_text())
-    done = run(folder, "--resume", "out")
+    done = run(folder, "--resume", "out", "--json")
     assert done.returncode == DONE, done.stdout + done.stderr
     after = json.loads((out / "summary.json").read_text())
     assert after["sweeps"] == before["sweeps"]
+    document = json.loads(done.stdout)  # nothing else is there
+    assert (document["command"], document["exit_code"], document["folder"]) == ("distrecon.tune", DONE, str(out))
+    assert document["sweeps"] == after["sweeps"]
+    assert "report   out/report.html" in done.stderr
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("student_counts").experiment_id])
     assert len(runs) == 3
@@ -213,7 +232,7 @@ def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     if how == signal.SIGINT:
-        assert process.returncode == INTERRUPTED
+        assert process.returncode == INTERRUPTED, errors
         assert "continue with --resume" in errors
         assert "Traceback" not in errors
         client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -244,7 +263,7 @@ def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
         (["--address", "127.0.0.1:1"], ["127.0.0.1:1", "nothing answers"]),
         (["--address", "nowhere"], ["nowhere", "auto or HOST:PORT"]),
         (["--resume", "nowhere"], ["nowhere", "no run there"]),
-        (["--num-workers", "3"], ["data.shards", "multiple of resources.num_workers (3)"]),
+        (["--num-workers", "17"], ["data.shards (16)", "at least resources.num_workers (17)"]),
         (["--out", "/proc/out"], ["/proc/out", "cannot be written"]),
     ],
 )

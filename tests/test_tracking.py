@@ -73,6 +73,19 @@ def test_a_store_that_is_down_is_told_and_gets_everything_later(journal, tmp_pat
     assert len(client.get_metric_history(child.info.run_id, "a/x")) == 2
 
 
+def test_an_interrupt_while_the_database_is_made_leaves_none(journal, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "search_experiments", stop)
+        with pytest.raises(KeyboardInterrupt):
+            Tracker(tmp_path / "run", ["demo"], {}).sync()
+    assert list(tmp_path.glob("*mlflow.db*")) == list(tmp_path.glob(".mlflow.db*")) == []
+    assert Tracker(tmp_path / "run", ["demo"], {}).sync()
+    assert len(runs(tmp_path)[1]) == 2
+
+
 def test_an_interrupt_leaves_no_run_running_and_a_resume_goes_on(journal, tmp_path):
     tracker = Tracker(tmp_path / "run", ["demo"], {})
     tracker.sync()

@@ -39,7 +39,7 @@ def run(bench: Bench) -> None:
         }
         for case in curves
     }
-    figures.save_png(figures.gradients(layers, shares, curves), Path(bench.folder) / "gradients.png")
+    figures.save_png(figures.gradient_analysis(layers, shares, curves), Path(bench.folder) / "gradients.png")
 
 
 def _coder(bench: Bench, case: str, values: Values, seed: int) -> list[Row]:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.cluster.hierarchy import fcluster
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -108,10 +109,10 @@ def contrastive(first_BJ: Tensor, second_BJ: Tensor, temperature: float) -> Tens
     both = torch.cat([first_BJ, second_BJ])
     count = len(first_BJ)
     similarity = F.cosine_similarity(both[:, None], both[None], dim=2) / temperature
-    itself = torch.eye(2 * count, dtype=torch.bool)
+    itself = torch.eye(2 * count, dtype=torch.bool, device=both.device)
     positives = similarity[itself.roll(count, 0)].view(2 * count, 1)
     negatives = similarity[~itself & ~itself.roll(count, 0)].view(2 * count, -1)
-    labels = torch.zeros(2 * count, dtype=torch.long)
+    labels = torch.zeros(2 * count, dtype=torch.long, device=both.device)
     return F.cross_entropy(torch.cat([positives, negatives], 1), labels)
 
 
@@ -120,7 +121,7 @@ def contrastive(first_BJ: Tensor, second_BJ: Tensor, temperature: float) -> Tens
 
 def train_one(arch: Architecture, theta_P: Tensor, inputs: Tensor, labels_Q: Tensor, lr: float, seed: int) -> None:
     """One epoch of one model: torch modules, torch.optim.Adam, batches of 32 from memory, without a loader."""
-    net = module(arch)
+    net = module(arch).to(theta_P.device)
     net.load_state_dict(state_dicts(arch, theta_P[None])[0])
     adam = torch.optim.Adam(net.parameters(), lr)
     for batch in torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed)).split(32):
@@ -134,7 +135,7 @@ def evaluate_loop(
     arch: Architecture, states: list[dict[str, Tensor]], inputs: Tensor, labels_Q: Tensor, batch_size: int | None
 ) -> list[tuple[float, float]]:
     """(accuracy, loss) of each model: load its state dict, run the test set (`batch_size` None: in one batch)."""
-    net = module(arch)
+    net = module(arch).to(inputs.device)
     data: object = [(inputs, labels_Q)]
     if batch_size is not None:
         data = DataLoader(TensorDataset(inputs, labels_Q), batch_size=batch_size)
@@ -165,3 +166,12 @@ def cut_at_every_height(merges: np.ndarray, need: int, seconds: float, clock: ob
         if clock() - start > seconds:  # type: ignore[operator]
             return done + 1, most
     return len(merges), most
+
+
+def whole_clustering(vectors_VK: Tensor, need: int, seconds: float, clock: object) -> tuple[float, float]:
+    """Seconds of scipy's distances and tree, and of the search for the cut (scaled, if it stopped after `seconds`)."""
+    start = clock()  # type: ignore[operator]
+    merges = linkage(pdist(vectors_VK.numpy()), method="average")
+    tree = clock() - start  # type: ignore[operator]
+    done, _ = cut_at_every_height(merges, need, seconds, clock)
+    return tree, (clock() - start - tree) * len(merges) / done  # type: ignore[operator]

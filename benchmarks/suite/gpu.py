@@ -1,49 +1,76 @@
-"""The behavioural loss on a GPU, if there is one: float32, bfloat16, torch.compile, and the share of peak reached."""
+"""What only a GPU has: bfloat16, torch.compile, CUDA graphs, and the share of the device's peak that is reached.
 
-import time
+Peak is the rate of a large matrix product of the same number type on the same device. All ways of one network take
+turns, so that the fastest says what pays.
+"""
+
+from collections.abc import Callable
 from statistics import median
 
 import torch
+from torch import Tensor
 
-from benchmarks.suite.harness import Row, turns
+from benchmarks.suite.harness import Row, clock, matmul_flops, turns
 from benchmarks.suite.networks import flops
-from distrecon.nets import architecture, initialise
+from benchmarks.suite.steps import paper_step
+from distrecon.nets import Architecture, architecture, initialise
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def gpu(quick: bool) -> list[Row]:
-    """Wall time of forward and backward against the matrix product's own rate; no rows without a GPU."""
+    """Wall time of the behavioural loss and of the paper's whole step; no rows without a GPU."""
     if not torch.cuda.is_available():
         return []
+    device = torch.device("cuda")
+    peaks = {name: matmul_flops(device, dtype) for name, dtype in DTYPES.items()}
     rows = []
     for name, models in (("cnn_small", 128), ("cnn3", 16 if quick else 64), ("lenet5", 16)):
-        arch = architecture(name)
-        theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).cuda().requires_grad_()
-        inputs = torch.randn(256, *arch.input_shape, device="cuda")
-        compiled = torch.compile(arch.forward)
-        for kind, forward, dtype in (
-            ("float32", arch.forward, torch.float32),
-            ("bfloat16", arch.forward, torch.bfloat16),
-            ("float32, torch.compile", compiled, torch.float32),
-        ):
+        rows += _behavioural(architecture(name), models, device, peaks)
+    return rows + _steps(4 if quick else 64, device)
 
-            def step(forward=forward, dtype=dtype, theta=theta_BP, inputs=inputs) -> None:
-                loss = forward(theta.to(dtype), inputs).float().square().mean()
-                torch.autograd.grad(loss, theta)
-                torch.cuda.synchronize()
 
-            seconds = median(turns({"step": step}, 20, time.perf_counter)["step"])
-            rate = flops(arch, models, 256) / seconds
-            note = f"{100 * rate / _peak(dtype):.1f} % of the matrix product's rate"
-            rows.append(Row(f"{name}, {models} x 256, {kind}", seconds, note=note))
+def _behavioural(arch: Architecture, models: int, device: torch.device, peaks: dict[str, float]) -> list[Row]:
+    """Forward and backward over 256 inputs in every number type, plain, compiled and as a graph."""
+    theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).to(device)
+    inputs = torch.randn(256, *arch.input_shape, device=device)
+    ways = {}
+    for name, dtype in DTYPES.items():
+        typed_BP, typed_inputs = theta_BP.to(dtype).requires_grad_(), inputs.to(dtype)
+
+        def run(theta: Tensor, inputs: Tensor = typed_inputs) -> Tensor:
+            return arch.forward(theta, inputs)
+
+        ways[name] = _loss(run, typed_BP)
+        ways[f"{name}, compiled"] = _loss(torch.compile(run, dynamic=False), typed_BP)
+        sample_BP = typed_BP.detach().clone().requires_grad_()
+        ways[f"{name}, CUDA graph"] = _loss(torch.cuda.make_graphed_callables(run, (sample_BP,)), typed_BP)
+    rows = []
+    for way, seconds in turns(ways, 20, clock(device)).items():
+        share = flops(arch, models, 256) / median(seconds) / peaks[way.split(",")[0]]
+        rows.append(
+            Row(
+                f"behavioural loss, {arch.name}, {models} x 256, {way}",
+                median(seconds),
+                note=f"{100 * share:.1f} % of peak",
+                numbers={"share_of_peak": share},
+            )
+        )
     return rows
 
 
-def _peak(dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+def _loss(run: Callable[[Tensor], Tensor], theta_BP: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.autograd.grad(run(theta_BP).float().square().mean(), theta_BP)[0]
 
-    def product() -> None:
-        a @ a
-        torch.cuda.synchronize()
 
-    return 2 * 8192**3 / median(turns({"product": product}, 5, time.perf_counter)["product"])
+def _steps(models: int, device: torch.device) -> list[Row]:
+    """The whole training step at the paper's size."""
+    ways = {
+        f"{precision}{', compiled' if compiled else ''}": paper_step(models, precision, device, compiled)
+        for precision in ("float32", "bf16")
+        for compiled in (False, True)
+    }
+    return [
+        Row(f"whole step, cnn3, {models} models x 256 queries, 256 wide, 8+8 layers, {way}", median(seconds))
+        for way, seconds in turns(ways, 5, clock(device)).items()
+    ]

@@ -4,92 +4,182 @@ Memory is the most that a fresh process holds (VmHWM) above what it held after t
 size.
 """
 
+import math
 import multiprocessing
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 from benchmarks.suite.harness import Row, exponent
-from distrecon.nets import architecture, initialise
+from benchmarks.suite.steps import demo_step
+from distrecon.autoencoder import losses
+from distrecon.expand_cluster.clustering import average_linkage, best_cut, cluster
+from distrecon.expand_cluster.networks import DenseNet
+from distrecon.images import load
+from distrecon.nets import Architecture, activation, architecture, evaluate, fit, initialise
 from distrecon.nets.architectures import mlp
 
+Work = Callable[[], object]
+RULE = (10, 0.5, math.pi / 6)  # students, gamma, beta of the clusterings
 
-def behavioural(models: int, queries: int) -> Callable[[], object]:
-    arch = architecture("cnn3")
-    theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).requires_grad_()
+
+def _models(arch: Architecture, count: int) -> torch.Tensor:
+    return initialise(arch, ["kaiming_normal"] * count, range(count))
+
+
+def _gradient(arch: Architecture, models: int, queries: int) -> Work:
+    theta_BP = _models(arch, models).requires_grad_()
     inputs = torch.randn(queries, *arch.input_shape)
     return lambda: torch.autograd.grad(arch.forward(theta_BP, inputs).square().mean(), theta_BP)
 
 
-def wide(hidden: int) -> Callable[[], object]:
-    """32 networks of two equal hidden layers: P grows with the square of their width."""
-    arch = mlp((64, hidden, hidden, 10))
-    theta_BP = initialise(arch, ["kaiming_normal"] * 32, range(32)).requires_grad_()
-    inputs = torch.randn(256, 64)
-    return lambda: torch.autograd.grad(arch.forward(theta_BP, inputs).square().mean(), theta_BP)
+def _wide(hidden: int) -> Architecture:
+    """Two equal hidden layers: P grows with the square of their width."""
+    return mlp((64, hidden, hidden, 10))
 
 
-def normal_equations(students: int) -> Callable[[], object]:
-    from distrecon.expand_cluster.networks import DenseNet
-    from distrecon.nets.activations import activation
+def _tokens(arch: Architecture, models: int) -> Work:
+    theta_BP = _models(arch, models)
+    order = arch.random_permutation(torch.Generator().manual_seed(0), models)
+    return lambda: arch.detokenize(arch.tokenize(arch.permute(theta_BP, order)))
 
-    net = DenseNet((16, 16, 1), activation("g"))
+
+def _contrastive(models: int) -> Work:
+    local_2BJ = torch.randn(2, models, 30).requires_grad_()
+    return lambda: torch.autograd.grad(losses.contrastive(local_2BJ, local_2BJ, 0, 0.1).mean(), local_2BJ)
+
+
+def _zoo(models: int, count: int) -> Work:
+    arch, train = architecture("cnn_small"), load("digits").train
+    theta_BP, lr_B = _models(arch, models), torch.full((models,), 1e-3)
+    images, labels_Q = train.images[:count], train.labels_Q[:count]
+    return lambda: list(fit(arch, theta_BP, images, labels_Q, epochs=1, lr_B=lr_B))
+
+
+def _evaluation(models: int, queries: int) -> Work:
+    arch = architecture("cnn_small")
+    theta_BP, inputs = _models(arch, models), torch.randn(queries, *arch.input_shape)
+    labels_Q = torch.zeros(queries, dtype=torch.long)
+    return lambda: evaluate(arch, theta_BP, inputs, labels_Q)
+
+
+def _equations(students: int, queries: int, hidden: int) -> Work:
+    net = DenseNet((16, hidden, 1), activation("g"))
     theta_NP = net.random(students, torch.Generator().manual_seed(0))
-    x_QI, y_QO = torch.randn(900, 16).double(), torch.randn(900, 1).double()
+    x_QI, y_QO = torch.randn(queries, 16).double(), torch.randn(queries, 1).double()
     return lambda: net.normal_equations(theta_NP, x_QI, y_QO)
 
 
-SERIES: dict[str, tuple[Callable[[int], Callable[[], object]], tuple[int, ...], Callable[[int], float]]] = {
-    "behavioural loss of CNN3 against B (64 queries)": (lambda n: behavioural(n, 64), (4, 8, 16, 32), float),
-    "behavioural loss of CNN3 against Q (4 models)": (lambda n: behavioural(4, n), (64, 128, 256, 512), float),
-    "forward and backward of MLPs against P (width doubled)": (
-        wide, (128, 256, 512, 1024), lambda n: float(mlp((64, n, n, 10)).num_parameters),
+def _vectors(count: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Ten students' neurons, and whose they are."""
+    per_student, draw = max(1, count // 10), torch.Generator().manual_seed(count)
+    centres = torch.randn(per_student, 16, generator=draw, dtype=torch.float64)
+    noise = torch.randn(10, per_student, 16, generator=draw, dtype=torch.float64)
+    return (centres + 0.05 * noise).flatten(0, 1), np.repeat(np.arange(10), per_student)
+
+
+def _cut(count: int) -> Work:
+    vectors_VK, owners = _vectors(count)
+    merges = average_linkage(vectors_VK, "none")
+    return lambda: best_cut(merges, owners, vectors_VK, False, *RULE)
+
+
+def _clustering(count: int) -> Work:
+    vectors_VK, owners = _vectors(count)
+    return lambda: cluster(vectors_VK, owners, owners, "none", *RULE)
+
+
+@dataclass(frozen=True)
+class Series:
+    """`prepare` returns the work of one size; `scale` is what the exponent is taken in."""
+
+    prepare: Callable[[int], Work]
+    sizes: tuple[int, int, int, int]
+    scale: Callable[[int], float] = float
+
+
+SERIES = {
+    "behavioural loss of CNN3 against B (64 queries)": Series(
+        lambda n: _gradient(architecture("cnn3"), n, 64), (4, 8, 16, 32)
     ),
-    "students' normal equations against N": (normal_equations, (5, 10, 20, 40), float),
-}  # fmt: skip
+    "behavioural loss of CNN3 against Q (4 models)": Series(
+        lambda n: _gradient(architecture("cnn3"), 4, n), (64, 128, 256, 512)
+    ),
+    "behavioural loss of 32 MLPs against P (256 queries)": Series(
+        lambda n: _gradient(_wide(n), 32, 256), (128, 256, 512, 1024), lambda n: _wide(n).num_parameters
+    ),
+    "demo step of the autoencoder against B (256 queries)": Series(lambda n: demo_step(n, 256), (16, 32, 64, 128)),
+    "demo step of the autoencoder against Q (32 models)": Series(lambda n: demo_step(32, n), (64, 128, 256, 512)),
+    "permute, tokenise, detokenise cnn_small against B": Series(
+        lambda n: _tokens(architecture("cnn_small"), n), (128, 256, 512, 1024)
+    ),
+    "permute, tokenise, detokenise 32 MLPs against P": Series(
+        lambda n: _tokens(_wide(n), 32), (64, 128, 256, 512), lambda n: _wide(n).num_parameters
+    ),
+    "contrastive loss against B": Series(_contrastive, (128, 256, 512, 1024)),
+    "an epoch of zoo training against B (256 images)": Series(lambda n: _zoo(n, 256), (32, 64, 128, 256)),
+    "an epoch of zoo training against Q, the images (64 models)": Series(lambda n: _zoo(64, n), (125, 250, 500, 1000)),
+    "evaluation of cnn_small against B (512 images)": Series(lambda n: _evaluation(n, 512), (64, 128, 256, 512)),
+    "evaluation of cnn_small against Q (64 models)": Series(lambda n: _evaluation(64, n), (512, 1024, 2048, 4096)),
+    "students' normal equations against N": Series(lambda n: _equations(n, 900, 16), (5, 10, 20, 40)),
+    "students' normal equations against Q": Series(lambda n: _equations(10, n, 16), (450, 900, 1800, 3600)),
+    "students' normal equations against P (width doubled)": Series(
+        lambda n: _equations(10, 900, n), (8, 16, 32, 64), lambda n: 18 * n + 1
+    ),
+    "cut of a tree against V, the vectors": Series(_cut, (1000, 2000, 4000, 8000)),
+    "whole clustering against V, the vectors": Series(_clustering, (500, 1000, 2000, 4000)),
+}
 
 
 def _high_water() -> int:
+    """Bytes, the most that this process held so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
 
 
-def _measure(name: str, size: int, answer: "multiprocessing.Queue[tuple[float, int]]") -> None:
+def _measure(name: str, size: int) -> tuple[float, int]:
+    """Seconds and bytes, in a fresh process."""
     torch.set_num_threads(1)
-    SERIES[name][0](max(1, min(SERIES[name][1]) // 8))()  # what is loaded and compiled once, with little memory
-    work = SERIES[name][0](size)
+    series = SERIES[name]
+    series.prepare(max(1, min(series.sizes) // 8))()  # what is loaded and compiled once, with little memory
+    work = series.prepare(size)
     before, seconds = _high_water(), []
     for _ in range(3):
         start = time.process_time()
         work()
         seconds.append(time.process_time() - start)
-    answer.put((median(seconds), max(0, _high_water() - before)))
+    return median(seconds), max(0, _high_water() - before)
 
 
 def growth(quick: bool) -> list[Row]:
     """Exponents of time and memory, each size in a process of its own."""
-    rows, context = [], multiprocessing.get_context("spawn")
-    for name, (_, sizes, scale) in list(SERIES.items())[: 1 if quick else None]:
-        seconds, memory = [], []
-        for size in sizes[:2] if quick else sizes:
-            answer: multiprocessing.Queue[tuple[float, int]] = context.Queue()
-            process = context.Process(target=_measure, args=(name, size, answer))
-            process.start()
-            found = answer.get(timeout=600)
-            process.join()
+    rows, context = [], multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once; no process has worked yet when it is forked
+    for name, series in list(SERIES.items())[: 1 if quick else None]:
+        seconds, memory, sizes = [], [], series.sizes[:2] if quick else series.sizes
+        for size in sizes:
+            with ProcessPoolExecutor(1, context) as pool:
+                found = pool.submit(_measure, name, size).result()
             seconds.append(found[0])
             memory.append(found[1])
-        measured = [scale(size) for size in sizes[: len(seconds)]]
-        grown = [b for b in memory if b > 2**20]
-        numbers = {"time_exponent": exponent(measured, seconds)}
-        note = f"time ^ {numbers['time_exponent']:.2f}"
-        if len(grown) > 1:
-            numbers["memory_exponent"] = exponent(measured[-len(grown) :], [float(b) for b in grown])
-            note += f", memory ^ {numbers['memory_exponent']:.2f}"
-        rows.append(
-            Row(name, seconds[-1], note=f"{note}; {memory[-1] / 2**20:.0f} MiB at the largest", numbers=numbers)
-        )
+        print(f"measured: {name}", file=sys.stderr, flush=True)
+        rows.append(_row(name, sizes, [series.scale(size) for size in sizes], seconds, memory))
     return rows
+
+
+def _row(name: str, sizes: Sequence[int], scales: list[float], seconds: list[float], memory: list[int]) -> Row:
+    """Memory below a MiB is not told apart from the process's own."""
+    numbers = {"time_exponent": exponent(scales, seconds)}
+    note = f"{sizes[0]:,} to {sizes[-1]:,}: time ^ {numbers['time_exponent']:.2f}"
+    if min(memory[-2:]) > 2**20:
+        grown = [i for i, held in enumerate(memory) if held > 2**20]
+        numbers["memory_exponent"] = exponent([scales[i] for i in grown], [float(memory[i]) for i in grown])
+        note += f", memory ^ {numbers['memory_exponent']:.2f}"
+    return Row(name, seconds[-1], note=f"{note}; {memory[-1] / 2**20:.0f} MiB at the largest", numbers=numbers)

@@ -9,10 +9,13 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,10 @@ class Row:
 
 
 def turns(
-    ways: Mapping[str, Callable[[], object]],
-    repeats: int,
-    clock: Callable[[], float] = time.process_time,
-    warm_up: bool = True,
+    ways: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, list[float]]:
-    """Seconds of every way in every turn."""
-    for way in ways.values() if warm_up else ():
+    """Seconds of every way in every turn, after one unmeasured call of each."""
+    for way in ways.values():
         way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
@@ -50,6 +50,18 @@ def turns(
     return seconds
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """Processor seconds of this process; wall time on a GPU, once it has done all it was given."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def finished() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return finished
+
+
 def compare(
     what: str,
     ours: Callable[[], object],
@@ -57,10 +69,10 @@ def compare(
     repeats: int,
     factor: float = 1.0,
     note: str = "",
-    warm_up: bool = True,
+    device: torch.device = CPU,
 ) -> Row:
     """One row; `factor` is what the baseline's time has to be multiplied by to be that of equal work."""
-    seconds = turns({"baseline": baseline, "ours": ours}, repeats, warm_up=warm_up)
+    seconds = turns({"baseline": baseline, "ours": ours}, repeats, clock(device))
     ratios = [factor * b / o for b, o in zip(seconds["baseline"], seconds["ours"], strict=True)]
     return Row(
         what,
@@ -73,10 +85,11 @@ def compare(
     )
 
 
-def matmul_flops(size: int = 768, repeats: int = 9) -> float:
-    """Floating-point operations a second of torch's matrix product, in float32 with the present number of threads."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    seconds = turns({"product": lambda: a @ b}, repeats)["product"]
+def matmul_flops(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations a second of torch's matrix product, with the present number of threads."""
+    size = 768 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = turns({"product": lambda: a @ b}, 9, clock(device))["product"]
     return 2 * size**3 / median(seconds)
 
 
@@ -87,12 +100,12 @@ def exponent(sizes: list[float], costs: list[float]) -> float:
     return float((x * y).sum() / (x * x).sum())
 
 
-def machine() -> dict[str, str]:
+def machine(device: torch.device = CPU) -> dict[str, str]:
     """What the numbers were measured on."""
     name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as info:
-            name = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return {"processor": name, "python": platform.python_version(), "torch": torch.__version__}

@@ -1,13 +1,15 @@
-"""What Ray costs: start-up, a trial's overhead, and the time that a step waits for its data. Wall time."""
+"""What Ray costs: start-up, a trial's overhead, a step's wait for its data; the default run by stages. Wall time."""
 
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
+from benchmarks.default_run import measure
 from benchmarks.suite.harness import Row
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
@@ -90,3 +92,27 @@ def ray_costs(quick: bool) -> list[Row]:
     finally:
         ray.shutdown()
     return rows
+
+
+def default_run(quick: bool) -> list[Row]:
+    """The default command on an empty folder, stage by stage, and its wall time outside work."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(["--smoke"] if quick else [], Path(folder))
+    if figures["rc"]:
+        raise RuntimeError(f"distrecon.tune ended with {figures['rc']}")
+    return run_rows(figures)
+
+
+def run_rows(figures: dict[str, Any]) -> list[Row]:
+    """The rows of what `benchmarks.default_run.measure` found."""
+    names = {"start": "imports, checks, Ray's start", "end": "the tables, Ray's end"}
+    notes = {"sweeps": f"training, scoring or recovering {figures['trials_at_once']:.1f} trials at once"}
+    share = figures["outside_share"]
+    return [
+        *(Row(f"stage: {names.get(s, s)}", seconds, note=notes.get(s, "")) for s, seconds in figures["stages"].items()),
+        Row("the whole default run", figures["seconds"], note=f"{figures['peak_gib']:.1f} GiB at most"),
+        Row(
+            "of it, outside zoo, training, recovery and scoring", figures["outside_seconds"],
+            note=f"{100 * share:.0f} % of the wall time", numbers={"share": share},
+        ),
+    ]  # fmt: skip

@@ -1,12 +1,14 @@
 """A whole training step of the autoencoder, and its parts that are not networks' evaluation."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from benchmarks.suite import baselines
-from benchmarks.suite.harness import Row, compare
+from benchmarks.suite.harness import CPU, Row, compare
 from distrecon.autoencoder import losses
 from distrecon.autoencoder.config import AutoencoderConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
 from distrecon.autoencoder.model import Autoencoder, ZooSample
@@ -66,37 +68,66 @@ def published_step(
     return step
 
 
-def whole_step(quick: bool) -> list[Row]:
+def demo_step(models: int, queries: int) -> Callable[[], object]:
+    """A training step of demo size on so many models and queries."""
+    config, arch = _config(paper=False), architecture("cnn_small")
+    config = replace(config, data=replace(config.data, queries=queries))
+    return _stepper(_training(config, arch, models, load("digits"), CPU))
+
+
+def paper_step(models: int, precision: str, device: torch.device, compiled: bool) -> Callable[[], object]:
+    """A training step of the paper's size on 256 queries; `compiled`: the transformer by torch.compile."""
+    config, arch = _config(paper=True), architecture("cnn3")
+    config = replace(config, optim=replace(config.optim, precision=precision))
+    training = _training(config, arch, models, _random_images(arch), device)
+    if compiled:
+        for name in ("encoder", "decoder"):
+            getattr(training.autoencoder.coder, name).compile()
+    return _stepper(training)
+
+
+def _training(
+    config: AutoencoderConfig, arch: Architecture, models: int, images: ImageSet, device: torch.device
+) -> Training:
+    theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models))
+    return Training(config, [ZooSample(arch, theta_BP, images)], total_steps=1000, device=device)
+
+
+def _stepper(training: Training) -> Callable[[], object]:
+    """Steps over the training's own sample; the first fills the cache of the originals' outputs."""
+    theta_BP, number = training.zoos[0].sample_BP, count()
+    models = len(theta_BP)
+
+    def step() -> object:
+        return training.step(Batch(0, next(number), 0, torch.arange(models), theta_BP, models, 0))
+
+    return step
+
+
+def whole_step(quick: bool, device: torch.device = CPU) -> list[Row]:
     """One training step with contrastive, structural and behavioural loss, against the published way."""
     rows = []
     for paper in (False, True):
-        config = _config(paper)
-        arch = architecture("cnn3" if paper else "cnn_small")
+        config, arch = _config(paper), architecture("cnn3" if paper else "cnn_small")
         images = _random_images(arch) if paper else load("digits")
-        count = config.optim.batch_size if not (paper and quick) else 4
-        theta_BP = initialise(arch, ["kaiming_normal"] * count, range(count))
-        training = Training(config, [ZooSample(arch, theta_BP, images)], total_steps=1000)
-        number = iter(range(10**9))
-
-        def ours(training=training, theta=theta_BP, count=count, number=number) -> None:
-            training.step(Batch(0, next(number), 0, torch.arange(count), theta, count, 0))
-
-        ours()  # fills the cache of the originals' outputs, once in a training
+        models = config.optim.batch_size if not (paper and quick) else 4
+        training = _training(config, arch, models, images, device)
+        theta_BP = training.zoos[0].sample_BP.to(device)
         published = published_step(config, arch, training.autoencoder, training.pools[0], theta_BP)
         size = f"{config.model.width} wide, {config.model.layers}+{config.model.layers} layers"
-        name = f"whole step, {arch.name}, {count} models x 256 queries, {size}"
-        rows.append(compare(name, ours, published, 3 if quick or paper else 7))
+        name = f"whole step, {arch.name}, {models} models x 256 queries, {size}"
+        rows.append(compare(name, _stepper(training), published, 3 if quick or paper else 9, device=device))
     return rows
 
 
-def tokens(quick: bool) -> list[Row]:
+def tokens(quick: bool, device: torch.device = CPU) -> list[Row]:
     """Permute, tokenise and detokenise, against one state dict at a time."""
     rows = []
-    for name, count in (("cnn_small", 64), ("cnn3", 16 if quick else 64)):
+    for name, models in (("cnn_small", 64), ("cnn3", 16 if quick else 64)):
         arch = architecture(name)
-        theta_BP = initialise(arch, ["kaiming_normal"] * count, range(count))
+        theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).to(device)
         states, names = baselines.state_dicts(arch, theta_BP), list(baselines.module(arch).state_dict())
-        orders = arch.random_permutation(torch.Generator().manual_seed(0), count)
+        orders = [o.to(device) for o in arch.random_permutation(torch.Generator().manual_seed(0), models)]
         tokens_BTD = arch.tokenize(theta_BP)
         cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "permute": (
@@ -115,15 +146,15 @@ def tokens(quick: bool) -> list[Row]:
             ),
         }
         for case, (ours, baseline) in cases.items():
-            rows.append(compare(f"{case}, {name}, {count} models", ours, baseline, 9))
+            rows.append(compare(f"{case}, {name}, {models} models", ours, baseline, 9, device=device))
     return rows
 
 
-def contrastive(quick: bool) -> list[Row]:
+def contrastive(quick: bool, device: torch.device = CPU) -> list[Row]:
     """The contrastive loss, forward and backward, against all pairs' cosine similarity."""
     rows = []
-    for count in (64,) if quick else (64, 512):
-        local_2BJ = torch.randn(2, count, 30).requires_grad_()
+    for models in (64,) if quick else (64, 512):
+        local_2BJ = torch.randn(2, models, 30, device=device).requires_grad_()
 
         def ours(local=local_2BJ) -> Tensor:
             return torch.autograd.grad(losses.contrastive(local, local, 0, 0.1).mean(), local)[0]
@@ -132,5 +163,5 @@ def contrastive(quick: bool) -> list[Row]:
             return torch.autograd.grad(baselines.contrastive(local[0], local[1], 0.1), local)[0]
 
         torch.testing.assert_close(ours(), common(), rtol=1e-3, atol=1e-6)
-        rows.append(compare(f"contrastive loss, {count} models", ours, common, 5))
+        rows.append(compare(f"contrastive loss, {models} models", ours, common, 5, device=device))
     return rows

@@ -8,17 +8,17 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from distrecon.autoencoder.losses import BEHAVIORAL
+from distrecon.autoencoder.samplers import SAMPLERS
 from distrecon.errors import UserError, nearest
 
 KINDS = ("transformer", "fisher_residual", "fisher_pca")
 METRICS = ("behavioral", "structural")
 TERMS = ("C", "S", "B")
-BEHAVIORAL = ("mse_logits", "mse_centred", "mse_softmax", "cross_entropy", "distillation")
 STRUCTURAL = ("layer", "token", "none", "fisher")
 VIEWS = ("permutation", "noise", "none")
 SCHEDULES = ("cosine", "onecycle", "constant")
 PRECISIONS = ("float32", "bf16", "float64")
-SAMPLERS = ("joint_kde", "isotropic_kde", "flat_kde", "dimension_kde", "gaussian", "interpolation")
 
 
 def _one_of(setting: str, value: str, known: Collection[str]) -> None:

@@ -92,7 +92,7 @@ def _distillation(outputs_BQC: Tensor, targets_BQC: Tensor, temperature: float) 
     return temperature**2 * (log_target_BQC.exp() * (log_target_BQC - log_output_BQC)).sum(2).mean(1)
 
 
-_BEHAVIORAL: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+BEHAVIORAL: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "mse_logits": _mse_logits,
     "mse_centred": _mse_centred,
     "mse_softmax": _mse_softmax,
@@ -102,8 +102,8 @@ _BEHAVIORAL: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def behavioral(kind: str, outputs_BQC: Tensor, targets_BQC: Tensor, temperature: float = 2.0) -> Tensor:
-    """The behavioural loss `kind` (see config.BEHAVIORAL) of each model [B], from logits of both."""
-    return _BEHAVIORAL[kind](outputs_BQC, targets_BQC, temperature)
+    """The behavioural loss `kind` of `BEHAVIORAL` of each model [B], from logits of both."""
+    return BEHAVIORAL[kind](outputs_BQC, targets_BQC, temperature)
 
 
 def cycle(z: Tensor, z_again: Tensor) -> Tensor:

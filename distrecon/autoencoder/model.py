@@ -82,7 +82,8 @@ def check_finite(theta_BP: Tensor, where: str, names: Sequence[str] | None = Non
     bad_B = ~theta_BP.isfinite().all(1)
     if bad_B.any():
         row = int(bad_B.nonzero()[0, 0])
-        raise UserError(f"{where}: model {names[row] if names is not None else row} has a weight that is not finite")
+        name = names[row] if names is not None else row
+        raise UserError(f"{where}: model {name} has a weight that is not finite (distrecon.zoo check lists a zoo's)")
 
 
 class Statistics(nn.Module):

@@ -75,7 +75,7 @@ def _interpolation(good_NF: Tensor, count: int, bandwidth: float, generator: tor
     return torch.lerp(good_NF[first_M], good_NF[(first_M + step_M) % len(good_NF)], share_M1)
 
 
-_SAMPLERS: dict[str, Sampler] = {
+SAMPLERS: dict[str, Sampler] = {
     "joint_kde": _joint_kde,
     "isotropic_kde": _isotropic_kde,
     "flat_kde": _isotropic_kde,
@@ -92,13 +92,13 @@ def sample(
 
     Raises UserError for an unknown sampler or fewer than 3 good models.
     """
-    if name not in _SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}{nearest(name, _SAMPLERS)}")
+    if name not in SAMPLERS:
+        raise UserError(f"unknown sampler {name!r}{nearest(name, SAMPLERS)}")
     if len(good) < 3:
         raise UserError(
             f"a sampler needs at least 3 good models, not {len(good)}: raise tasks.good or take a larger zoo"
         )
-    draw = _SAMPLERS[name]
+    draw = SAMPLERS[name]
     if name == "flat_kde" and shape is not None:
         draw = partial(_isotropic_kde, shape=shape)
     drawn_MF = draw(good.flatten(1), count, bandwidth, torch.Generator().manual_seed(seed))

@@ -107,6 +107,7 @@ class Training:
             self.autoencoder.parameters(),
             lr=config.optim.lr,
             weight_decay=config.optim.weight_decay,
+            fused=True,
         )
         self.steps_done = 0
         self.scales: list[dict[str, float]] = [{} for _ in zoos]  # per zoo, each loss at its first step

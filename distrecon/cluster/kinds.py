@@ -9,6 +9,8 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.nets import activation
 
+SYNTHETIC = "synthetic"  # in the place of an image set's name
+
 
 @dataclass(frozen=True)
 class ResourcesConfig:
@@ -18,6 +20,7 @@ class ResourcesConfig:
     """
 
     num_workers: int = 1
+    min_workers: int = 0  # elastic: after a loss go on with as few as these, and grow again (0: wait for num_workers)
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 1.0  # with use_gpu; a share packs several small trials on one GPU
@@ -26,6 +29,11 @@ class ResourcesConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise UserError(f"resources.num_workers must be at least 0, not {self.num_workers}")
+        if not 0 <= self.min_workers <= self.num_workers:
+            raise UserError(
+                f"resources.min_workers must be from 0 to resources.num_workers ({self.num_workers}), "
+                f"not {self.min_workers}"
+            )
         if self.cpus_per_worker <= 0 or self.gpus_per_worker <= 0:
             raise UserError("resources.cpus_per_worker and resources.gpus_per_worker must be positive")
         if self.max_failures < 0:
@@ -43,9 +51,9 @@ class AutoencoderRun(AutoencoderConfig):
         super().__post_init__()
         if not self.zoo:
             raise UserError("zoo must name at least one zoo")
-        workers = max(1, self.resources.num_workers)
-        if self.data.shards % workers:
-            raise UserError(f"data.shards ({self.data.shards}) must be a multiple of resources.num_workers ({workers})")
+        shards, workers = self.data.shards, self.resources.num_workers
+        if shards < workers:
+            raise UserError(f"data.shards ({shards}) must be at least resources.num_workers ({workers})")
 
     @property
     def autoencoder(self) -> AutoencoderConfig:
@@ -55,17 +63,25 @@ class AutoencoderRun(AutoencoderConfig):
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The black box of a recovery trial: a classifier of an image set, trained on the spot, known to scores only."""
+    """The black box of a recovery trial, known to scores only: a classifier of an image set, trained on the spot.
+
+    Or, with images "synthetic", one of Expand-and-Cluster's random problems of `inputs` inputs and one hidden layer.
+    """
 
     images: str = "digits"
     hidden: tuple[int, ...] = (20,)
     activation: str = "tanh"
     seed: int = 0
+    inputs: int = 8  # of a synthetic teacher
 
     def __post_init__(self) -> None:
         activation(self.activation)
         if not self.hidden or min(self.hidden) < 1:
             raise UserError(f"teacher.hidden must list positive sizes, not {list(self.hidden)}")
+        if self.images == SYNTHETIC and len(self.hidden) != 1:
+            raise UserError(f"teacher.hidden of a synthetic teacher is one layer, not {list(self.hidden)}")
+        if self.inputs < 1:
+            raise UserError(f"teacher.inputs must be at least 1, not {self.inputs}")
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,22 @@ def zoo_index(autoencoder: Autoencoder, zoo: Zoo) -> int:
     arch = zoo.architecture
     raise UserError(
         f"{zoo.store}: its models are {arch.name} ({arch.num_parameters} parameters, {arch.activation}); "
-        f"the autoencoder was trained on {known}"
+        f"the autoencoder was trained on {known}: name a zoo of those, or train one on this zoo"
     )
+
+
+COPIES = 3  # of a zoo's weights, held at once to score: as read, in canonical order, aligned for novelty
+
+
+def check_memory(zoo: Zoo, has: float) -> None:
+    """UserError when scoring on this zoo could not fit into `has` bytes."""
+    states, gib = zoo.num_states, 2.0**30
+    needs = COPIES * 4 * states * zoo.architecture.num_parameters
+    if needs > has:
+        raise UserError(
+            f"{zoo.store}: scoring holds its {states} states {COPIES} times, {needs / gib:.1f} GiB, and a machine has "
+            f"{has / gib:.1f} GiB: import fewer states (distrecon.zoo import --epochs), or take one with more memory"
+        )
 
 
 def score(autoencoder: Autoencoder, zoo: Zoo, config: AutoencoderConfig, folder: Path) -> dict[str, Any]:
@@ -36,5 +50,6 @@ def score(autoencoder: Autoencoder, zoo: Zoo, config: AutoencoderConfig, folder:
     results = run_tasks(autoencoder.cpu(), train, validation, test, zoo.images(), config, index)
     save_autoencoder(folder, autoencoder)
     save_file({"theta": results.generated_theta_BP.contiguous()}, folder / "generated.safetensors")
-    np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **results.arrays)  # type: ignore[arg-type]
+    layers = np.array([layer.name for layer in zoo.architecture.layers])
+    np.savez_compressed(folder / "arrays.npz", allow_pickle=False, layers=layers, **results.arrays)  # type: ignore[arg-type]
     return {**results.metrics, "time/scoring_seconds": time.monotonic() - began}

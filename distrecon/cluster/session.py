@@ -97,6 +97,15 @@ def largest() -> dict[str, float]:
     return {name: max(amount, float(limits.get(name, 0))) for name, amount in available().items()}
 
 
+def memory() -> float:
+    """Bytes that a process may use: those of the cluster's largest node for work, or this machine's without Ray."""
+    import ray
+
+    if not ray.is_initialized():
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return max(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"])
+
+
 def machine() -> str:
     """What the work runs on, for people: the cluster's CPUs and GPUs, or this process's without Ray."""
     import ray

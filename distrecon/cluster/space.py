@@ -59,6 +59,12 @@ class Sweep:
         """How many trials the sweep runs."""
         return self.samples * len(list(self.grid()))
 
+    @property
+    def zoos(self) -> set[str]:
+        """Every zoo that a trial may name."""
+        values = self.space["zoo"].values if "zoo" in self.space else [getattr(self.base, "zoo", ())]
+        return {name for zoo in values for name in zoo}
+
     def grid(self) -> Any:
         """Every combination of the grid dimensions, as dotted values."""
         grids = {key: d.values for key, d in self.space.items() if d.how == "grid"}

@@ -22,7 +22,7 @@ from distrecon.cluster.journal import Journal
 from distrecon.cluster.kinds import ResourcesConfig
 from distrecon.cluster.space import Dimension, Sweep
 from distrecon.cluster.trials import RUNNERS, reserved
-from distrecon.errors import UserError, WorkFailed
+from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory
 from distrecon.zoos import Zoo
 from distrecon.zoos.storage import store
 
@@ -77,6 +77,8 @@ def root_cause(trial: Any) -> str:
 
 def innermost(text: str) -> str:
     """The last line of an error's text that names an error, or its last line."""
+    if is_out_of_memory(text):
+        return OUT_OF_MEMORY
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["unknown error"]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)(\(\w+\))?: ", line)]
     line = (named or lines)[-1]
@@ -130,7 +132,7 @@ def _run_sweep(
 
 def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal) -> tune.Tuner:
     storage = f"{place.storage}/tune"
-    used = {name: zoos[name] for name in getattr(sweep.base, "zoo", ())}
+    used = {name: zoos[name] for name in sweep.zoos}
     trainable = tune.with_parameters(
         RUNNERS[sweep.kind],
         base=configuration.flatten(sweep.base),
@@ -182,9 +184,10 @@ def concurrent(kind: str, resources: ResourcesConfig) -> int:
     if resources.use_gpu:
         needs["GPU"] = workers * resources.gpus_per_worker
     for name, amount in needs.items():
-        if amount > has[name]:
+        least = amount * (resources.min_workers or workers) / workers
+        if least > has[name]:
             raise UserError(
-                f"a trial needs {amount:g} {name}s and the whole cluster has at most {has[name]:g}: "
+                f"a trial needs {least:g} {name}s and the whole cluster has at most {has[name]:g}: "
                 f"lower resources.num_workers or resources.{name.lower()}s_per_worker"
                 + (", or leave out --use-gpu" if name == "GPU" else "")
             )

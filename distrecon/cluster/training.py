@@ -23,6 +23,7 @@ from distrecon.zoos import Zoo
 from distrecon.zoos.stream import plan, stream
 
 STATE = "training.pt"
+RESIZE_SECONDS = 60.0  # how often an elastic training looks for room to grow: a resize goes back to the last checkpoint
 SAMPLE = 4096  # training states that statistics and the linear start are computed from
 RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
 
@@ -42,6 +43,13 @@ def train_autoencoder(
     per_worker = {"CPU": max(0.1, resources.cpus_per_worker - RESERVE)}
     if resources.use_gpu:
         per_worker["GPU"] = resources.gpus_per_worker
+    elastic = (resources.min_workers, resources.num_workers)
+    scaling: dict[str, Any] = {  # as Ray Train's second version has it; ray.train's stubs show the first
+        "num_workers": elastic if resources.min_workers else resources.num_workers,
+        "use_gpu": resources.use_gpu,
+        "resources_per_worker": per_worker,
+        "elastic_resize_monitor_interval_s": RESIZE_SECONDS,
+    }
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
@@ -49,9 +57,7 @@ def train_autoencoder(
             "zoos": list(zoos),
             "artifacts": f"{storage}/{name}",
         },
-        scaling_config=train.ScalingConfig(
-            num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
-        ),
+        scaling_config=train.ScalingConfig(**scaling),
         run_config=train.RunConfig(
             name=name,
             storage_path=storage,

@@ -16,6 +16,9 @@ import torch
 from scipy.cluster.hierarchy import linkage
 from torch import Tensor
 
+from distrecon.expand_cluster.tree import Tree, mean_cosine, roots
+
+ROWS = 32  # of the distances, computed at a time
 SIGN_FREE = frozenset({"odd", "odd_constant", "even_linear", "scaled"})
 
 
@@ -45,22 +48,33 @@ class LayerClustering:
 
 
 def distances(vectors_VK: Tensor, symmetry: str) -> Tensor:
-    """Pairwise distances [V, V]: min(|u - v|, |u + v|) where the sign is free, of unit vectors where the scale is."""
+    """Distance of every two vectors, [V (V - 1) / 2] in scipy's order of pairs.
+
+    min(|u - v|, |u + v|) where the sign is free, of unit vectors where the scale is. A few rows are done at a time, so
+    that they stay in cache on the way from the matrix product to the result.
+    """
     if symmetry == "scaled":
         vectors_VK = torch.nn.functional.normalize(vectors_VK, dim=1)
-    norms_V = vectors_VK.square().sum(1)
-    dot_VV = vectors_VK @ vectors_VK.T
-    if symmetry in SIGN_FREE:
-        dot_VV = dot_VV.abs()
-    squared_VV = norms_V[:, None] + norms_V[None, :] - 2 * dot_VV
-    distance_VV = squared_VV.clamp(min=0).sqrt()
-    return (distance_VV + distance_VV.T).fill_diagonal_(0) / 2
+    total, norms_V = len(vectors_VK), vectors_VK.square().sum(1)
+    found = vectors_VK.new_empty(total * (total - 1) // 2)
+    scratch, end = vectors_VK.new_empty(ROWS * total), 0
+    for start in range(0, total, ROWS):
+        rows, others = slice(start, start + ROWS), slice(start, total)
+        shape = norms_V[rows].shape + norms_V[others].shape
+        block = scratch[: math.prod(shape)].view(shape)
+        torch.mm(vectors_VK[rows], vectors_VK[others].T, out=block)
+        if symmetry in SIGN_FREE:
+            block.abs_()
+        block.mul_(-2).add_(norms_V[rows, None]).add_(norms_V[others]).clamp_(min=0).sqrt_()
+        for i, row in enumerate(block):
+            begin, end = end, end + len(row) - i - 1
+            found[begin:end] = row[i + 1 :]
+    return found
 
 
 def average_linkage(vectors_VK: Tensor, symmetry: str) -> np.ndarray:
     """scipy's linkage matrix [V - 1, 4] of the vectors; V >= 2."""
-    distance_VV = distances(vectors_VK, symmetry).numpy()
-    return linkage(distance_VV[np.triu_indices(len(distance_VV), 1)], method="average")
+    return linkage(distances(vectors_VK, symmetry).numpy(), method="average")
 
 
 def best_cut(
@@ -78,58 +92,33 @@ def best_cut(
     `rule` is "distinct" (members from at least gamma N distinct students, aligned within beta) or "published" (at
     least gamma N members, wherever they come from; the angle is left to a later filter).
     """
-    heights = merges[:, 2]
+    heights, tree = merges[:, 2], Tree(merges)
     need = math.ceil(gamma * count - 1e-9)
-    total = len(merges) + 1
-    unit = torch.nn.functional.normalize(vectors_VK, dim=1).numpy()
-    sums = np.zeros((2 * total - 1, unit.shape[1]))
-    sums[:total] = unit
-    owners = [1 << int(s) for s in students] + [0] * (total - 1)
-    sizes = np.ones(2 * total - 1, dtype=int)
-
-    def valid(node: int) -> bool:
-        if rule == "published":
-            return bool(sizes[node] >= need)
-        return owners[node].bit_count() >= need and mean_cosine(sums[node], sizes[node]) >= math.cos(beta)
-
-    valid_nodes = np.zeros(2 * total - 1, dtype=bool)
-    valid_nodes[:total] = [valid(i) for i in range(total)]
-    counts = np.empty(total, dtype=int)  # counts[k]: valid clusters after k merges
-    counts[0] = valid_nodes[:total].sum()
-    for k, (a, b) in enumerate(merges[:, :2].astype(int)):
-        node = total + k
-        sign = -1.0 if sign_free and sums[a] @ sums[b] < 0 else 1.0
-        sums[node] = sums[a] + sign * sums[b]
-        owners[node] = owners[a] | owners[b]
-        sizes[node] = sizes[a] + sizes[b]
-        valid_nodes[node] = valid(node)
-        counts[k + 1] = counts[k] + int(valid_nodes[node]) - int(valid_nodes[a]) - int(valid_nodes[b])
+    if rule == "published":
+        valid = tree.size >= need
+    else:
+        valid = tree.distinct(students) >= need
+        valid[valid] = tree.mean_cosine(vectors_VK, sign_free, np.flatnonzero(valid)) >= math.cos(beta)
+    valid = valid.astype(int)
+    gained = valid[tree.total :] - valid[tree.left] - valid[tree.right]
+    counts = np.cumsum(np.concatenate([[valid[: tree.total].sum()], gained]))  # after 0, 1, ... merges
     edges = np.concatenate([[0.0], heights, [heights[-1] * 2 + 1e-12]])
     # cuts between merges of equal height are not cuts: their interval is empty
-    widths = np.log(edges[1:] + 1e-12) - np.log(edges[:-1] + 1e-12)
     possible = np.flatnonzero(edges[1:] > edges[:-1])
     most = possible[counts[possible] == counts[possible].max()]
-    chosen = most[np.argmax(widths[most])]
+    chosen = most[np.argmax((edges[most + 1] + 1e-12) / (edges[most] + 1e-12))]  # the widest, as a ratio
     return float(np.sqrt((edges[chosen] + 1e-12) * (edges[chosen + 1] + 1e-12)))
-
-
-def mean_cosine(total_K: np.ndarray, size: int) -> float:
-    """Mean cosine over the pairs of `size` unit vectors that sum to `total_K`; 1 for a single vector."""
-    return 1.0 if size == 1 else float((total_K @ total_K - size) / (size * (size - 1)))
 
 
 def members(merges: np.ndarray, cut: float) -> list[np.ndarray]:
     """Indices of the vectors of every cluster below the height `cut`, in the order of their first members."""
     total = len(merges) + 1
-    parent = np.arange(2 * total - 1)
-    for k, (a, b, height, _) in enumerate(merges):
-        if height <= cut:
-            parent[int(a)] = parent[int(b)] = total + k
-    for node in range(2 * total - 2, -1, -1):
-        parent[node] = parent[parent[node]]
-    _, first, label = np.unique(parent[:total], return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    return [np.flatnonzero(label == group) for group in order]
+    above = np.arange(2 * total - 1)
+    below = np.flatnonzero(merges[:, 2] <= cut)
+    above[merges[below, :2].astype(int)] = total + below[:, None]
+    _, first, label, sizes = np.unique(roots(above)[:total], return_index=True, return_inverse=True, return_counts=True)
+    groups = np.split(np.argsort(label, kind="stable"), np.cumsum(sizes)[:-1])
+    return [groups[i] for i in np.argsort(first)]
 
 
 def cluster(
@@ -150,11 +139,12 @@ def cluster(
     unit = torch.nn.functional.normalize(vectors_VK, dim=1).numpy()
     kept, alignment = [], []
     for group in members(merges, cut):
-        size = len(group) if rule == "published" else len(set(students[group].tolist()))
+        if len(group) < need or (rule == "distinct" and len(set(students[group].tolist())) < need):
+            continue
         rows = unit[group]
         signs = np.where(rows @ rows[0] < 0, -1.0, 1.0) if sign_free else np.ones(len(rows))
         cosine = mean_cosine((signs[:, None] * rows).sum(0), len(rows))
-        if size >= need and cosine >= math.cos(beta):
+        if cosine >= math.cos(beta):
             kept.append(group)
             alignment.append(cosine)
     return LayerClustering(vectors_VK, students, neurons, merges, cut, kept, alignment, gamma, sign_free)

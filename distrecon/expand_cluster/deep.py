@@ -69,6 +69,19 @@ def peel(
         theta_NP = train(net, theta_NP, inputs_QR, data.y_QO)
     best = int(net.loss(theta_NP, inputs_QR, data.y_QO).argmin())
     matrices = [*layers, net.matrices(theta_NP)[0][best : best + 1]]
+    return assemble(matrices, data, activation, config, floor, deadline, linkage)
+
+
+def assemble(
+    matrices: list[Tensor],
+    data: Probed,
+    activation: Activation,
+    config: RecoveryConfig,
+    floor: float,
+    deadline: float | None,
+    linkage: list[LayerClustering],
+) -> Peeled:
+    """The whole network of all layers' matrices [1, out, in + 1], fitted and freed of the neurons that cost nothing."""
     matrices, loss = _fit(matrices, data, activation, config, deadline)
     matrices, loss = _prune(matrices, loss, data, activation, config, floor, deadline)
     full = DenseNet(_sizes(matrices), activation)

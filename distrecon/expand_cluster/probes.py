@@ -23,6 +23,9 @@ GAP = 100.0  # ratio of neighbouring singular values that separates gradient fro
 CONDITION = 1e-3  # directions weaker than this (relative) are not stretched any further
 SCALES = tuple(2.0**k for k in range(-4, 7))
 SCALE_QUERIES = 300
+NEAR = 0.3  # scatter of probes round a place, relative to its distance from the centre
+WIDE_SCALES = (1.0, 4.0, 16.0)  # of the probes that look for directions not found yet
+BLIND = 1e-7  # relative change of the answers that betrays a direction not found yet
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,15 @@ class Coordinates:
         x_QI = (z_QR * size_Q1) @ self.back_IR.T
         if self.rank < self.back_IR.shape[0]:
             noise_QI = torch.randn(count, self.back_IR.shape[0], generator=generator, dtype=torch.float64)
-            x_QI = x_QI + self.scale * noise_QI @ self.outside_II
+            x_QI = x_QI + self.scale * size_Q1 * noise_QI @ self.outside_II
         return x_QI
+
+    def near(self, places_SI: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Probes x[Q, I] scattered round given inputs, a fraction of their distance from the centre."""
+        chosen_QI = places_SI[torch.randint(len(places_SI), (count,), generator=generator)]
+        noise_QR = torch.randn(count, self.rank, generator=generator, dtype=torch.float64)
+        away_Q1 = (chosen_QI @ self.to_RI.T).norm(dim=1, keepdim=True) / self.rank**0.5
+        return chosen_QI + NEAR * away_Q1 * noise_QR @ self.back_IR.T
 
 
 def find_coordinates(
@@ -66,30 +76,52 @@ def find_coordinates(
     """
     if not subspace:
         return _inputs_themselves(box.inputs)
-    gradients_GI = input_gradients(box, activation, GRADIENT_POINTS, generator)
-    rank = numerical_rank(gradients_GI)
-    while rank < box.inputs and len(gradients_GI) < 2 * rank + 10:
-        more_GI = input_gradients(box, activation, GRADIENT_POINTS, generator)
+    points_SI = torch.randn(GRADIENT_POINTS, box.inputs, generator=generator, dtype=torch.float64)
+    gradients_GI = torch.empty(0, box.inputs, dtype=torch.float64)
+    before = 0
+    while len(points_SI):
+        more_GI = input_gradients(box, activation, points_SI)
         if not len(more_GI):  # kinks everywhere: not piecewise linear, whatever the activation is said to be
             return _inputs_themselves(box.inputs)
         gradients_GI = torch.cat([gradients_GI, more_GI])
         rank = numerical_rank(gradients_GI)
-    if rank in (0, box.inputs):  # nothing to reduce, and stretching weak directions then only hurts
-        return _inputs_themselves(box.inputs)
-    _, values, right_RI = torch.linalg.svd(gradients_GI, full_matrices=False)
-    error = float(values[rank] / values[0]) if rank < min(gradients_GI.shape) else 0.0
-    basis_RI = right_RI[:rank]
-    strength_R = (gradients_GI @ basis_RI.T).square().mean(0).sqrt()
-    return _scaled(box, basis_RI, strength_R.clamp(min=CONDITION * float(strength_R.max())), error, generator)
+        if rank in (0, box.inputs):  # nothing to reduce, and stretching weak directions then only hurts
+            return _inputs_themselves(box.inputs)
+        if len(gradients_GI) < 2 * rank + 10:
+            points_SI = torch.randn(GRADIENT_POINTS, box.inputs, generator=generator, dtype=torch.float64)
+            continue
+        _, values, right_RI = torch.linalg.svd(gradients_GI, full_matrices=False)
+        error = float(values[rank] / values[0]) if rank < min(gradients_GI.shape) else 0.0
+        basis_RI = right_RI[:rank]
+        strength_R = (gradients_GI @ basis_RI.T).square().mean(0).sqrt()
+        strength_R = strength_R.clamp(min=CONDITION * float(strength_R.max()))
+        found = _scaled(box, basis_RI, strength_R, error, generator)
+        points_SI = _blind_points(box, found, generator) if rank > before else points_SI[:0]
+        before = rank
+    return found
 
 
-def input_gradients(box: BlackBox, activation: Activation | None, points: int, generator: torch.Generator) -> Tensor:
-    """d outputs / d inputs at `points` standard normal points, [<= points * O, I], by central differences.
+def _blind_points(box: BlackBox, coordinates: Coordinates, generator: torch.Generator) -> Tensor:
+    """A few probes whose answers change as they move outside the relevant directions, which are then not all found.
+
+    A neuron that is off, or saturated, wherever the gradients were taken does not show in them.
+    """
+    x_QI = coordinates.draw(SCALE_QUERIES, generator, WIDE_SCALES)
+    size_Q1 = (x_QI @ coordinates.to_RI.T).norm(dim=1, keepdim=True) / coordinates.rank**0.5
+    noise_QI = torch.randn(x_QI.shape, generator=generator, dtype=torch.float64)
+    moved_QI = x_QI + coordinates.scale * size_Q1 * noise_QI @ coordinates.outside_II
+    here_QO, there_QO = box(x_QI), box(moved_QI)
+    change_Q = (there_QO - here_QO).abs().amax(1) / here_QO.std()
+    seen_Q = change_Q > max(BLIND, GAP * coordinates.error, GAP * box.noise / float(here_QO.std()))
+    return torch.cat([x_QI[seen_Q], moved_QI[seen_Q]])[: 2 * GRADIENT_POINTS]
+
+
+def input_gradients(box: BlackBox, activation: Activation | None, x_SI: Tensor) -> Tensor:
+    """d outputs / d inputs at the points x[S, I], [<= S * O, I], by central differences.
 
     Five-point differences where the activation is smooth. Where it has kinks, two-point ones, and a point with a kink
     between its differences (its second difference is not zero) is left out. Unknown activations count as kinked.
     """
-    x_SI = torch.randn(points, box.inputs, generator=generator, dtype=torch.float64)
     center_SO = box(x_SI)
     spread = float(center_SO.std())
     if spread == 0:
@@ -100,7 +132,7 @@ def input_gradients(box: BlackBox, activation: Activation | None, points: int, g
 
     def shifted(multiple: int) -> Tensor:
         moves_II = multiple * step * torch.eye(box.inputs, dtype=torch.float64)
-        return box((x_SI[:, None] + moves_II).flatten(0, 1)).reshape(points, box.inputs, -1)
+        return box((x_SI[:, None] + moves_II).flatten(0, 1)).reshape(len(x_SI), box.inputs, -1)
 
     up, down = shifted(1), shifted(-1)
     if kinked:

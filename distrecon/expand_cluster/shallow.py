@@ -3,6 +3,7 @@
 Legend: N students, Q queries, R relevant input directions, H hidden, K = R + 1, O outputs, P parameters.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ from distrecon.nets.activations import Activation
 LEAST_CONTRIBUTION = 1e-5  # of a neuron to the standardised outputs
 FALLBACK_GAMMAS = (0.5, 0.3)
 NEARLY_EXACT = 1e-12  # a fit worse than this (relative) misses a neuron
+PROMISING = 1e-10  # a fit below this that still falls when its iterations are over is continued
+CONTINUED = 4  # times at most
 FREE_DROP = 1e-8  # neurons whose loss costs less than this (relative) are candidates for elimination
 
 
@@ -109,7 +112,10 @@ def collapse(
         if best is not None and key == previous:
             continue  # a lower share that finds the same clusters fits no better
         previous = key
-        result = exact_network(representatives(found, pool), pool, data, activation, config, floor, deadline, found)
+        own_HK = pool.vectors_VK[torch.from_numpy(pool.students == int(pool.loss_N.argmin()))]
+        target = max(4 * float(pool.loss_N.min()), floor)
+        chosen_HK = representatives(found, pool)
+        result = exact_network(chosen_HK, own_HK, target, data, activation, config, floor, deadline, found)
         if best is None or result.loss < best.loss:
             best = result
         if best.loss <= floor or (deadline is not None and time.monotonic() > deadline):
@@ -119,7 +125,8 @@ def collapse(
 
 def exact_network(
     neurons_HK: Tensor,
-    pool: Pool,
+    own_HK: Tensor,
+    target: float,
     data: Probed,
     activation: Activation,
     config: RecoveryConfig,
@@ -127,13 +134,14 @@ def exact_network(
     deadline: float | None,
     found: LayerClustering,
 ) -> Collapsed:
-    """Clustered neurons, completed by the best student's, fitted to the floor, then reduced to an irreducible net."""
+    """Clustered neurons, fitted to the floor, then reduced to an irreducible network.
+
+    Where the clusters are not enough, they are completed by neurons of the best student (`own_HK`) until the mean
+    squared error is at most `target`.
+    """
     skip = takes_skip(activation)
-    best_student = int(pool.loss_N.argmin())
-    own_HK = pool.vectors_VK[torch.from_numpy(pool.students == best_student)]
-    target = max(4 * float(pool.loss_N[best_student]), floor)
     alone_HK, loss = _refit(neurons_HK, data, activation, skip, config, deadline)
-    if loss > floor:  # the clusters alone are not enough
+    if loss > max(floor, NEARLY_EXACT):  # the clusters alone are not enough
         neurons_HK = pursue(neurons_HK, own_HK, data.z_QR, data.y_QO, activation, skip, target)
         neurons_HK, loss = _refit(neurons_HK, data, activation, skip, config, deadline)
     else:
@@ -165,15 +173,13 @@ def _refit(
     """All weights by Levenberg-Marquardt from the neurons and their least-squares outgoing weights."""
     net = DenseNet((data.z_QR.shape[1], len(neurons_HK), data.y_QO.shape[1]), activation, skip)
     rows = data.rows(rows_needed(net, config.solver.rows))
-    solution = fit(
-        net,
-        _pack(neurons_HK, rows, activation, skip),
-        rows.z_QR,
-        rows.y_QO,
-        config.solver.iterations,
-        deadline=deadline,
-    )
-    return net.matrices(solution.theta_NP)[0][0], float(solution.loss_N[0])
+    theta_1P, loss = _pack(neurons_HK, rows, activation, skip), math.inf
+    for _ in range(CONTINUED):
+        solution = fit(net, theta_1P, rows.z_QR, rows.y_QO, config.solver.iterations, deadline=deadline)
+        theta_1P, before, loss = solution.theta_NP, loss, float(solution.loss_N[0])
+        if solution.status != ["iterations"] or not config.solver.floor < loss < min(PROMISING, 0.1 * before):
+            break
+    return net.matrices(theta_1P)[0][0], loss
 
 
 def _eliminate(
@@ -186,16 +192,17 @@ def _eliminate(
     floor: float,
     deadline: float | None,
 ) -> tuple[Tensor, float]:
-    """Drop neurons, the cheapest first, as long as the fit stays exact (or, if it nearly is, as long as it is free).
+    """Drop neurons, the cheapest first, as long as the fit stays exact (or, if it nearly is, as good after a refit).
 
-    A fit far from exact misses something: dropping is of no use then.
+    Redundant neurons keep a fit from converging, so it often becomes exact on the way. A fit far from exact misses
+    something: dropping is of no use then.
     """
     while len(neurons_HK) > 1 and loss <= max(floor, NEARLY_EXACT):
         design_QF = features(neurons_HK, data.z_QR, activation, skip)
         coefficients_FO, _ = solve_outgoing(design_QF, data.y_QO)
         costs_H = drop_costs(design_QF, coefficients_FO, len(neurons_HK))
         cheapest = int(costs_H.argmin())
-        if costs_H[cheapest] > (FREE_DROP if loss <= floor else 0.1 * loss):
+        if costs_H[cheapest] > FREE_DROP:
             break
         kept_HK = torch.cat([neurons_HK[:cheapest], neurons_HK[cheapest + 1 :]])
         if costs_H[cheapest] > floor or loss > floor:

@@ -73,3 +73,8 @@ def synthetic_teacher(inputs: int, width: int, activation: str = "g", seed: int 
     size = 0.5 + torch.rand(1, width, generator=generator, dtype=torch.float64)
     sign = torch.randint(2, (1, width), generator=generator).double() * 2 - 1
     return [(w, b), (size * sign, torch.zeros(1, dtype=torch.float64))]
+
+
+def synthetic_problem(inputs: int, width: int, activation: str, number: int) -> Weights:
+    """Problem `number` of the benchmark's cell of `inputs` and `width`: the synthetic family, a seed of its own."""
+    return synthetic_teacher(inputs, width, activation, seed=100_000 * inputs + 1_000 * width + number)

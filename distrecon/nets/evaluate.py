@@ -42,7 +42,7 @@ def evaluate(arch: Architecture, theta_BP: Tensor, inputs: Tensor, labels_Q: Ten
     accuracy, loss, predictions = [], [], []
     for chunk in theta_BP.split(_models_per_chunk(arch, len(inputs))):
         logits_BQC = arch.forward(chunk, inputs)
-        predictions.append(logits_BQC.argmax(2))
+        predictions.append(logits_BQC.transpose(1, 2).max(1).indices)  # as laid out: argmax(2) takes four times as long
         accuracy.append((predictions[-1] == labels_Q).float().mean(1))
         loss.append(cross_entropy(logits_BQC, labels_Q))
     return Scores(torch.cat(accuracy), torch.cat(loss), torch.cat(predictions))

@@ -246,14 +246,17 @@ def read_manifest(store: Store) -> dict[str, Any]:
     try:
         content = json.loads(store.read(MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{store} is not a zoo: it has no {MANIFEST}") from None
+        raise UserError(
+            f"{store} is not a zoo: it has no {MANIFEST}; make one with distrecon.zoo train or distrecon.zoo import"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f'{path} does not describe a zoo (no "format": "{FORMAT}")')
-    if content["version"] > VERSION:
+    if not isinstance(content.get("version"), int) or content["version"] > VERSION:
         raise UserError(
-            f"{path} has format version {content['version']}, this distrecon reads up to {VERSION}: update distrecon"
+            f"{path} has format version {content.get('version')}, this distrecon reads up to {VERSION}: "
+            "update distrecon"
         )
     return content
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -150,6 +151,17 @@ def describe(zoo: Zoo) -> str:
         [t.select(["epoch", "test_accuracy"]) for t in zoo.tables(columns=["epoch", "test_accuracy"])]
     )
     return "\n".join(lines + _accuracies(table))
+
+
+def facts(zoo: Zoo) -> dict[str, Any]:
+    """What a zoo is, as plain data: `describe` for programs."""
+    told = ("name", "models", "states", "splits", "image_set", "origin", "excluded")
+    arch = zoo.architecture
+    return {
+        "zoo": str(zoo.store),
+        **{key: zoo.info[key] for key in told},
+        "architecture": {"name": arch.name, "activation": arch.activation, "parameters": arch.num_parameters},
+    }
 
 
 def _accuracies(table: pa.Table) -> list[str]:

@@ -2,8 +2,8 @@
 
 The rows of a split are cut into V lanes, contiguous and equal to within one row. One pass over the zoo shuffles the
 pieces (row groups) of each lane, then the rows inside windows of several steps; the global batch of a step is the next
-`batch_size / V` rows of every lane, lane after lane. Worker r of W owns the lanes [r V/W, (r+1) V/W): it always sees
-the same rows, reads no others, and the global batch does not depend on W.
+`batch_size / V` rows of every lane, lane after lane. Worker r of W <= V owns the lanes r V/W to (r+1) V/W: it always
+sees the same rows, reads no others, and the global batch does not depend on W.
 
 Every row appears once a pass: the last batch has what is left.
 
@@ -54,12 +54,9 @@ class Order:
 
     def owned(self, rank: int, world_size: int) -> range:
         """The lanes of one worker."""
-        if self.lanes % world_size or not 0 <= rank < world_size:
-            raise UserError(
-                f"{self.lanes} virtual shards cannot be divided among {world_size} workers: choose a divisor"
-            )
-        share = self.lanes // world_size
-        return range(rank * share, (rank + 1) * share)
+        if not 0 <= rank < world_size <= self.lanes:
+            raise UserError(f"worker {rank} of {world_size}: there are only {self.lanes} virtual shards")
+        return range(rank * self.lanes // world_size, (rank + 1) * self.lanes // world_size)
 
     def _bounds(self, lane: int) -> tuple[int, int]:
         """Where the lane begins and ends among the rows of the split."""

@@ -91,7 +91,7 @@ def plan(
     weights: Sequence[float] | None = None,
     window_bytes: int = WINDOW_BYTES,
 ) -> StreamPlan:
-    """The order of all steps. `shards` (virtual ones) must divide the batch size, and the workers must divide them.
+    """The order of all steps. `shards` (virtual ones, at least one a worker) must divide the batch size.
 
     Raises UserError when they do not, when the split of a zoo is empty, or when the weights are not positive.
     """

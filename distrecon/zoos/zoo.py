@@ -3,7 +3,9 @@
 Legend: S states, B models' states, P parameters.
 """
 
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,6 +53,11 @@ class Zoo:
     @property
     def name(self) -> str:
         return self.info["name"]
+
+    @property
+    def digest(self) -> str:
+        """A mark of its content: another list of files, models or settings gives another one."""
+        return hashlib.sha256(json.dumps(self.info, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def architecture(self) -> Architecture:

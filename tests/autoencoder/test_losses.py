@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from distrecon.autoencoder import losses
-from distrecon.autoencoder.config import BEHAVIORAL
 from distrecon.nets import architecture
 from tests.autoencoder.small import random_models
 
@@ -60,7 +59,7 @@ def slow_behavioral(kind, output_QC, target_QC, temperature):
     return total / len(output_QC)
 
 
-@pytest.mark.parametrize("kind", BEHAVIORAL)
+@pytest.mark.parametrize("kind", losses.BEHAVIORAL)
 def test_behavioral_values_and_gradients(kind):
     outputs_BQC, targets_BQC = draw(3, 4, 5), draw(3, 4, 5, seed=1)
     expected_B = torch.stack([slow_behavioral(kind, o, t, 2.5) for o, t in zip(outputs_BQC, targets_BQC, strict=True)])
@@ -69,7 +68,7 @@ def test_behavioral_values_and_gradients(kind):
     assert torch.autograd.gradcheck(lambda o: losses.behavioral(kind, o, targets_BQC, 2.5), (outputs_BQC,))
 
 
-@pytest.mark.parametrize("kind", [k for k in BEHAVIORAL if k not in ("mse_logits", "cross_entropy")])
+@pytest.mark.parametrize("kind", [k for k in losses.BEHAVIORAL if k not in ("mse_logits", "cross_entropy")])
 def test_behavioral_ignores_a_constant_added_to_logits(kind):
     outputs_BQC, targets_BQC = draw(2, 3, 4), draw(2, 3, 4, seed=1)
     shifted_BQC = outputs_BQC + draw(2, 3, 1, seed=2)

@@ -1,4 +1,6 @@
-"""Trains on two of three one-CPU nodes, twice; in the second training a node with a worker dies after the first epoch.
+"""Trains on nodes with room for one worker each, twice; in the second training one dies after the first epoch.
+
+    python node_loss.py FOLDER NODES WORKERS MIN_WORKERS
 
 Run by test_nodes.py in a process of its own, since a test session holds one Ray session. Prints one JSON line.
 """
@@ -32,14 +34,14 @@ def worker_nodes() -> list[str]:
     ]
 
 
-def kill_a_node_with_a_worker(cluster: Cluster, folder: Path, seen: dict) -> None:
+def kill_a_node_with_a_worker(cluster: Cluster, folder: Path, left: int, seen: dict) -> None:
     while not list(folder.glob("checkpoint_*/training.pt")):
         time.sleep(0.1)
     seen["before"] = worker_nodes()
     victim = next(node for node in cluster.worker_nodes if node.node_id in seen["before"])
     seen["victim"] = victim.node_id
     cluster.remove_node(victim, allow_graceful=False)
-    while seen["victim"] in (nodes := worker_nodes()) or len(nodes) < 2:
+    while seen["victim"] in (nodes := worker_nodes()) or len(nodes) < left:
         time.sleep(0.5)
     seen["after"] = nodes
 
@@ -49,9 +51,9 @@ def final_state(folder: Path) -> dict:
     return max(checkpoints, key=lambda state: state["epoch"])
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, nodes: int, workers: int, min_workers: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    for _ in range(3):
+    for _ in range(nodes):
         cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     zoo = ensure(SMOKE_ZOO, folder / "zoo")
@@ -59,14 +61,16 @@ def main(folder: Path) -> None:
         **KINDS["autoencoder"].smoke,
         "optim.epochs": EPOCHS,
         "optim.batch_size": 16,
-        "resources.num_workers": 2,
+        "resources.num_workers": workers,
+        "resources.min_workers": min_workers,
         "resources.cpus_per_worker": 2.0,  # one worker fills a node, and the head cannot hold one
         "resources.max_failures": 3,
     }
     run = config.replace(AutoencoderRun(), values)
     quiet = train_autoencoder(run, [zoo], str(folder), "quiet")
     seen: dict = {}
-    killer = threading.Thread(target=kill_a_node_with_a_worker, args=(cluster, folder / "lossy", seen), daemon=True)
+    arguments = (cluster, folder / "lossy", min(workers, nodes - 1), seen)
+    killer = threading.Thread(target=kill_a_node_with_a_worker, args=arguments, daemon=True)
     killer.start()
     lossy = train_autoencoder(run, [zoo], str(folder), "lossy")
     killer.join(timeout=5)
@@ -87,4 +91,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

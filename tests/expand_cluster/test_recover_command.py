@@ -27,14 +27,15 @@ def test_a_teacher_from_a_file_is_recovered_and_written(teacher_file, tmp_path, 
     arguments = ["--teacher", str(teacher_file), "--students", "4", "--out", str(out), "--json"]
     assert main([*arguments, "--data", str(tmp_path / "data.npy")]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary == json.loads((out / "summary.json").read_text())
+    written = json.loads((out / "summary.json").read_text())
+    assert summary == {"command": "distrecon.recover", "exit_code": 0, "folder": str(out), **written}
     assert summary["metrics"]["recover/layer_sizes"] == [3]
     assert summary["metrics"]["recover/max_cosine_distance"] < 1e-12
     assert load_file(out / "models" / "recovered.safetensors")["layer0.weight"].shape == (3, 6)
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
     assert main([*arguments[:4], "--resume", str(out)]) == 2
-    assert "finished already" in capsys.readouterr().err
+    assert "this run is finished" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_is_resumed(teacher_file, tmp_path):
@@ -77,7 +78,7 @@ def test_a_callable_teacher_that_is_no_network_exits_with_1(tmp_path, monkeypatc
 def test_wrong_requests_are_one_line_and_exit_with_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distrecon.recover: error:")]
     assert len(lines) == 1
     assert message in lines[0]
 

@@ -38,6 +38,12 @@ def test_train_info_check_export_in_smoke(
     assert "8 models, 16 states" in capsys.readouterr().err
     assert main(["info", zoo]) == 0
     assert "8 with 16 states" in capsys.readouterr().out
+    for command, key, value in (("info", "states", 16), ("check", "problems", [])):
+        assert main([command, zoo, "--json"]) == 0
+        told = capsys.readouterr()
+        document = json.loads(told.out)
+        assert (document["command"], document["exit_code"], document[key]) == ("distrecon.zoo", 0, value)
+        assert "states" in told.err
     assert main(["check", zoo]) == 0
     assert "16 states read, 16 accuracies recomputed, no problems" in capsys.readouterr().out
     assert main(["export", zoo, "--model", "smoke-00003", "--out", str(tmp_path / "m.safetensors")]) == 0

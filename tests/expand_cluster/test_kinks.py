@@ -1,0 +1,130 @@
+"""Bends of piecewise linear black boxes: hyperplanes, rows, directions that hide, and whole recoveries."""
+
+import itertools
+
+import pytest
+import torch
+
+from distrecon import config as configuration
+from distrecon.expand_cluster import BlackBox, RecoveryConfig, network, recover, score
+from distrecon.expand_cluster.kinks import Lines, first_layer, join_rows, random_lines, scan, second_layer
+from distrecon.expand_cluster.piecewise import recover_from_bends
+from distrecon.expand_cluster.probes import find_coordinates
+from distrecon.nets.activations import activation
+
+
+def deep_weights(sizes, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return [(1.5 * draw(out, size) / size**0.5, 0.5 * draw(out)) for size, out in itertools.pairwise(sizes)]
+
+
+def scanned(weights, name, lines=30):
+    answer, size, outputs = network(weights, name), weights[0][0].shape[1], len(weights[-1][1])
+
+    def ask(z):
+        return answer(z.reshape(-1, size)).reshape(*z.shape[:-1], outputs)
+
+    return scan(ask, *random_lines(size, 6.0, lines, torch.Generator().manual_seed(0)), 1e-16)
+
+
+def distance(found_HK, true_TK):
+    """Of every true row to the nearest found one, up to sign and scale."""
+    found, true = (torch.nn.functional.normalize(v, dim=1) for v in (found_HK, true_TK))
+    return torch.minimum(torch.cdist(true, found), torch.cdist(true, -found)).min(1).values
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+def test_lines_show_the_first_layer_and_then_the_second(name):
+    weights = deep_weights((5, 5, 4, 3), seed=1)
+    lines = scanned(weights, name)
+    first_HK, clustering = first_layer(lines)
+    truth_TK = torch.cat([weights[0][0], weights[0][1][:, None]], dim=1)
+    assert len(first_HK) == len(clustering.clusters) == 5
+    assert distance(first_HK, truth_TK).max() < 1e-7
+    signed_HK, rows = second_layer(lines, first_HK, activation(name))
+    matches_TH = torch.nn.functional.normalize(truth_TK, dim=1) @ signed_HK.T
+    order_T = matches_TH.argmax(1)
+    assert matches_TH.amax(1).min() > 1 - 1e-9  # with the right sign, not only up to it
+    w, b = weights[1]
+    norms_T = truth_TK.norm(dim=1)
+    true_TK = torch.cat([w * norms_T, b[:, None]], dim=1)
+    several = torch.stack([row.vector_K for row in rows if len(row.points_SR) > 2])
+    found_HK = torch.cat([several[:, :-1][:, order_T], several[:, -1:]], dim=1)
+    assert (distance(found_HK, true_TK) < 1e-5).sum() >= 3
+
+
+def test_scans_of_a_smooth_function_find_nothing():
+    lines = scanned(deep_weights((4, 4, 2), seed=0), "tanh", lines=6)
+    assert len(lines.line_S) == 0
+    assert lines.turns_LT.double().mean() > 0.1
+
+
+def test_joined_scans_keep_each_bend_on_its_line():
+    weights = deep_weights((3, 3, 2), seed=2)
+    one, both = scanned(weights, "relu", 4), Lines.join([scanned(weights, "relu", 4)] * 2)
+    assert len(both.start_LR) == 8
+    assert both.line_S.tolist() == one.line_S.tolist() + [i + 4 for i in one.line_S.tolist()]
+    along_SR = both.points_SR - both.start_LR[both.line_S]
+    direction_SR = both.direction_LR[both.line_S]
+    across = along_SR - (along_SR * direction_SR).sum(1, keepdim=True) * direction_SR
+    assert across.abs().max() < 1e-9
+    for plane_K in first_layer(both)[0]:
+        assert both.seen(plane_K) == 1.0
+    assert both.seen(torch.tensor([0.6, 0.7, -0.2, 0.1], dtype=torch.float64)) < 0.5
+
+
+def test_partial_rows_are_joined_over_what_they_share():
+    generator = torch.Generator().manual_seed(3)
+    truth_HK = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    masks = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]).bool()
+    scale_S = torch.tensor([2.0, -0.3, 1.0, 5.0, -1.0, 0.1], dtype=torch.float64)
+    seen_SK = masks.repeat(2, 1)
+    rows_SK = truth_HK.repeat_interleave(3, dim=0) * seen_SK * scale_S[:, None]
+    joined = join_rows(rows_SK, seen_SK)
+    assert sorted(sorted(group) for _, group in joined) == [[0, 1, 2], [3, 4, 5]]
+    assert distance(torch.stack([vector for vector, _ in joined]), truth_HK).max() < 1e-12
+    apart = join_rows(rows_SK[[0, 2]], seen_SK[[0, 2]])  # two coordinates in common are not enough
+    assert len(apart) == 2
+
+
+def test_a_direction_that_is_off_where_gradients_are_taken_is_found():
+    weights = deep_weights((12, 3, 2), seed=4)
+    (w, b), last = weights
+    w, b = w / w.norm(dim=1, keepdim=True), torch.tensor([0.1, -0.2, -4.0], dtype=torch.float64)
+    box = BlackBox(network([(w, b), last], "relu"), 12)
+    found = find_coordinates(box, activation("relu"), True, torch.Generator().manual_seed(0))
+    assert found.rank == 3
+    assert (w - w @ found.back_IR @ found.to_RI).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+def test_two_hidden_layers_are_recovered_without_students(name):
+    weights = deep_weights((12, 6, 5, 4), seed=6)
+    result = recover(network(weights, name), 12, name, hidden_layers=2)
+    metrics = score(result, weights)
+    assert result.verified, result.reason
+    assert result.layer_sizes == [6, 5]
+    assert metrics["recover/max_cosine_distance"] < 1e-12
+    assert result.metrics["recover/students"] == 0
+
+
+def test_a_neuron_that_never_turns_is_not_called_verified():
+    generator = torch.Generator().manual_seed(7)
+    w = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    b = torch.tensor([0.1, -0.2, 0.3, 1e5], dtype=torch.float64)  # the last neuron is on wherever one may ask
+    out = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    out[:, 3] *= 1e-3
+    config = configuration.replace(RecoveryConfig(), {"students.count": 2, "budget.attempts": 1})
+    result = recover(network([(w, b), (out, torch.zeros(4).double())], "relu"), 3, "relu", config=config)
+    assert not result.verified
+
+
+def test_smooth_activations_have_no_bends_to_recover_from():
+    class Nothing:
+        activation, hidden_layers = activation("tanh"), 1
+
+    assert recover_from_bends(Nothing()) is None
