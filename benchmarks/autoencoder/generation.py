@@ -21,7 +21,6 @@ from distrecon.autoencoder.refine import refine
 
 CODER: Values = RESIDUAL | {"optim.epochs": 2}
 UNTRAINED: Values = {"model.kind": "fisher_pca"}
-UNTRAINED_CURVE = "untrained, 30 to 100 steps"
 TEACHERS = 10
 SCRATCH = "scratch, 10 to 100 steps"
 SCRATCH_RATES = (0.07, 0.14, 0.28)  # of distillation from scratch; the figure has the second
@@ -93,7 +92,7 @@ class Maker:
         for steps in (30, 60, 100):
             for bandwidth in (0.3, 0.4):
                 settings = replace(self.tasks, bandwidth=bandwidth, generate_refine=steps, teachers=TEACHERS)
-                self._drawn(UNTRAINED_CURVE, f"untrained {bandwidth:g}, refine {steps}", settings, "flat_kde")
+                self._drawn("", f"untrained {bandwidth:g}, refine {steps}", settings, "flat_kde")
         return self.rows
 
     def _report(self, method: str, name: str, make: Callable[[], Tensor]) -> None:

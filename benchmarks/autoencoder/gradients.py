@@ -7,7 +7,7 @@ from distrecon import figures
 from distrecon.autoencoder import gradients
 from distrecon.autoencoder.model import decode_latents
 
-SCALES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
+SCALES = (0.001, 0.01, 0.1, 0.3, 1.0)
 MODELS, QUERIES = 60, 128
 CASES: dict[str, Values] = {"Fisher residual": RESIDUAL, "transformer": {}}
 

@@ -15,7 +15,7 @@ TABLES: Tables = {
         percent("reconstruct/own_nearest", "own"),
         Column("reconstruct/weight_l2", "weight L2", 1, 1),
     ),
-    "best model's accuracy minus the zoo's best (points); how new generated models are": (
+    "best accuracy minus the zoo's best (points); how new generated models are": (
         percent("reconstructed", "reconstr."),
         percent("generated", "generated"),
         percent("finetuned", "fine-tuned"),
