@@ -39,11 +39,13 @@ class ProbesConfig:
     count: int = 0  # training queries; 0: several times the unknowns
     data_share: float = 0.0  # share of the training queries taken from the user's data, where given
     subspace: bool = True  # find the inputs' relevant directions by finite differences
+    disputed: float = 0.0  # share of the training queries of a later round where the students before disagree most
     fresh: int = 1000  # queries that verify the result, never trained on
 
     def __post_init__(self) -> None:
         _require(self.count >= 0, f"probes.count must be 0 (automatic) or more, not {self.count}")
         _require(0 <= self.data_share <= 1, f"probes.data_share must lie between 0 and 1, not {self.data_share}")
+        _require(0 <= self.disputed <= 1, f"probes.disputed must lie between 0 and 1, not {self.disputed}")
         _require(self.fresh >= 1, f"probes.fresh must be at least 1, not {self.fresh}")
 
 

@@ -38,6 +38,23 @@ class Probed:
 
 
 @dataclass(frozen=True)
+class Committee:
+    """Students whose disagreement tells where the answers are not determined yet.
+
+    Query by committee (Seung, Opper and Sompolinsky, COLT 1992); compare arXiv 2511.20312.
+    """
+
+    net: DenseNet
+    theta_NP: Tensor
+    to_RI: Tensor
+
+    def disagreement(self, x_QI: Tensor) -> Tensor:
+        """[Q]: variance of the students' answers, relative to their size, so that large ones do not win by size."""
+        y_NQO = self.net(self.theta_NP, x_QI @ self.to_RI.T)
+        return y_NQO.var(0).sum(1) / (1 + y_NQO.mean(0).square().sum(1))
+
+
+@dataclass(frozen=True)
 class NetworkFit:
     """The least-squares problem of a group of dense networks on shared queries (see least_squares.LeastSquares)."""
 

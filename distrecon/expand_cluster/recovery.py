@@ -21,7 +21,7 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster.blackbox import BlackBox, Teacher
 from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.expand_cluster.deep import Peeled, peel
-from distrecon.expand_cluster.fitting import Probed, fit, rows_needed
+from distrecon.expand_cluster.fitting import Committee, Probed, fit, rows_needed
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.piecewise import recover_from_bends
 from distrecon.expand_cluster.probes import find_coordinates
@@ -186,6 +186,9 @@ def _round(run: Run, guess: int, patience: int, attempt: int) -> tuple[Recovery,
             break
         if not recovery.verified and len(theta_NP) >= 2 * settings.batch:
             break
+    loss_N = net.loss(theta_NP, data.z_QR, data.y_QO).nan_to_num(torch.inf)
+    better_N = loss_N.argsort()[: max(2, len(loss_N) // 2)]
+    run.committee = Committee(net, theta_NP[better_N], run.coordinates.to_RI) if len(loss_N) > 1 else None
     assert best is not None
     return best, underfit
 

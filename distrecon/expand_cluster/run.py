@@ -13,7 +13,7 @@ from torch import Tensor
 from distrecon.errors import UserError
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.config import RecoveryConfig
-from distrecon.expand_cluster.fitting import Probed
+from distrecon.expand_cluster.fitting import Committee, Probed
 from distrecon.expand_cluster.probes import Coordinates
 from distrecon.expand_cluster.stages import Stages
 from distrecon.nets.activations import Activation
@@ -21,6 +21,7 @@ from distrecon.nets.activations import Activation
 NOISE_MARGIN = 10.0  # the floor lies this far above the teacher's rounding noise
 DIRECTION_MARGIN = 100.0  # likewise for a fit in relevant directions that are known to a relative error
 NEAR_SHARE = 0.25  # of the probes lie round places of interest, where such are known
+CANDIDATES = 8  # unasked queries for each that is chosen where students disagree
 TRAIN_SCALES = (1.0, 1.0, 3.0)  # of the probes that students learn from, in turn
 
 Progress = Callable[[str, float], None]
@@ -40,6 +41,7 @@ class Run:
     coordinates: Coordinates
     hidden_layers: int = 1
     memory: Stages | None = None
+    committee: Committee | None = None  # students of an earlier round that was not verified
     places_SI: Tensor | None = None  # inputs round which something happens that other probes would miss
     history: list[tuple[str, int, list[float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -68,6 +70,13 @@ class Run:
             x_QI = torch.cat([x_QI, self.coordinates.near(self.places_SI, near, self.generator)])
         return x_QI
 
+    def disputed(self, count: int) -> Tensor:
+        """Probes x[Q, I] where the committee disagrees most, of several times as many; none without a committee."""
+        if self.committee is None or not count:
+            return self.draw(0)
+        x_QI = self.draw(CANDIDATES * count)
+        return x_QI[self.committee.disagreement(x_QI).topk(count).indices]
+
     def probe(self, unknowns: int, patience: int = 1) -> Probed:
         """Training queries for a network of so many unknowns, some of them the user's data, in random order.
 
@@ -82,7 +91,8 @@ class Run:
         started = time.monotonic()
         count = settings.count * patience or patience * max(2000, 4 * unknowns // outputs)
         own = 0 if self.data_QI is None else min(len(self.data_QI), int(settings.data_share * count))
-        x_QI = self.draw(count - own)
+        contested_QI = self.disputed(int(settings.disputed * (count - own)))
+        x_QI = torch.cat([contested_QI, self.draw(count - own - len(contested_QI))])
         if self.data_QI is not None and own:
             rows = torch.randperm(len(self.data_QI), generator=self.generator)[:own]
             x_QI = torch.cat([x_QI, self.data_QI[rows]])
