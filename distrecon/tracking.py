@@ -8,9 +8,11 @@ import contextlib
 import json
 import logging
 import os
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +81,9 @@ class Tracker:
         if time.monotonic() < self._next_try and not force:
             return False
         try:
-            for name in self.sweeps:
-                self._sync_sweep(name)
+            with _undisturbed():
+                for name in self.sweeps:
+                    self._sync_sweep(name)
         except (MlflowException, OSError) as error:
             self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
             self._next_try = time.monotonic() + RETRY_SECONDS
@@ -246,6 +249,23 @@ class Tracker:
         temporary = self.folder / ".tracking.json.tmp"
         temporary.write_text(json.dumps({"uri": self.uri, "sweeps": self._sent}, indent=1))
         temporary.replace(self.folder / "tracking.json")
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts an interrupt off to the end: between a run's making and its note it would leave a run that nobody knows."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: held.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def _create(database: Path) -> None:

@@ -1,5 +1,7 @@
 """Journals arrive in MLflow completely, once, and also when the store was down for a while."""
 
+import signal
+
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -98,3 +100,21 @@ def test_an_interrupt_leaves_no_run_running_and_a_resume_goes_on(journal, tmp_pa
     _, found, _ = runs(tmp_path)
     assert len(found) == 2
     assert {r.info.status for r in found} == {"FINISHED"}
+
+
+def test_an_interrupt_while_a_run_is_made_waits_until_it_is_noted(journal, tmp_path, monkeypatch):
+    tracker = Tracker(tmp_path / "run", ["demo"], {})
+    create = tracker.client.create_run
+
+    def interrupted(*arguments, **options):
+        made = create(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return made
+
+    monkeypatch.setattr(tracker.client, "create_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tracker.sync()
+    tracker.interrupt()
+    _, found, _ = runs(tmp_path)
+    assert {r.info.run_id for r in found} == set(tracker.run_ids("demo").values())
+    assert {r.info.status for r in found} == {"KILLED"}
