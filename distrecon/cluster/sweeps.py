@@ -1,7 +1,7 @@
 """Sweeps on Ray Tune: one Tuner a space file, several side by side on one Ray session, each writing its journal.
 
 Ctrl-C, a killed driver or a lost node leave the journals and Tune's own state behind; `run_sweeps` on the same folder
-goes on from there and never repeats a trial that had finished.
+goes on from there: trials that failed run again, those that had finished never do.
 """
 
 import re
@@ -18,7 +18,7 @@ from ray.tune import Callback
 from distrecon import config as configuration
 from distrecon.cluster import session
 from distrecon.cluster.artifacts import FINISHED
-from distrecon.cluster.journal import Journal
+from distrecon.cluster.journal import Journal, read_sweep
 from distrecon.cluster.kinds import ResourcesConfig
 from distrecon.cluster.space import Dimension, Sweep
 from distrecon.cluster.trials import RUNNERS, reserved
@@ -101,7 +101,8 @@ def run_sweeps(
     for sweep in sweeps:
         journal = place.journal(sweep.name)
         events, offset = journal.read()
-        if events and events[-1]["event"] == "done":
+        failed = any(t.status == "failed" for t in read_sweep(journal.path).trials.values())
+        if events and events[-1]["event"] == "done" and not failed:
             continue
         thread = threading.Thread(
             target=_run_sweep, args=(sweep, place, zoos, seed, journal, failures), name=sweep.name, daemon=True
@@ -143,7 +144,7 @@ def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journ
     path = f"{storage}/{sweep.name}"
     if tune.Tuner.can_restore(path) and _has_state(storage, sweep.name):
         return tune.Tuner.restore(
-            path, trainable=trainable, resume_unfinished=True, restart_errored=True, param_space=_param_space(sweep)
+            path, trainable=trainable, resume_unfinished=True, resume_errored=True, param_space=_param_space(sweep)
         )
     if journal.read()[0]:  # an earlier start broke off before Tune could store its state: all trials begin anew
         journal.write("restart")
