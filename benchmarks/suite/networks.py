@@ -11,7 +11,7 @@ from benchmarks.suite import baselines
 from benchmarks.suite.harness import CPU, Row, compare, matmul_flops, turns
 from distrecon.images import load
 from distrecon.nets import Architecture, architecture, evaluate, fit, initialise
-from distrecon.nets.columns import convolutions
+from distrecon.nets.layers import convolutions
 
 
 def _products(arch: Architecture) -> list[int]:

@@ -5,7 +5,7 @@
 - Kept for the backward pass: pooled activations and, in one or two bytes each, where each pool's maximum was.
 - The gradient with respect to the inputs, which nobody asked for, is not computed.
 - The convolutions of a block are done by one of two kernels: `modelwise.py`, one model at a time by oneDNN, best
-  for large convolutions; `columns.py`, several models at once by batched matrix products, best for small ones.
+  for large convolutions; `direct.py`, several models at once by compiled loops, best for small ones.
 - Double backward (create_graph=True) falls back to `forward.plain`, which autograd can differentiate again.
 
 Legend: B models, b models of a block, Q inputs, q inputs of a block, C classes, F features after the convolutions.
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from distrecon.nets import columns, modelwise
+from distrecon.nets import direct, modelwise
 from distrecon.nets.activations import activation
+from distrecon.nets.layers import convolutions, multiplications, place_dtype, through_activation
 from distrecon.nets.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
 Parameters = list[tuple[Tensor, Tensor]]  # weight [b, *weight_shape] and bias [b, out] of each layer
 
 LARGE_CONVOLUTION = 300_000  # multiplications a model and input, from which a model fills oneDNN's convolutions
+VECTOR = 16  # inputs: what one vector instruction works on
 FEW_INPUTS = 8  # below, one model's convolutions are too small for calls of their own
 
 
 class Kernel(Protocol):
-    """How the convolutional layers of one block are computed; `columns` and `modelwise` are such modules."""
+    """How the convolutional layers of one block are computed; `direct` and `modelwise` are such modules."""
 
     def block_size(self, arch: Architecture, inputs: int) -> tuple[int, int]:
         """(models, inputs) of a block."""
@@ -63,10 +65,12 @@ class Kernel(Protocol):
 
 def choose(arch: Architecture, theta_BP: Tensor, inputs: Tensor) -> Kernel:
     """The faster kernel for this architecture, number type and number of inputs."""
-    if theta_BP.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
-        return columns
-    large = columns.multiplications(arch) >= LARGE_CONVOLUTION
-    return modelwise if large and len(inputs) >= FEW_INPUTS else columns
+    if theta_BP.dtype not in direct.DTYPES:
+        return modelwise
+    if theta_BP.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return direct
+    large = multiplications(arch) >= LARGE_CONVOLUTION
+    return modelwise if large and len(inputs) >= FEW_INPUTS else direct
 
 
 def forward(arch: Architecture, theta_BP: Tensor, inputs: Tensor, kernel: Kernel | None = None) -> Tensor:
@@ -100,9 +104,10 @@ class _Forward(torch.autograd.Function):
         return _gradient(ctx.arch, theta_BP, inputs, ctx.kernel, kept, grad_BQC), None, None, None
 
 
-def slices(total: int, most: int) -> list[slice]:
-    """Even parts of range(total), none longer than `most`."""
-    size = -(-total // -(-total // most))
+def slices(total: int, most: int, multiple: int = 1) -> list[slice]:
+    """Even parts of range(total), none longer than `most`, all but the last a multiple of `multiple` (or of `most`)."""
+    even = -(-total // -(-total // most))
+    size = min(most, -(-even // multiple) * multiple)
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
@@ -112,7 +117,7 @@ def _blocks(
     """Of every block: its models, its inputs, its models' parameters and its prepared inputs."""
     models, count = kernel.block_size(arch, len(inputs))
     parts = [(b, arch.weights_and_biases(theta_BP[b])) for b in slices(len(theta_BP), models)]
-    for q in slices(len(inputs), count):
+    for q in slices(len(inputs), count, VECTOR):
         shared = kernel.prepare(arch, inputs[q])
         for b, parameters in parts:
             yield b, q, parameters, shared
@@ -159,8 +164,8 @@ def _gradient(
 def _kept_bytes(arch: Architecture, dtype: torch.dtype) -> int:
     """Of the convolutional layers, for one model and one input, with room for alignment."""
     total = 0
-    for layer, before, after in columns.convolutions(arch):
-        place = columns.place_dtype(prod(before)).itemsize if layer.pool > 1 else 0
+    for layer, before, after in convolutions(arch):
+        place = place_dtype(prod(before)).itemsize if layer.pool > 1 else 0
         total += layer.out_features * prod(after) * (dtype.itemsize + place) + 2
     return total
 
@@ -196,5 +201,5 @@ def _linear_gradient(
         grads[i][1].add_(grad.sum(2))
         grad = torch.bmm(parameters[i][0].transpose(1, 2), grad)
         if i > first:
-            grad = columns.through_activation(arch, grad, before)
+            grad = through_activation(arch, grad, before)
     return grad

@@ -17,15 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrecon.nets.activations import activation
-from distrecon.nets.columns import (
-    before_activation,
-    convolutions,
-    maxima,
-    place_dtype,
-    pooled_into,
-    through_activation,
-    unpooled,
-)
+from distrecon.nets.layers import before_activation, convolutions, place_dtype, through_activation
 from distrecon.nets.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -131,9 +123,9 @@ def _layer(
         out = largest.permute(0, 3, 1, 2)
         if work.backward:
             places = work.keep(shape, place_dtype(height * width)).permute(0, 3, 1, 2)
-            places.copy_(pooled_into(layer, images, out, work))
+            places.copy_(_pooled_into(layer, images, out, work))
         else:
-            maxima(images.permute(0, 2, 3, 1), layer.pool, largest, work)
+            _maxima(images.permute(0, 2, 3, 1), layer.pool, largest, work)
     hidden = out.relu_() if arch.activation == "relu" else activation(arch.activation)(out)
     return hidden, [places, before_activation(arch, out, hidden), hidden]
 
@@ -153,8 +145,43 @@ def _layer_gradient(
     grad = through_activation(arch, grad, before)
     grad_bias = grad.sum((0, 2, 3))  # the same before pooling, on more numbers
     if layer.pool > 1:
-        grad = unpooled(layer, _channels_last(grad), places, spatial, work)
+        grad = _unpooled(layer, _channels_last(grad), places, spatial, work)
     found = torch.ops.aten.convolution_backward(
         grad, inputs, weight, None, [1, 1], [layer.padding] * 2, [1, 1], False, [0, 0], 1, [with_inputs, True, False]
     )
     return found[0], found[1], grad_bias
+
+
+def _pooled_into(layer: Layer, images: Tensor, largest: Tensor, work: Workspace) -> Tensor:
+    """Writes the maxima of channels-last images to `largest`; returns their places in scratch memory."""
+    n, channels, height, width = largest.shape
+    places = work.scratch("places", (n, height, width, channels), torch.int64).permute(0, 3, 1, 2)
+    torch.ops.aten.max_pool2d_with_indices.out(images, [layer.pool] * 2, [layer.pool] * 2, out=largest, indices=places)
+    return places
+
+
+def _maxima(images: Tensor, pool: int, largest: Tensor, work: Workspace) -> Tensor:
+    """Writes the maxima of images [..., height, width, n] to `largest` and returns it, faster than with places."""
+    h, w = largest.shape[-3:-1]
+    rows = work.scratch("rows", (*images.shape[:-3], h, *images.shape[-2:]))
+    _maximum([images[..., y : h * pool : pool, :, :] for y in range(pool)], rows)
+    return _maximum([rows[..., x : w * pool : pool, :] for x in range(pool)], largest)
+
+
+def _maximum(parts: list[Tensor], out: Tensor) -> Tensor:
+    torch.maximum(parts[0], parts[1], out=out)
+    for part in parts[2:]:
+        torch.maximum(out, part, out=out)
+    return out
+
+
+def _unpooled(layer: Layer, grad: Tensor, places: Tensor, spatial: tuple[int, int], work: Workspace) -> Tensor:
+    """The gradient of channels-last images before pooling, in scratch memory."""
+    n, channels = grad.shape[:2]
+    spread = work.scratch("spread", (n, *spatial, channels)).permute(0, 3, 1, 2)
+    places_long = work.scratch("places", (n, *grad.shape[2:], channels), torch.int64).permute(0, 3, 1, 2)
+    torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
+        grad, spread, [layer.pool] * 2, [layer.pool] * 2, [0, 0], [1, 1], False, places_long.copy_(places),
+        grad_input=spread,
+    )  # fmt: skip
+    return spread

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from distrecon.nets import ACTIVATIONS, Architecture, architecture, convolution, initialise, outputs
-from distrecon.nets import columns as columns_kernel
+from distrecon.nets import ACTIVATIONS, Architecture, architecture, convolution, initialise, loops, outputs
+from distrecon.nets import direct as direct_kernel
 from distrecon.nets import modelwise as modelwise_kernel
 from distrecon.nets.architectures import cnn
 from distrecon.nets.forward import plain
 
-KERNELS = {"columns": columns_kernel, "modelwise": modelwise_kernel}
+KERNELS = {"direct": direct_kernel, "modelwise": modelwise_kernel}
 SMALL = {"cnn_small": {}, "cnn3": {"image_size": 22}, "lenet5": {"image_size": 16}}
 
 
@@ -102,8 +102,9 @@ def test_every_path_equals_torch_functions_one_model_at_a_time(path: str) -> Non
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [("direct", torch.float32), ("modelwise", torch.float32), ("modelwise", torch.bfloat16)]
+)
 def test_lower_precision_stays_near_double(kernel: str, dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     for arch in architectures("tanh"):
@@ -193,12 +194,18 @@ def test_large_convolutions_in_single_precision_go_model_by_model() -> None:
         arch = architecture(name)
         return convolution.choose(arch, models(arch, 1, dtype), images(arch, count, dtype))
 
-    large = modelwise_kernel if torch.backends.mkldnn.is_available() else columns_kernel
+    large = modelwise_kernel if torch.backends.mkldnn.is_available() else direct_kernel
     assert chosen("cnn3", torch.float32, 64) is large
     assert chosen("lenet5", torch.float32, 64) is large
-    assert chosen("cnn3", torch.float32, 1) is columns_kernel
-    assert chosen("cnn3", torch.float64, 64) is columns_kernel
-    assert chosen("cnn_small", torch.float32, 64) is columns_kernel
+    assert chosen("cnn3", torch.float32, 1) is direct_kernel
+    assert chosen("cnn3", torch.float64, 64) is direct_kernel
+    assert chosen("cnn_small", torch.float32, 64) is direct_kernel
+
+
+def test_loops_compile_where_nothing_can_be_cached() -> None:
+    made: dict[str, Any] = {}
+    exec("def twice(x): return 2 * x", made)  # a function without a file has no folder to be cached in
+    assert loops._compiled(made["twice"])(21) == 42
 
 
 @pytest.mark.slow
