@@ -18,11 +18,13 @@ from distrecon import runs
 from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory, nearest
 
 DONE, SOME_FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
-EVERY = 15.0  # seconds between progress lines when the output is not a terminal
+EVERY = 15.0  # seconds between progress lines when the output is not a terminal, with --verbose
 
 
 class Progress:
-    """One stage's progress: rewritten in place on a terminal, a line now and then elsewhere."""
+    """One stage's progress: rewritten in place on a terminal; elsewhere only its result, unless `--verbose`."""
+
+    verbose = False
 
     def __init__(self, stage: str) -> None:
         self.stage, self.terminal = stage, sys.stderr.isatty()
@@ -31,7 +33,7 @@ class Progress:
     def show(self, text: str) -> None:
         """Shows where the stage is."""
         now = time.monotonic()
-        if text == self._text or (not self.terminal and now - self._last < EVERY):
+        if text == self._text or (not self.terminal and (not self.verbose or now - self._last < EVERY)):
             return
         self._last, self._text = now, text
         line = f"{self.stage:<9} {text}"
@@ -116,7 +118,7 @@ def run_command(main: Callable[[argparse.Namespace], Answer], parser: Parser, ar
     With `--json` one JSON document is all that goes to stdout, also when the command failed; text goes to stderr.
     """
     argv = sys.argv[1:] if argv is None else argv
-    as_json = "--json" in argv
+    as_json, Progress.verbose = "--json" in argv, "--verbose" in argv
     signal.signal(signal.SIGTERM, _interrupt)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         answer = _answer(main, parser, argv)
@@ -165,4 +167,4 @@ def common_options(parser: argparse.ArgumentParser) -> None:
 def output_options(parser: argparse.ArgumentParser) -> None:
     """How a command tells what it does."""
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout; text goes to stderr")
-    parser.add_argument("--verbose", action="store_true", help="show Ray's and MLflow's messages, and tracebacks")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's and MLflow's messages, progress, tracebacks")

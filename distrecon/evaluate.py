@@ -2,6 +2,9 @@
 
 import argparse
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 from distrecon import config, console, launch, runs, single
 from distrecon.cluster import session
@@ -38,7 +41,17 @@ def run(args: argparse.Namespace) -> console.Answer:
     small = {"tasks.samples": 4, "tasks.pairs": 4} if args.smoke else {}
     changes = {**small, **({"seed": args.seed} if args.seed is not None else {}), **parse_assignments(args.set)}
     settings = config.replace(autoencoder.config, changes, "--set")
-    console.Progress("tasks").show(f"predict, reconstruct, generate on {zoo.num_states} states of {zoo.name}")
+    progress = console.Progress("tasks")
+
+    def show(stage: str, done: int, total: int) -> None:
+        left = console.time_left(done / total, time.monotonic() - progress.start)
+        progress.show(f"{stage} on {zoo.num_states} states of {zoo.name} ({done + 1} of {total}), {left}")
+
+    def work(folder: Path) -> dict[str, Any]:
+        metrics = score(autoencoder, zoo, settings, folder, show)
+        progress.done(f"{zoo.num_states} states of {zoo.name}")
+        return metrics
+
     outcome = single.record(
         name="evaluate",
         kind="autoencoder",
@@ -48,7 +61,7 @@ def run(args: argparse.Namespace) -> console.Answer:
         zoos={str(args.zoo): zoo},
         out=args.out,
         seed=settings.seed,
-        work=lambda folder: score(autoencoder, zoo, settings, folder),
+        work=work,
         smoke=args.smoke,
     )
     return launch.answer(outcome, "evaluate", args.smoke)

@@ -51,15 +51,19 @@ def run(args: argparse.Namespace) -> console.Answer:
     changes = {"samples": max(2, args.count), "bandwidth": args.bandwidth, "generate_refine": args.refine}
     tasks = dataclasses.replace(autoencoder.config.tasks, **{k: v for k, v in changes.items() if v is not None})
     seed = args.seed if args.seed is not None else autoencoder.config.seed
+    progress = console.Progress("generate")
+    progress.show(f"choosing the best of {zoo.name}'s training models")
     train = zoo.models("train")
     good_N = top(best_states(arch, train, images), tasks.good)
     z_N = encode_models(autoencoder, train, index)[good_N]
     sampler = args.sampler or tasks.samplers[0]
+    progress.show(f"{args.count} models around {len(good_N)} good ones")
     theta_MP, milliseconds = generate_models(
         autoencoder, train.theta_BP[good_N], z_N, images, tasks, sampler, seed, index
     )
     theta_MP = theta_MP[: args.count]
     accuracy_M = scores(arch, theta_MP, images.test).accuracy_B
+    progress.done(f"{len(theta_MP)} models")
     request = {"autoencoder": str(args.autoencoder), "zoo": str(zoo.store), "sampler": sampler, "seed": seed}
     folder = runs.create(args.out, "generate", request)
     summary = _write(folder, zoo, theta_MP, accuracy_M, request, milliseconds)

@@ -3,6 +3,7 @@
 Test images and test models only judge; whatever is chosen is chosen on validation images and validation models.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from distrecon.nets import Architecture
 from distrecon.zoos.models import Models
 
 GRADIENT_MODELS, GRADIENT_QUERIES = 32, 64
+
+Show = Callable[[str, int, int], None]  # told of each stage that begins: its name, how many are done, of how many
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def run_tasks(
     images: ImageSet,
     config: AutoencoderConfig | None = None,
     zoo: int = 0,
+    show: Show = lambda stage, done, total: None,
 ) -> TaskResults:
     """All tasks of one autoencoder on one zoo; `config` (default: the autoencoder's) gives `tasks` and `seed`."""
     config = config or autoencoder.config
@@ -65,7 +69,13 @@ def run_tasks(
     for name, split in (("training", train), ("validation", validation), ("test", test)):
         if len(split) < 2:
             raise UserError(f"the tasks need at least 2 {name} models, the zoo has {len(split)}")
+    stages = ["encode", "predict", "reconstruct", *(["refine"] if config.tasks.refine else []), "generate"]
+
+    def begin(stage: str) -> None:
+        show(stage, stages.index(stage), len(stages))
+
     autoencoder.eval()
+    begin("encode")
     splits = [train, validation, test]
     latents = [encode_models(autoencoder, split, zoo) for split in splits]
     metrics = {
@@ -78,14 +88,18 @@ def run_tasks(
         metrics.update(found)
         arrays.update(made)
 
+    begin("predict")
     add(*predict(autoencoder, splits, latents, zoo))
+    begin("reconstruct")
     originals_BP = autoencoder.canonical(test.theta_BP, zoo)
     rebuilt_BP = decode_latents(autoencoder, latents[2], zoo)
     add(*compare(arch, originals_BP, rebuilt_BP, images.test))
     add(*_gradients(arch, originals_BP[:GRADIENT_MODELS], rebuilt_BP[:GRADIENT_MODELS], images))
     if config.tasks.refine:
+        begin("refine")
         refined = encode_models(autoencoder, test, zoo, config.tasks.refine)
         add(*compare(arch, originals_BP, decode_latents(autoencoder, refined, zoo), images.test, "reconstruct/refined"))
+    begin("generate")
     found, made, theta_MP = generate(autoencoder, train, test, latents[0], images, config.tasks, config.seed, zoo)
     add(found, made)
     return TaskResults(metrics, arrays, theta_MP)

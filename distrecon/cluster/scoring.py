@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import Autoencoder
 from distrecon.autoencoder.store import save_autoencoder
-from distrecon.autoencoder.tasks import run_tasks
+from distrecon.autoencoder.tasks import Show, run_tasks
 from distrecon.errors import UserError
 from distrecon.zoos import Zoo
 
@@ -42,12 +42,14 @@ def check_memory(zoo: Zoo, has: float) -> None:
         )
 
 
-def score(autoencoder: Autoencoder, zoo: Zoo, config: AutoencoderConfig, folder: Path) -> dict[str, Any]:
+def score(
+    autoencoder: Autoencoder, zoo: Zoo, config: AutoencoderConfig, folder: Path, show: Show = lambda *stage: None
+) -> dict[str, Any]:
     """The three tasks on the zoo's held-out models; files go to `folder`. Returns the metrics."""
     index = zoo_index(autoencoder, zoo)
     began = time.monotonic()
     train, validation, test = (zoo.models(split) for split in ("train", "val", "test"))
-    results = run_tasks(autoencoder.cpu(), train, validation, test, zoo.images(), config, index)
+    results = run_tasks(autoencoder.cpu(), train, validation, test, zoo.images(), config, index, show)
     save_autoencoder(folder, autoencoder)
     save_file({"theta": results.generated_theta_BP.contiguous()}, folder / "generated.safetensors")
     layers = np.array([layer.name for layer in zoo.architecture.layers])
