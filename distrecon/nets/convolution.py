@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Parameters = list[tuple[Tensor, Tensor]]  # weight [b, *weight_shape] and bias [b, out] of each layer
 
-LARGE_CONVOLUTION = 300_000  # multiplications a model and input, from which a model fills oneDNN's convolutions
+LARGE_CONVOLUTION = 800_000  # multiplications a model and input, from which a model fills oneDNN's convolutions
 VECTOR = 16  # inputs: what one vector instruction works on
 FEW_INPUTS = 8  # below, one model's convolutions are too small for calls of their own
 

@@ -196,7 +196,8 @@ def test_large_convolutions_in_single_precision_go_model_by_model() -> None:
 
     large = modelwise_kernel if torch.backends.mkldnn.is_available() else direct_kernel
     assert chosen("cnn3", torch.float32, 64) is large
-    assert chosen("lenet5", torch.float32, 64) is large
+    assert chosen("lenet5", torch.float32, 64) is direct_kernel
+    assert chosen("lenet5", torch.bfloat16, 64) is modelwise_kernel
     assert chosen("cnn3", torch.float32, 1) is direct_kernel
     assert chosen("cnn3", torch.float64, 64) is direct_kernel
     assert chosen("cnn_small", torch.float32, 64) is direct_kernel
