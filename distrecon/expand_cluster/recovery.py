@@ -37,6 +37,8 @@ from distrecon.nets.activations import activation as find_activation
 
 UNDERFIT = 1e-4  # a best student worse than this (relative loss) is too narrow
 UNDERFIT_SOLVED = 1e-12  # the same after the least-squares solver
+TRAINED = 1e-5  # students of several layers train on, each time twice as long, until their median is below this loss
+PASSES = 4  # at most
 LEAST_GUESS = 4
 SCALE_ROUNDS = (1.0, 2.0, 0.5)
 
@@ -209,19 +211,22 @@ def _train(run: Run, net: DenseNet, count: int, data: Probed, patience: int, sta
         note(solution.iterations, solution.loss_N)
         run.timed("students", started)
         return solution.theta_NP
-    theta_NP = warm_start(
-        net,
-        theta_NP,
-        data.z_QR,
-        data.y_QO,
-        run.generator,
-        settings.optimiser,
-        settings.steps * patience,
-        settings.learning_rate,
-        settings.batch,
-        run.deadline,
-        note,
-    )
+    for number in range(PASSES if run.hidden_layers > 1 else 1):
+        theta_NP = warm_start(
+            net,
+            theta_NP,
+            data.z_QR,
+            data.y_QO,
+            run.generator,
+            settings.optimiser,
+            settings.steps * patience * 2**number,
+            settings.learning_rate,
+            settings.batch,
+            run.deadline,
+            note,
+        )
+        if run.late() or float(net.loss(theta_NP, data.z_QR, data.y_QO).nan_to_num(torch.inf).median()) < TRAINED:
+            break
     run.timed("students", started)
     return theta_NP
 
