@@ -37,7 +37,7 @@ from distrecon.nets.activations import activation as find_activation
 
 UNDERFIT = 1e-4  # a best student worse than this (relative loss) is too narrow
 UNDERFIT_SOLVED = 1e-12  # the same after the least-squares solver
-TRAINED = 1e-5  # students of several layers train on, each time twice as long, until their median is below this loss
+TRAINED = 1e-6  # students of several layers train on, each time twice as long, until their median is below this loss
 PASSES = 4  # at most
 LEAST_GUESS = 4
 SCALE_ROUNDS = (1.0, 2.0, 0.5)
