@@ -21,6 +21,7 @@ from distrecon.expand_cluster.shallow import Collapsed
 from distrecon.expand_cluster.teachers import Weights
 from distrecon.nets.activations import Activation
 
+VANISHING = 1e-12  # share of a Gram matrix's largest eigenvalue that counts as zero
 FRESH_SCALES = (1.0, 3.0, 10.0, 30.0)  # of the queries that verify a result, in turn
 
 
@@ -82,6 +83,9 @@ def _verify(run: Run, weights: Weights, floor: float, train_loss: float) -> tupl
     straight = _never_bent(run.activation, weights, x_QI)
     if straight:
         return False, f"{straight} neurons are on one side of their kink at all queries, which do not determine them"
+    loose = _undetermined(run.activation, weights, x_QI)
+    if loose:
+        return False, f"{loose} neurons respond to an input at none of the queries, which do not determine its weight"
     return True, f"{len(x_QI)} fresh queries agree to {error:.1e} (relative RMSE) and every neuron is needed"
 
 
@@ -105,5 +109,26 @@ def _never_bent(activation: Activation, weights: Weights, x_QI: Tensor) -> int:
     for w, b in weights[:-1]:
         pre_QH = hidden_QH @ w.T + b
         count += int(((pre_QH > 0).all(0) | (pre_QH < 0).all(0)).sum())
+        hidden_QH = activation(pre_QH)
+    return count
+
+
+def _undetermined(activation: Activation, weights: Weights, x_QI: Tensor) -> int:
+    """Hidden neurons with a weight that could be another without changing any answer, to first order.
+
+    Where a neuron does not respond (a relu that is off) no weight of it shows. A neuron is determined when its inputs,
+    weighted by its response, have the rank that they have without.
+    """
+    count, hidden_QH = 0, x_QI
+    for w, b in weights[:-1]:
+        design_QK = torch.cat([hidden_QH, hidden_QH.new_ones(len(hidden_QH), 1)], dim=1)
+        design_QK = design_QK / design_QK.norm(dim=0).clamp(min=torch.finfo(design_QK.dtype).tiny)
+        eigenvalue_K = torch.linalg.eigvalsh(design_QK.T @ design_QK)  # of unit columns: squares of singular values
+        least = eigenvalue_K[eigenvalue_K > VANISHING * eigenvalue_K[-1]].min()
+        rank = int((eigenvalue_K >= least).sum())
+        pre_QH = hidden_QH @ w.T + b
+        for response_Q in activation.derivative(pre_QH).T:
+            weighted_QK = response_Q[:, None] * design_QK
+            count += bool(torch.linalg.eigvalsh(weighted_QK.T @ weighted_QK)[-rank] <= VANISHING * least)
         hidden_QH = activation(pre_QH)
     return count
