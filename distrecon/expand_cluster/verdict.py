@@ -22,6 +22,7 @@ from distrecon.expand_cluster.teachers import Weights
 from distrecon.nets.activations import Activation
 
 VANISHING = 1e-12  # share of a Gram matrix's largest eigenvalue that counts as zero
+DETERMINING = 5000  # training queries that are asked, besides the fresh ones, whether they determine all weights
 FRESH_SCALES = (1.0, 3.0, 10.0, 30.0)  # of the queries that verify a result, in turn
 
 
@@ -38,7 +39,7 @@ def conclude(run: Run, found: Collapsed | Peeled | None, data: Probed, metrics: 
     polished = found.loss <= rough and _polishable(run, weights)
     if polished:
         weights = _polish(run, weights, data)
-    verified, reason = _verify(run, weights, floor if polished else rough, found.loss)
+    verified, reason = _verify(run, weights, floor if polished else rough, found.loss, data)
     run.say("size", sum(found.net.sizes[1:-1]))
     linkage = found.linkage if isinstance(found, Peeled) else [found.linkage]
     metrics = {**metrics, "recover/train_loss": found.loss}
@@ -61,7 +62,7 @@ def _polish(run: Run, weights: Weights, data: Probed) -> Weights:
     return to_weights(net, solution.theta_NP[0], data, None)
 
 
-def _verify(run: Run, weights: Weights, floor: float, train_loss: float) -> tuple[bool, str]:
+def _verify(run: Run, weights: Weights, floor: float, train_loss: float, data: Probed) -> tuple[bool, str]:
     """Fresh queries, most of them farther out than the training ones, must agree, and every neuron must be needed."""
     started = time.monotonic()
     x_QI = run.draw(run.config.probes.fresh, FRESH_SCALES)
@@ -83,7 +84,8 @@ def _verify(run: Run, weights: Weights, floor: float, train_loss: float) -> tupl
     straight = _never_bent(run.activation, weights, x_QI)
     if straight:
         return False, f"{straight} neurons are on one side of their kink at all queries, which do not determine them"
-    loose = _undetermined(run.activation, weights, x_QI)
+    asked_QI = torch.cat([x_QI, data.x_QI[:DETERMINING]])
+    loose = _undetermined(run.activation, weights, asked_QI, asked_QI @ run.coordinates.to_RI.T)
     if loose:
         return False, f"{loose} neurons respond to an input at none of the queries, which do not determine its weight"
     return True, f"{len(x_QI)} fresh queries agree to {error:.1e} (relative RMSE) and every neuron is needed"
@@ -113,15 +115,17 @@ def _never_bent(activation: Activation, weights: Weights, x_QI: Tensor) -> int:
     return count
 
 
-def _undetermined(activation: Activation, weights: Weights, x_QI: Tensor) -> int:
+def _undetermined(activation: Activation, weights: Weights, x_QI: Tensor, z_QR: Tensor) -> int:
     """Hidden neurons with a weight that could be another without changing any answer, to first order.
 
     Where a neuron does not respond (a relu that is off) no weight of it shows. A neuron is determined when its inputs,
-    weighted by its response, have the rank that they have without.
+    weighted by its response, have the rank that they have without. The first layer's inputs are the relevant directions
+    z: what the black box does not respond to was found before.
     """
     count, hidden_QH = 0, x_QI
     for w, b in weights[:-1]:
-        design_QK = torch.cat([hidden_QH, hidden_QH.new_ones(len(hidden_QH), 1)], dim=1)
+        inputs_QH = z_QR if hidden_QH is x_QI else hidden_QH
+        design_QK = torch.cat([inputs_QH, inputs_QH.new_ones(len(inputs_QH), 1)], dim=1)
         design_QK = design_QK / design_QK.norm(dim=0).clamp(min=torch.finfo(design_QK.dtype).tiny)
         eigenvalue_K = torch.linalg.eigvalsh(design_QK.T @ design_QK)  # of unit columns: squares of singular values
         least = eigenvalue_K[eigenvalue_K > VANISHING * eigenvalue_K[-1]].min()

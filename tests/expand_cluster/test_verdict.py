@@ -23,4 +23,4 @@ def test_a_weight_that_no_query_shows_is_undetermined(name, slopes, second, expe
         (torch.ones(1, 1).double(), torch.zeros(1).double()),
     ]
     x_QI = torch.linspace(-3, 3, 400, dtype=torch.float64)[:, None]
-    assert _undetermined(activation(name), weights, x_QI) == expected
+    assert _undetermined(activation(name), weights, x_QI, x_QI) == expected
