@@ -4,9 +4,14 @@ The names below are what notebooks and other projects import; each is loaded whe
 quick and does not import Ray.
 """
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+# Read when torch is loaded: waiting threads sleep. Where they spin, one other busy process makes small operations on
+# two threads twenty times slower; asleep they cost some tens of microseconds an operation.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from distrecon.errors import UserError
