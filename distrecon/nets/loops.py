@@ -5,7 +5,8 @@ is then one run of n = width * q numbers, beginning at `starts[K]` in the flat i
 numbers later for each further row; all sums below are sums of such runs.
 
 Compiled at the first call, which takes seconds, and kept in a cache beside the package (or in the user's, where that
-cannot be written). One thread; the interpreter's lock is released meanwhile.
+cannot be written). One thread; the interpreter's lock is released meanwhile. The arguments are numpy arrays and
+numbers, typed when compiled.
 
 Legend: b models, O output channels, K fan-in (channels x kernel x kernel), h rows of outputs, n = width * q.
 """
@@ -33,7 +34,7 @@ def _inlined(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_inlined
-def _add_runs(out, weights, source, starts, offset):  # type: ignore[no-untyped-def]
+def _add_runs(out, weights, source, starts, offset):
     """out[n] += the sum over t of weights[t] * source[offset + starts[t] :][:n], four runs at a time."""
     n, t = len(out), 0
     while t + 4 <= len(weights):
@@ -52,7 +53,7 @@ def _add_runs(out, weights, source, starts, offset):  # type: ignore[no-untyped-
 
 
 @_inlined
-def _add_products(out, grad, source, starts, offset):  # type: ignore[no-untyped-def]
+def _add_products(out, grad, source, starts, offset):
     """out[t] += grad[n] . source[offset + starts[t] :][:n], four runs at a time."""
     n, t = len(grad), 0
     while t + 4 <= len(out):
@@ -76,7 +77,7 @@ def _add_products(out, grad, source, starts, offset):  # type: ignore[no-untyped
 
 
 @_inlined
-def _pool(sums, pool, largest, places):  # type: ignore[no-untyped-def]
+def _pool(sums, pool, largest, places):
     """The maxima [h', w', q] of sums [h, n], and where in its pool each was (the first of equals)."""
     q = largest.shape[2]
     for y in range(largest.shape[0]):
@@ -96,7 +97,7 @@ def _pool(sums, pool, largest, places):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _pool_of_two(upper, lower, top, place):  # type: ignore[no-untyped-def]
+def _pool_of_two(upper, lower, top, place):
     """The usual pool in one pass, five times faster than in four."""
     q = len(top)
     a, b, c, d = upper[:q], upper[q : 2 * q], lower[:q], lower[q : 2 * q]
@@ -115,7 +116,7 @@ def _pool_of_two(upper, lower, top, place):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _unpool(grad, places, pool, spread):  # type: ignore[no-untyped-def]
+def _unpool(grad, places, pool, spread):
     """The gradient [h, n] before pooling, from that after it [h', w', q]: the adjoint of `_pool`."""
     q, zero = grad.shape[2], spread.dtype.type(0)
     if pool * grad.shape[0] < spread.shape[0] or pool * grad.shape[1] * q < spread.shape[1]:
@@ -131,7 +132,7 @@ def _unpool(grad, places, pool, spread):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def convolve(weight, bias, images, starts, step, pool, largest, places, sums):  # type: ignore[no-untyped-def]
+def convolve(weight, bias, images, starts, step, pool, largest, places, sums):
     """Writes the convolution of images [b or 1, numbers] to largest [b, O, h', w', q], pooled where pool > 1.
 
     weight [b, O, K], bias [b, O]; sums [h, n] is scratch memory; places [b, O, h', w', q] as in `_pool`.
@@ -148,7 +149,7 @@ def convolve(weight, bias, images, starts, step, pool, largest, places, sums):  
 
 
 @_compiled
-def gradients(weight, images, starts, step, pool, grad, places, grad_weight, grad_images, spread):  # type: ignore[no-untyped-def]
+def gradients(weight, images, starts, step, pool, grad, places, grad_weight, grad_images, spread):
     """Adds to grad_weight [b, O, K], and to grad_images [b, numbers] unless that is empty, from grad [b, O, h', w', q].
 
     weight [b, K, O]: transposed; spread [O, h, n] is scratch memory.
