@@ -19,7 +19,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from distrecon import config as configuration
-from distrecon.expand_cluster import RecoveryConfig, network, recover, score, train_teacher
+from distrecon.expand_cluster import RecoveryConfig, network, recover_network, score, train_teacher
 from distrecon.nets.activations import ACTIVATIONS
 
 EXACT = 1e-9  # largest cosine distance of an exact recovery
@@ -38,7 +38,7 @@ def solve(hidden: tuple[int, ...], activation: str, seed: int, settings: dict[st
     teacher = network(weights, activation)
     started, cpu = time.monotonic(), time.process_time()
     config = configuration.replace(RecoveryConfig(), settings)
-    recovery = recover(teacher, images.shape[1], activation, len(hidden), seed, config, images)
+    recovery = recover_network(teacher, images.shape[1], activation, len(hidden), seed, images, config=config)
     metrics = score(recovery, weights, images)
     return {
         "hidden": list(hidden),

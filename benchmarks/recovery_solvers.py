@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from distrecon.expand_cluster import network, synthetic_teacher
-from distrecon.expand_cluster.fitting import NetworkFit, Probed
 from distrecon.expand_cluster.least_squares import levenberg_marquardt
 from distrecon.expand_cluster.networks import DenseNet
+from distrecon.expand_cluster.problem import NetworkFit, TrainingData
 from distrecon.expand_cluster.warm_start import Adam
 from distrecon.nets.activations import activation as find_activation
 
@@ -70,7 +70,7 @@ def compare(inputs: int, width: int, seconds: float, seed: int) -> dict[str, Any
     generator = torch.Generator().manual_seed(seed)
     teacher = network(synthetic_teacher(inputs, width, "g", seed), "g")
     x_QI = torch.randn(1000, inputs, generator=generator, dtype=torch.float64)
-    data = Probed.of(x_QI, x_QI, teacher(x_QI))
+    data = TrainingData.of(x_QI, x_QI, teacher(x_QI))
     net = DenseNet((inputs, 4 * width, 1), find_activation("g"))
     theta_NP = net.random(10, generator)
     traces = {

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from distrecon import config as configuration
-from distrecon.expand_cluster import RecoveryConfig, network, recover, score
+from distrecon.expand_cluster import RecoveryConfig, network, recover_network, score
 from distrecon.expand_cluster.teachers import synthetic_problem
 
 INPUTS, WIDTHS = (2, 4, 8, 16, 32), (2, 4, 8)
@@ -32,7 +32,7 @@ def solve(activation: str, inputs: int, width: int, seed: int, settings: dict[st
     weights = synthetic_problem(inputs, width, activation, seed)
     started, cpu = time.monotonic(), time.process_time()
     config = configuration.replace(RecoveryConfig(), settings)
-    recovery = recover(network(weights, activation), inputs, activation, seed=seed, config=config)
+    recovery = recover_network(network(weights, activation), inputs, activation, seed=seed, config=config)
     metrics = score(recovery, weights)
     exact = recovery.layer_sizes == [width] and metrics["recover/max_cosine_distance"] < EXACT
     return {

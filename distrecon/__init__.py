@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from distrecon.errors import UserError
-    from distrecon.expand_cluster import recover
+    from distrecon.expand_cluster import recover_network
     from distrecon.nets import Architecture, architecture
     from distrecon.runs import load_autoencoder
     from distrecon.zoos import Zoo, open_zoo
@@ -28,11 +28,20 @@ _HOMES = {
     "open_zoo": "distrecon.zoos",
     "import_zoo": "distrecon.zoos.importing",
     "load_autoencoder": "distrecon.runs",
-    "recover": "distrecon.expand_cluster",
+    "recover_network": "distrecon.expand_cluster",
     "UserError": "distrecon.errors",
 }
 
-__all__ = ["Architecture", "UserError", "Zoo", "architecture", "import_zoo", "load_autoencoder", "open_zoo", "recover"]
+__all__ = [
+    "Architecture",
+    "UserError",
+    "Zoo",
+    "architecture",
+    "import_zoo",
+    "load_autoencoder",
+    "open_zoo",
+    "recover_network",
+]
 __version__ = version("distrecon")
 
 

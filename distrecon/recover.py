@@ -12,8 +12,8 @@ import torch
 from distrecon import config as configuration
 from distrecon import console, runs
 from distrecon.errors import UserError
-from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover, score, synthetic_teacher
-from distrecon.expand_cluster.sources import Source, load_teacher
+from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover_network, score, synthetic_teacher
+from distrecon.expand_cluster.sources import Source, load_black_box
 
 EXAMPLES = """examples:
   python -m distrecon.recover --smoke                                            a small built-in teacher
@@ -58,14 +58,14 @@ def run(args: argparse.Namespace) -> console.Answer:
     data_QI = _data(args.data) if args.data else None
     folder, stage = _folder(args), console.Progress("recover")
     try:
-        recovery = recover(
-            source.teacher,
+        recovery = recover_network(
+            source.black_box,
             size,
             args.activation,
             args.hidden_layers,
             args.seed,
-            config,
             data_QI,
+            config=config,
             progress=lambda part, value: stage.show(f"{part} {value:.3g}"),
             stages=folder / "stages",
         )
@@ -122,7 +122,7 @@ def _source(args: argparse.Namespace) -> Source:
         return Source(network(weights, "tanh"), 6, weights)
     if not args.teacher:
         raise UserError("--teacher FILE|MODULE:CALLABLE is needed (or --smoke)")
-    return load_teacher(args.teacher, args.activation)
+    return load_black_box(args.teacher, args.activation)
 
 
 def _data(path: Path) -> torch.Tensor:

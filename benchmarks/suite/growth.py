@@ -4,7 +4,6 @@ Memory is the most that a fresh process holds (VmHWM) above what it held after t
 size.
 """
 
-import math
 import multiprocessing
 import sys
 import time
@@ -20,14 +19,15 @@ import torch
 from benchmarks.suite.harness import Row, exponent
 from benchmarks.suite.steps import demo_step
 from distrecon.autoencoder import losses
-from distrecon.expand_cluster.clustering import average_linkage, best_cut, cluster
+from distrecon.expand_cluster.config import ClusteringConfig
 from distrecon.expand_cluster.networks import DenseNet
+from distrecon.expand_cluster.neurons import Pool, average_linkage, best_cut, cluster
 from distrecon.images import load
 from distrecon.nets import Architecture, activation, architecture, evaluate, fit, initialise
 from distrecon.nets.architectures import mlp
 
 Work = Callable[[], object]
-RULE = (10, 0.5, math.pi / 6)  # students, gamma, beta of the clusterings
+RULE = ClusteringConfig(gamma=0.5)
 
 
 def _models(arch: Architecture, count: int) -> torch.Tensor:
@@ -77,23 +77,23 @@ def _equations(students: int, queries: int, hidden: int) -> Work:
     return lambda: net.normal_equations(theta_NP, x_QI, y_QO)
 
 
-def _vectors(count: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Ten students' neurons, and whose they are."""
+def _pool(count: int) -> Pool:
+    """Ten students' neurons."""
     per_student, draw = max(1, count // 10), torch.Generator().manual_seed(count)
     centres = torch.randn(per_student, 16, generator=draw, dtype=torch.float64)
     noise = torch.randn(10, per_student, 16, generator=draw, dtype=torch.float64)
-    return (centres + 0.05 * noise).flatten(0, 1), np.repeat(np.arange(10), per_student)
+    return Pool((centres + 0.05 * noise).flatten(0, 1), np.repeat(np.arange(10), per_student), torch.zeros(10))
 
 
 def _cut(count: int) -> Work:
-    vectors_VK, owners = _vectors(count)
-    merges = average_linkage(vectors_VK, "none")
-    return lambda: best_cut(merges, owners, vectors_VK, False, *RULE)
+    pool = _pool(count)
+    merges = average_linkage(pool.vectors_VK, "none")
+    return lambda: best_cut(merges, pool, False, RULE)
 
 
 def _clustering(count: int) -> Work:
-    vectors_VK, owners = _vectors(count)
-    return lambda: cluster(vectors_VK, owners, owners, "none", *RULE)
+    pool = _pool(count)
+    return lambda: cluster(pool, "none", RULE)
 
 
 @dataclass(frozen=True)

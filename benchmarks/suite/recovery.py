@@ -11,9 +11,10 @@ from benchmarks import recovery_solvers as solvers
 from benchmarks.suite import baselines
 from benchmarks.suite.harness import Row, turns
 from distrecon.expand_cluster import network, synthetic_teacher
-from distrecon.expand_cluster.clustering import average_linkage, best_cut, cluster
-from distrecon.expand_cluster.fitting import Probed
+from distrecon.expand_cluster.config import ClusteringConfig
 from distrecon.expand_cluster.networks import DenseNet
+from distrecon.expand_cluster.neurons import Pool, average_linkage, best_cut, cluster
+from distrecon.expand_cluster.problem import TrainingData
 from distrecon.nets.activations import activation as find_activation
 
 PROBLEMS = ((4, 4), (8, 4), (16, 4), (4, 2), (8, 2), (16, 2), (4, 3), (8, 3), (16, 3), (2, 2))
@@ -27,7 +28,7 @@ def students(quick: bool) -> list[Row]:
     for seed, (inputs, width) in enumerate(problems):
         draw = torch.Generator().manual_seed(seed)
         x_QI = torch.randn(1000, inputs, generator=draw, dtype=torch.float64)
-        data = Probed.of(x_QI, x_QI, network(synthetic_teacher(inputs, width, "g", seed), "g")(x_QI))
+        data = TrainingData.of(x_QI, x_QI, network(synthetic_teacher(inputs, width, "g", seed), "g")(x_QI))
         net = DenseNet((inputs, RHO * width, 1), find_activation("g"))
         theta_NP = net.random(STUDENTS, draw)
         adam = solvers.adam(net, theta_NP, data.z_QR, data.y_QO, seconds)
@@ -71,13 +72,13 @@ def _linkage(count: int, limit: float) -> list[Row]:
     centres = torch.randn(per_student, 16, generator=draw, dtype=torch.float64)
     noise = torch.randn(STUDENTS, per_student, 16, generator=draw, dtype=torch.float64)
     vectors_VK = (centres + 0.05 * noise).flatten(0, 1)
-    owners, neurons = np.repeat(np.arange(STUDENTS), per_student), np.tile(np.arange(per_student), STUDENTS)
-    rule = (STUDENTS, 0.5, math.pi / 6)
+    pool = Pool(vectors_VK, np.repeat(np.arange(STUDENTS), per_student), torch.zeros(STUDENTS))
+    rule = ClusteringConfig(gamma=0.5)
     merges = average_linkage(vectors_VK, "none")
     ways = {
-        "cut": lambda: best_cut(merges, owners, vectors_VK, False, *rule),
-        "sign-free cut": lambda: best_cut(merges, owners, vectors_VK, True, *rule),
-        "whole": lambda: cluster(vectors_VK, owners, neurons, "none", *rule),
+        "cut": lambda: best_cut(merges, pool, False, rule),
+        "sign-free cut": lambda: best_cut(merges, pool, True, rule),
+        "whole": lambda: cluster(pool, "none", rule),
     }
     ours: dict[str, list[float]] = {name: [] for name in ways}
     trees, searches = [], []

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from distrecon import images
 from distrecon.cluster.kinds import SYNTHETIC, RecoveryRun, TeacherConfig
-from distrecon.expand_cluster import Recovery, recover, score
-from distrecon.expand_cluster.teachers import Weights, network, synthetic_problem, train_teacher
+from distrecon.expand_cluster import Recovery, network, recover_network, score
+from distrecon.expand_cluster.teachers import synthetic_problem, train_teacher
+from distrecon.expand_cluster.weights import Weights
 
 
 def recover_teacher(run: RecoveryRun, folder: Path) -> dict[str, Any]:
@@ -20,14 +21,14 @@ def recover_teacher(run: RecoveryRun, folder: Path) -> dict[str, Any]:
     """
     torch.set_num_threads(max(1, int(run.resources.cpus_per_worker)))
     teacher, train_QI, test_QI = _teacher(run.teacher)
-    recovery = recover(
+    recovery = recover_network(
         network(teacher, run.teacher.activation),
         input_size=teacher[0][0].shape[1],
         activation=run.teacher.activation,
         hidden_layers=len(run.teacher.hidden),
         seed=run.seed,
         config=run,
-        data_QI=train_QI,
+        data=train_QI,
     )
     metrics = recovery.metrics | score(recovery, teacher, test_QI)
     recovery.save(folder / "network.safetensors")

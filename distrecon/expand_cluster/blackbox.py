@@ -12,23 +12,24 @@ import torch
 from torch import Tensor
 
 from distrecon.errors import UserError
+from distrecon.expand_cluster.thresholds import REPEATABLE
 
-Teacher = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]  # [Q, I] -> [Q, O]
 NOISE_SPACING = 1e-4  # of the sixth differences: h^6 is far below rounding, h far above the inputs' rounding in float32
 NOISE_POINTS = 24
 
 
 class BlackBox:
-    """A teacher [Q, I] -> [Q, O] with its answers in float64.
+    """A function [Q, I] -> [Q, O] with its answers in float64.
 
     Raises UserError when the answers are not tensors of shape [Q, O], are not finite, differ when asked again, or when
     `budget` queries (0: no limit) are not enough. A repeated query costs nothing.
     """
 
-    def __init__(self, teacher: Teacher, input_size: int, budget: int = 0) -> None:
+    def __init__(self, function: Function, input_size: int, budget: int = 0) -> None:
         if input_size < 1:
             raise UserError(f"input_size must be at least 1, not {input_size}")
-        self.teacher, self.inputs, self.budget = teacher, input_size, budget
+        self.function, self.inputs, self.budget = function, input_size, budget
         self.queries = 0
         self._answers: dict[bytes, np.ndarray] = {}
         self.outputs = 0
@@ -59,7 +60,7 @@ class BlackBox:
                 f"the query budget of {self.budget} is too small: {self.queries} spent, {len(x_QI)} more are needed"
             )
         with torch.no_grad():
-            y = self.teacher(x_QI)
+            y = self.function(x_QI)
         if not isinstance(y, Tensor) or y.ndim != 2 or y.shape != (len(x_QI), self.outputs or y.shape[1]):
             shape = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             wanted = f"[{len(x_QI)}, {self.outputs or 'O'}]"
@@ -74,7 +75,7 @@ class BlackBox:
     def _check_repeatable(self, x_QI: Tensor) -> None:
         first, second = self._ask(x_QI), self._ask(x_QI)
         difference = (first - second).abs().max().item()
-        if difference > 1e-5 * first.abs().max().item():
+        if difference > REPEATABLE * first.abs().max().item():
             raise UserError(f"the teacher is not deterministic: the same queries gave answers {difference:.1e} apart")
 
     def _noise_level(self) -> float:

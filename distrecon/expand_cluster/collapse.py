@@ -1,105 +1,140 @@
-"""From clusters to one network: outgoing weights by least squares, missing neurons added, redundant ones dropped.
+"""One hidden layer: clusters of students' neurons -> an exact, irreducible network.
 
-One hidden layer seen from its input z: y = C [f(V [z, 1]), (z with a skip), 1]. A missing neuron is fatal and an extra
-one is not, so neurons are added generously before the exact fit and dropped one by one after it.
+A missing neuron is fatal and an extra one is not, so neurons are added generously before the exact fit and dropped one
+by one after it.
 
-Legend: Q queries, R layer inputs, H hidden, K = R + 1 coordinates of a neuron [weights, bias], O outputs, F features.
+Legend: Q queries, R relevant input directions, H hidden, K = R + 1, O outputs, P parameters.
 """
 
-import itertools
+import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
+from distrecon.expand_cluster.networks import DenseNet
+from distrecon.expand_cluster.neurons import LayerClustering, Pool, cluster, representatives
+from distrecon.expand_cluster.outgoing import (
+    choose_flips,
+    drop_costs,
+    features,
+    flip_constant,
+    pursue,
+    solve_outgoing,
+)
+from distrecon.expand_cluster.problem import Found, Problem
+from distrecon.expand_cluster.thresholds import FREE_DROP, KEEPS_FIT, NEARLY_EXACT, PROMISING, STILL_FALLS
 from distrecon.nets.activations import Activation
 
-ENUMERATED = 16  # sign flips tried exhaustively where the linear term alone does not determine them
+FALLBACK_GAMMAS = (0.5, 0.3)  # shares of the students that are tried when the settings' fails
+CONTINUED = 4  # fits in a row, at most, of one that still falls
+BEST_STUDENT = 4.0  # x its mean squared error: what the completed clusters are to reach
 
 
-def features(neurons_HK: Tensor, z_QR: Tensor, activation: Activation, skip: bool) -> Tensor:
-    """[f(V [z, 1]), (z), 1] as [Q, F]; the first H columns are the hidden activations."""
-    hidden_QH = activation(z_QR @ neurons_HK[:, :-1].T + neurons_HK[:, -1])
-    ones_Q1 = z_QR.new_ones(len(z_QR), 1)
-    return torch.cat([hidden_QH, z_QR, ones_Q1] if skip else [hidden_QH, ones_Q1], dim=1)
+def takes_skip(activation: Activation) -> bool:
+    """Whether a sign flip leaves a linear term, so that students need a linear path round the layer."""
+    return activation.symmetry in ("even_linear", "scaled")
 
 
-def solve_outgoing(features_QF: Tensor, y_QO: Tensor) -> tuple[Tensor, float]:
-    """Least-squares coefficients [F, O] (minimal norm where columns coincide) and the mean squared error left."""
-    scale_F = features_QF.norm(dim=0).clamp(min=1e-300)
-    solution_FO = torch.linalg.lstsq(features_QF / scale_F, y_QO, driver="gelsd").solution
-    error = (features_QF / scale_F) @ solution_FO - y_QO
-    return solution_FO / scale_F[:, None], float(error.square().mean())
+def collapse(problem: Problem, pool: Pool) -> Found | None:
+    """The best exact fit over gamma and its fallbacks; the best inexact one if none reaches the floor.
 
-
-def pursue(
-    neurons_HK: Tensor,
-    pool_HK: Tensor,
-    z_QR: Tensor,
-    y_QO: Tensor,
-    activation: Activation,
-    skip: bool,
-    target: float,
-) -> Tensor:
-    """`neurons` plus those of the pool, best first, until the mean squared error is at most `target`.
-
-    Orthogonal matching pursuit: each time the pool's neuron most correlated with the residual, after projection.
+    None when no student has two neurons that contribute.
     """
-    base_QF = features(neurons_HK, z_QR, activation, skip)
-    pool_QH = activation(z_QR @ pool_HK[:, :-1].T + pool_HK[:, -1])
-    basis_QF, _ = torch.linalg.qr(base_QF)
-    rest_QO = y_QO - basis_QF @ (basis_QF.T @ y_QO)
-    rest_QO = rest_QO - basis_QF @ (basis_QF.T @ rest_QO)
-    norms_H = pool_QH.norm(dim=0).clamp(min=1e-300)
-    free_QH = pool_QH - basis_QF @ (basis_QF.T @ pool_QH)
-    taken: list[int] = []
-    while rest_QO.square().mean() > target and len(taken) < len(pool_HK):
-        sizes_H = free_QH.norm(dim=0)
-        usable_H = sizes_H > 1e-9 * norms_H  # a copy of what is there already explains nothing
-        usable_H[taken] = False
-        if not usable_H.any():
+    if len(pool.vectors_VK) < 2:
+        return None
+    settings = problem.config.clustering
+    best: Found | None = None
+    previous: list[tuple[int, ...]] = []
+    for gamma in (settings.gamma, *(g for g in FALLBACK_GAMMAS if g < settings.gamma)):
+        clustering = cluster(pool, problem.activation.symmetry, dataclasses.replace(settings, gamma=gamma))
+        clusters = [tuple(group) for group in clustering.clusters]
+        if best is not None and clusters == previous:
+            continue  # a lower share that finds the same clusters fits no better
+        previous = clusters
+        target = max(BEST_STUDENT * float(pool.loss_N.min()), problem.floor)
+        found = exact_network(problem, representatives(clustering, pool), pool.of_best(), target, clustering)
+        if best is None or found.loss < best.loss:
+            best = found
+        if best.loss <= problem.floor or problem.out_of_time():
             break
-        scores_H = (free_QH.T @ rest_QO).norm(dim=1) / sizes_H.clamp(min=1e-300)
-        best = int(torch.where(usable_H, scores_H, -1.0).argmax())
-        direction_Q = free_QH[:, best] / sizes_H[best]
-        rest_QO = rest_QO - direction_Q[:, None] * (direction_Q @ rest_QO)
-        free_QH = free_QH - direction_Q[:, None] * (direction_Q @ free_QH)
-        taken.append(best)
-    return torch.cat([neurons_HK, pool_HK[taken]])
+    return best
 
 
-def drop_costs(features_QF: Tensor, coefficients_FO: Tensor, hidden: int) -> Tensor:
-    """Rise of the mean squared error when each hidden neuron is dropped and the rest solved again, [H].
+def exact_network(
+    problem: Problem, neurons_HK: Tensor, candidates_HK: Tensor, target: float, clustering: LayerClustering
+) -> Found:
+    """Clustered neurons, fitted to the floor, then reduced to an irreducible network.
 
-    For least squares that is |c_h|^2 / (G^-1)_hh over Q O, G the features' Gram matrix; through the singular values,
-    so that coinciding neurons (G singular) cost nothing.
+    Where the clusters are not enough, they are completed by candidates (neurons of the best student) until the mean
+    squared error is at most `target`.
     """
-    scale_F = features_QF.norm(dim=0).clamp(min=1e-300)
-    _, values_F, right_FF = torch.linalg.svd(features_QF / scale_F, full_matrices=False)
-    inverse_F = (right_FF / values_F.clamp(min=1e-15 * float(values_F[0]))[:, None]).square().sum(0)
-    power_F = (coefficients_FO * scale_F[:, None]).square().sum(1)
-    return (power_F / inverse_F)[:hidden] / (len(features_QF) * coefficients_FO.shape[1])
+    data, activation, skip = problem.data, problem.activation, takes_skip(problem.activation)
+    refitted_HK, loss = _refit(problem, neurons_HK, skip)
+    if loss > max(problem.floor, NEARLY_EXACT):  # the clusters alone are not enough
+        neurons_HK = pursue(neurons_HK, candidates_HK, data.z_QR, data.y_QO, activation, skip, target)
+        neurons_HK, loss = _refit(problem, neurons_HK, skip)
+    else:
+        neurons_HK = refitted_HK
+    if skip:
+        neurons_HK = _eliminate(problem, neurons_HK, loss, True)[0]
+        neurons_HK = _unflip(problem, neurons_HK)
+        neurons_HK, loss = _refit(problem, neurons_HK, False)
+    neurons_HK, loss = _eliminate(problem, neurons_HK, loss, False)
+    net, theta_1P = problem.net(len(neurons_HK)), _with_outgoing(problem, neurons_HK, False)
+    loss = float(net.loss(theta_1P, data.z_QR, data.y_QO)[0])
+    return Found(net, theta_1P, loss, [clustering])
 
 
-def flip_constant(activation: Activation) -> float:
-    """kappa in f(u) - f(-u) = kappa u, for even-plus-linear activations."""
-    one = torch.ones((), dtype=torch.float64)
-    return float(activation(one) - activation(-one))
+def _with_outgoing(problem: Problem, neurons_HK: Tensor, skip: bool, rows: int | None = None) -> Tensor:
+    """theta[1, P] of the neurons and their least-squares outgoing weights, on the first `rows` queries (or all)."""
+    z_QR, y_QO = problem.data.z_QR[:rows], problem.data.y_QO[:rows]
+    coefficients_FO, _ = solve_outgoing(features(neurons_HK, z_QR, problem.activation, skip), y_QO)
+    return DenseNet.flatten([neurons_HK[None], coefficients_FO.T[None]])
 
 
-def choose_flips(neurons_HK: Tensor, outgoing_OH: Tensor, linear_OR: Tensor, kappa: float) -> Tensor:
-    """Which neurons to flip, [H] booleans, so that the linear term vanishes.
+def _refit(problem: Problem, neurons_HK: Tensor, skip: bool) -> tuple[Tensor, float]:
+    """All weights by Levenberg-Marquardt from the neurons and their least-squares outgoing weights."""
+    net = problem.net(len(neurons_HK), skip)
+    theta_1P, loss = _with_outgoing(problem, neurons_HK, skip, problem.rows(net)), math.inf
+    for _ in range(CONTINUED):
+        solution = problem.fit(net, theta_1P)
+        theta_1P, before, loss = solution.theta_NP, loss, float(solution.loss_N[0])
+        falls = problem.config.solver.floor < loss < min(PROMISING, STILL_FALLS * before)
+        if solution.status != ["iterations"] or not falls:
+            break
+    return net.matrices(theta_1P)[0][0], loss
 
-    Flipping the set S turns sum_S a f(u) into sum_S a f(-u) + kappa sum_S a u; so the skip K must equal
-    -kappa sum_S a w (negative because the flips undo it): one least squares in S, rounded, or all sets where the
-    equations are fewer than the neurons.
+
+def _eliminate(problem: Problem, neurons_HK: Tensor, loss: float, skip: bool) -> tuple[Tensor, float]:
+    """Drop neurons, the cheapest first, as long as the fit stays exact (or, if it nearly is, as good after a refit).
+
+    Redundant neurons keep a fit from converging, so it often becomes exact on the way. A fit far from exact misses
+    something: dropping is of no use then.
     """
-    terms_EH = (outgoing_OH[:, None, :] * neurons_HK[:, :-1].T[None]).flatten(0, 1) * -kappa
-    right_E = linear_OR.flatten()
-    hidden = len(neurons_HK)
-    solution_H = torch.linalg.lstsq(terms_EH, right_E[:, None], driver="gelsd").solution[:, 0]
-    rounded_H = solution_H > 0.5
-    if len(terms_EH) >= hidden or hidden > ENUMERATED:
-        return rounded_H
-    sets = torch.tensor(list(itertools.product((0.0, 1.0), repeat=hidden)), dtype=torch.float64)
-    errors = (sets @ terms_EH.T - right_E).square().sum(1)
-    return sets[int(errors.argmin())] > 0.5
+    data, floor = problem.data, problem.floor
+    while len(neurons_HK) > 1 and loss <= max(floor, NEARLY_EXACT):
+        design_QF = features(neurons_HK, data.z_QR, problem.activation, skip)
+        coefficients_FO, _ = solve_outgoing(design_QF, data.y_QO)
+        costs_H = drop_costs(design_QF, coefficients_FO, len(neurons_HK))
+        cheapest = int(costs_H.argmin())
+        if costs_H[cheapest] > FREE_DROP:
+            break
+        kept_HK = torch.cat([neurons_HK[:cheapest], neurons_HK[cheapest + 1 :]])
+        if costs_H[cheapest] > floor or loss > floor:
+            kept_HK, kept_loss = _refit(problem, kept_HK, skip)
+            if kept_loss > max(floor, KEEPS_FIT * loss):
+                break
+            loss = kept_loss
+        neurons_HK = kept_HK
+    return neurons_HK, loss
+
+
+def _unflip(problem: Problem, neurons_HK: Tensor) -> Tensor:
+    """Turn round the neurons whose flips the linear skip stands for, so that no skip is needed."""
+    activation, data = problem.activation, problem.data
+    hidden, inputs = len(neurons_HK), data.z_QR.shape[1]
+    coefficients_FO, _ = solve_outgoing(features(neurons_HK, data.z_QR, activation, True), data.y_QO)
+    outgoing_OH, linear_OR = coefficients_FO[:hidden].T, coefficients_FO[hidden : hidden + inputs].T
+    flips_H = choose_flips(neurons_HK, outgoing_OH, linear_OR, flip_constant(activation))
+    return torch.where(flips_H[:, None], -neurons_HK, neurons_HK)

@@ -34,23 +34,6 @@ class LeastSquares(Protocol):
 
 
 @dataclass(frozen=True)
-class Residuals:
-    """A LeastSquares problem from a function theta[P] -> residuals[M], differentiated by torch.func."""
-
-    function: Callable[[Tensor], Tensor]
-
-    def loss(self, theta_NP: Tensor) -> Tensor:
-        return torch.func.vmap(self.function)(theta_NP).square().mean(1)
-
-    def normal_equations(self, theta_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        residuals = torch.func.vmap(self.function)(theta_NP)
-        jacobian = torch.func.vmap(torch.func.jacfwd(self.function))(theta_NP)
-        transposed, size = jacobian.transpose(1, 2), residuals.shape[1]
-        gradient = torch.bmm(transposed, residuals[:, :, None])[:, :, 0] / size
-        return residuals.square().mean(1), gradient, torch.bmm(transposed, jacobian) / size
-
-
-@dataclass(frozen=True)
 class Solution:
     """theta[N, P], loss[N] and, for each problem, "converged", "stalled", "iterations", "time" or "non-finite"."""
 

@@ -1,11 +1,6 @@
-"""Where to query: the input directions that matter, the scale that excites the activation, and the probes themselves.
+"""The queries themselves: drawn in the relevant coordinates, round known bends, and where students disagree.
 
-Finite differences of the black box give samples of its input gradient, which lie in the row space of the first layer's
-weights. Their singular value decomposition gives that space (and the layer's width, where it is below the input size)
-and coordinates in which the gradient is isotropic: probes that are standard normal there excite every first-layer
-neuron about equally, and students learn there in a fraction of the steps. Compare Beiser et al. (arXiv 2511.20312).
-
-Legend: Q queries, I inputs, R relevant directions, O outputs, S points at which gradients are taken.
+Legend: Q queries, I inputs, R relevant input directions, N students, P parameters, S bends.
 """
 
 from dataclasses import dataclass
@@ -13,174 +8,67 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distrecon.errors import UserError
-from distrecon.expand_cluster.blackbox import BlackBox
-from distrecon.nets.activations import Activation
+from distrecon.expand_cluster.config import ProbesConfig
+from distrecon.expand_cluster.coordinates import Coordinates
+from distrecon.expand_cluster.networks import DenseNet
 
-GRADIENT_POINTS = 8
-KINK_STEP = 1e-3  # longer differences straddle a kink too often
-GAP = 100.0  # ratio of neighbouring singular values that separates gradient from rounding
-CONDITION = 1e-3  # directions weaker than this (relative) are not stretched any further
-SCALES = tuple(2.0**k for k in range(-4, 7))
-SCALE_QUERIES = 300
-NEAR = 0.3  # scatter of probes round a place, relative to its distance from the centre
-WIDE_SCALES = (1.0, 4.0, 16.0)  # of the probes that look for directions not found yet
-BLIND = 1e-7  # relative change of the answers that betrays a direction not found yet
+NEAR_SHARE = 0.25  # of the probes lie round bends, where such are known
+CANDIDATES = 8  # probes drawn for each that is chosen where students disagree
+TRAIN_SCALES = (1.0, 1.0, 3.0)  # of the probes that students learn from, in turn
 
 
 @dataclass(frozen=True)
-class Coordinates:
-    """z = to_RI x, x = back_IR z + anything outside the relevant directions (`outside_II` projects onto that rest)."""
+class Committee:
+    """Students whose disagreement tells where the answers are not determined yet.
 
+    Query by committee (Seung, Opper and Sompolinsky, COLT 1992); compare arXiv 2511.20312.
+    """
+
+    net: DenseNet
+    theta_NP: Tensor
     to_RI: Tensor
-    back_IR: Tensor
-    outside_II: Tensor
-    scale: float
-    error: float  # relative, of the directions; 0 where they are the inputs themselves
 
-    def rescaled(self, factor: float) -> "Coordinates":
-        """The same directions with probes `factor` times as large."""
-        return Coordinates(self.to_RI / factor, self.back_IR * factor, self.outside_II, self.scale * factor, self.error)
+    def disagreement(self, x_QI: Tensor) -> Tensor:
+        """[Q]: variance of the students' answers, relative to their size, so that large ones do not win by size."""
+        y_NQO = self.net(self.theta_NP, x_QI @ self.to_RI.T)
+        return y_NQO.var(0).sum(1) / (1 + y_NQO.mean(0).square().sum(1))
 
-    @property
-    def rank(self) -> int:
-        """Number of relevant input directions R."""
-        return self.to_RI.shape[0]
 
-    def draw(self, count: int, generator: torch.Generator, scales: tuple[float, ...] = (1.0, 1.0, 3.0)) -> Tensor:
-        """Probes x[Q, I]: normal in the relevant coordinates with the scales in turn, normal outside as well."""
-        size_Q1 = torch.tensor(scales, dtype=torch.float64).repeat(count // len(scales) + 1)[:count, None]
-        z_QR = torch.randn(count, self.rank, generator=generator, dtype=torch.float64)
-        x_QI = (z_QR * size_Q1) @ self.back_IR.T
-        if self.rank < self.back_IR.shape[0]:
-            noise_QI = torch.randn(count, self.back_IR.shape[0], generator=generator, dtype=torch.float64)
-            x_QI = x_QI + self.scale * size_Q1 * noise_QI @ self.outside_II
+@dataclass(frozen=True)
+class Probes:
+    """Where queries are drawn.
+
+    `bends_SI` are inputs at which the black box bends, which other probes would miss; `committee` the students of an
+    earlier round that was not verified.
+    """
+
+    coordinates: Coordinates
+    bends_SI: Tensor | None = None
+    committee: Committee | None = None
+
+    def draw(self, count: int, generator: torch.Generator, scales: tuple[float, ...] = TRAIN_SCALES) -> Tensor:
+        """Probes x[Q, I] in the coordinates, a share of them round the bends."""
+        near = int(NEAR_SHARE * count) if self.bends_SI is not None else 0
+        x_QI = self.coordinates.draw(count - near, generator, scales)
+        if self.bends_SI is not None:
+            x_QI = torch.cat([x_QI, self.coordinates.near(self.bends_SI, near, generator)])
         return x_QI
 
-    def near(self, places_SI: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Probes x[Q, I] scattered round given inputs, a fraction of their distance from the centre."""
-        chosen_QI = places_SI[torch.randint(len(places_SI), (count,), generator=generator)]
-        noise_QR = torch.randn(count, self.rank, generator=generator, dtype=torch.float64)
-        away_Q1 = (chosen_QI @ self.to_RI.T).norm(dim=1, keepdim=True) / self.rank**0.5
-        return chosen_QI + NEAR * away_Q1 * noise_QR @ self.back_IR.T
+    def disputed(self, count: int, generator: torch.Generator) -> Tensor:
+        """Probes x[Q, I] where the committee disagrees most, of several times as many; none without a committee."""
+        if self.committee is None or not count:
+            return self.draw(0, generator)
+        x_QI = self.draw(CANDIDATES * count, generator)
+        return x_QI[self.committee.disagreement(x_QI).topk(count).indices]
 
-
-def find_coordinates(
-    box: BlackBox, activation: Activation | None, subspace: bool, generator: torch.Generator
-) -> Coordinates:
-    """Coordinates from the black box's gradients, or the inputs themselves, with probes scaled to excite it.
-
-    The inputs themselves, taken to be standardised, if not `subspace` or if all directions matter.
-
-    `activation` None: unknown. Raises UserError when the answers do not depend on the inputs.
-    """
-    if not subspace:
-        return _inputs_themselves(box.inputs)
-    points_SI = torch.randn(GRADIENT_POINTS, box.inputs, generator=generator, dtype=torch.float64)
-    gradients_GI = torch.empty(0, box.inputs, dtype=torch.float64)
-    before = 0
-    while len(points_SI):
-        more_GI = input_gradients(box, activation, points_SI)
-        if not len(more_GI):  # kinks everywhere: not piecewise linear, whatever the activation is said to be
-            return _inputs_themselves(box.inputs)
-        gradients_GI = torch.cat([gradients_GI, more_GI])
-        rank = numerical_rank(gradients_GI)
-        if rank in (0, box.inputs):  # nothing to reduce, and stretching weak directions then only hurts
-            return _inputs_themselves(box.inputs)
-        if len(gradients_GI) < 2 * rank + 10:
-            points_SI = torch.randn(GRADIENT_POINTS, box.inputs, generator=generator, dtype=torch.float64)
-            continue
-        _, values, right_RI = torch.linalg.svd(gradients_GI, full_matrices=False)
-        error = float(values[rank] / values[0]) if rank < min(gradients_GI.shape) else 0.0
-        basis_RI = right_RI[:rank]
-        strength_R = (gradients_GI @ basis_RI.T).square().mean(0).sqrt()
-        strength_R = strength_R.clamp(min=CONDITION * float(strength_R.max()))
-        found = _scaled(box, basis_RI, strength_R, error, generator)
-        points_SI = _blind_points(box, found, generator) if rank > before else points_SI[:0]
-        before = rank
-    return found
-
-
-def _blind_points(box: BlackBox, coordinates: Coordinates, generator: torch.Generator) -> Tensor:
-    """A few probes whose answers change as they move outside the relevant directions, which are then not all found.
-
-    A neuron that is off, or saturated, wherever the gradients were taken does not show in them.
-    """
-    x_QI = coordinates.draw(SCALE_QUERIES, generator, WIDE_SCALES)
-    size_Q1 = (x_QI @ coordinates.to_RI.T).norm(dim=1, keepdim=True) / coordinates.rank**0.5
-    noise_QI = torch.randn(x_QI.shape, generator=generator, dtype=torch.float64)
-    moved_QI = x_QI + coordinates.scale * size_Q1 * noise_QI @ coordinates.outside_II
-    here_QO, there_QO = box(x_QI), box(moved_QI)
-    change_Q = (there_QO - here_QO).abs().amax(1) / here_QO.std()
-    seen_Q = change_Q > max(BLIND, GAP * coordinates.error, GAP * box.noise / float(here_QO.std()))
-    return torch.cat([x_QI[seen_Q], moved_QI[seen_Q]])[: 2 * GRADIENT_POINTS]
-
-
-def input_gradients(box: BlackBox, activation: Activation | None, x_SI: Tensor) -> Tensor:
-    """d outputs / d inputs at the points x[S, I], [<= S * O, I], by central differences.
-
-    Five-point differences where the activation is smooth. Where it has kinks, two-point ones, and a point with a kink
-    between its differences (its second difference is not zero) is left out. Unknown activations count as kinked.
-    """
-    center_SO = box(x_SI)
-    spread = float(center_SO.std())
-    if spread == 0:
-        raise UserError("the teacher's answers do not depend on its inputs: nothing can be recovered")
-    noise = max(box.noise / spread, 1e-17)
-    kinked = activation is None or activation.symmetry == "scaled"
-    step = min(noise**0.25, KINK_STEP) if kinked else noise**0.2
-
-    def shifted(multiple: int) -> Tensor:
-        moves_II = multiple * step * torch.eye(box.inputs, dtype=torch.float64)
-        return box((x_SI[:, None] + moves_II).flatten(0, 1)).reshape(len(x_SI), box.inputs, -1)
-
-    up, down = shifted(1), shifted(-1)
-    if kinked:
-        bend_S = (up + down - 2 * center_SO[:, None]).abs().amax(dim=(1, 2))
-        slopes = ((up - down) / (2 * step))[bend_S <= 50 * box.noise + 1e-15 * spread]
-    else:
-        slopes = (8 * (up - down) - (shifted(2) - shifted(-2))) / (12 * step)
-    return slopes.transpose(1, 2).flatten(0, 1)
-
-
-def numerical_rank(gradients_GI: Tensor) -> int:
-    """Number of singular values before the widest gap of at least GAP; all of them when there is no such gap."""
-    if not len(gradients_GI):
-        return 0
-    values = torch.linalg.svdvals(gradients_GI)
-    values = values.clamp(min=1e-16 * float(values[0]))
-    ratios = values[:-1] / values[1:]
-    if len(ratios) and ratios.max() >= GAP:
-        return int(ratios.argmax()) + 1
-    return len(values)
-
-
-def _inputs_themselves(inputs: int) -> Coordinates:
-    eye_II = torch.eye(inputs, dtype=torch.float64)
-    return Coordinates(eye_II, eye_II, torch.zeros_like(eye_II), 1.0, 0.0)
-
-
-def _scaled(
-    box: BlackBox, basis_RI: Tensor, strength_R: Tensor, error: float, generator: torch.Generator
-) -> Coordinates:
-    """Coordinates along the rows of basis[R, I], stretched by the strengths, at the scale that shows the nonlinearity.
-
-    The scale is the smallest at which the outputs' share that is not linear reaches a quarter of its largest value.
-    """
-    rank, inputs = basis_RI.shape
-    back_IR = basis_RI.T / strength_R
-    back_IR = back_IR * (rank**0.5 / back_IR.norm())
-    z_QR = torch.randn(max(SCALE_QUERIES, 4 * rank), rank, generator=generator, dtype=torch.float64)
-    shares = torch.tensor([_nonlinear_share(box, z_QR, scale * back_IR) for scale in SCALES])
-    scale = SCALES[int((shares >= 0.25 * shares.max()).nonzero()[0])]
-    back_IR = scale * back_IR
-    to_RI = torch.linalg.pinv(back_IR)
-    outside_II = torch.eye(inputs, dtype=torch.float64) - basis_RI.T @ basis_RI
-    return Coordinates(to_RI, back_IR, outside_II, scale, error)
-
-
-def _nonlinear_share(box: BlackBox, z_QR: Tensor, back_IR: Tensor) -> float:
-    y_QO = box(z_QR @ back_IR.T)
-    design = torch.cat([z_QR, z_QR.new_ones(len(z_QR), 1)], dim=1)
-    rest = y_QO - design @ torch.linalg.lstsq(design, y_QO).solution
-    return float(rest.square().sum() / (y_QO - y_QO.mean(0)).square().sum().clamp(min=1e-300))
+    def training(
+        self, count: int, settings: ProbesConfig, data_QI: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        """`count` training queries in random order, some of them disputed, some of them the user's data."""
+        own = 0 if data_QI is None else min(len(data_QI), int(settings.data_share * count))
+        disputed_QI = self.disputed(int(settings.disputed * (count - own)), generator)
+        x_QI = torch.cat([disputed_QI, self.draw(count - own - len(disputed_QI), generator)])
+        if data_QI is not None and own:
+            rows = torch.randperm(len(data_QI), generator=generator)[:own]
+            x_QI = torch.cat([x_QI, data_QI[rows]])
+        return x_QI[torch.randperm(count, generator=generator)]

@@ -1,15 +1,16 @@
 """Expand-and-Cluster, start to end: query, train students, cluster, collapse, fit exactly, verify on fresh queries.
 
 After Martinelli, Simsek, Gerstner, Brea: "Expand-and-Cluster: Parameter Recovery of Neural Networks" (ICML 2024,
-arXiv 2304.12794); students are trained by a second-order method and the result is accepted only if fresh queries agree
-to the numerical floor.
+arXiv 2304.12794); students are trained by a second-order method, piecewise linear networks are recovered from their
+bends where they can be, and the result is accepted only by the rule in verdict.py.
 
-Legend: N students, Q queries, I inputs, R relevant input directions, H hidden, O outputs, P parameters.
+Legend: N students, Q queries, I inputs, P parameters.
 """
 
 import dataclasses
 import math
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,52 +19,53 @@ from torch import Tensor
 
 from distrecon.config import flatten
 from distrecon.errors import UserError
-from distrecon.expand_cluster.blackbox import BlackBox, Teacher
+from distrecon.expand_cluster.blackbox import BlackBox, Function
+from distrecon.expand_cluster.collapse import collapse, takes_skip
 from distrecon.expand_cluster.config import RecoveryConfig
-from distrecon.expand_cluster.deep import Peeled, peel
-from distrecon.expand_cluster.fitting import Committee, Probed, fit, rows_needed
+from distrecon.expand_cluster.coordinates import Coordinates, find_coordinates
+from distrecon.expand_cluster.from_bends import recover_from_bends
 from distrecon.expand_cluster.networks import DenseNet
-from distrecon.expand_cluster.piecewise import recover_from_bends
-from distrecon.expand_cluster.probes import find_coordinates
+from distrecon.expand_cluster.neurons import pool_neurons
+from distrecon.expand_cluster.peel import peel
+from distrecon.expand_cluster.probes import Committee, Probes
+from distrecon.expand_cluster.problem import Found, Problem
 from distrecon.expand_cluster.result import Recovery
 from distrecon.expand_cluster.run import Progress, Run
 from distrecon.expand_cluster.scores import compare
-from distrecon.expand_cluster.shallow import Collapsed, collapse, neuron_pool, takes_skip
 from distrecon.expand_cluster.stages import Stages
+from distrecon.expand_cluster.students import solved, train, train_on
+from distrecon.expand_cluster.thresholds import UNDERFIT, UNDERFIT_SOLVED
 from distrecon.expand_cluster.verdict import conclude
-from distrecon.expand_cluster.warm_start import warm_start
 from distrecon.nets.activations import ACTIVATIONS
 from distrecon.nets.activations import activation as find_activation
 
-UNDERFIT = 1e-4  # a best student worse than this (relative loss) is too narrow
-UNDERFIT_SOLVED = 1e-12  # the same after the least-squares solver
-TRAINED = 1e-6  # students of several layers train on, each time twice as long, until their median is below this loss
-PASSES = 4  # at most
-LEAST_GUESS = 4
-SCALE_ROUNDS = (1.0, 2.0, 0.5)
+LEAST_GUESS = 4  # neurons that a black box is taken to have at first
+SCALE_ROUNDS = (1.0, 2.0, 0.5)  # of the probes in the rounds of students, in turn
 
 UNKNOWN = "unknown"
-BRIEF_ITERATIONS = 40  # of the trial fits with every activation
+BRIEF_STUDENTS, BRIEF_ITERATIONS = 3, 40  # of the trial fits with every activation
 CANDIDATES = 2  # activations that get a full recovery after the trial
 
 
-def recover(
-    teacher: Teacher,
+def recover_network(
+    black_box: Function,
     input_size: int,
-    activation: str = "tanh",
+    activation: str = UNKNOWN,
     hidden_layers: int = 1,
     seed: int = 0,
+    data: Tensor | None = None,
+    *,
     config: RecoveryConfig | None = None,
-    data_QI: Tensor | None = None,
     progress: Progress | None = None,
     stages: Path | None = None,
 ) -> Recovery:
     """Recover the layer sizes and weights of a black box from its answers alone.
 
-    `teacher` is any deterministic function [Q, I] -> [Q, O]; `data_QI` are inputs of interest, queried too; `progress`
-    sees (stage, value). `seed` is combined with `config.seed`. The same arguments give the same result. `activation`
-    "unknown" tries all and goes on with the best two. `stages` is a folder for trained students: an interrupted one
-    called again with the same arguments and folder continues after the last of them, to the same result.
+    `black_box` is any deterministic function [Q, I] -> [Q, O]; `data` [Q, I] are inputs of interest, queried too;
+    `progress` sees (stage, value). `seed` is combined with `config.seed`. The same arguments give the same result.
+    `activation` "unknown" tries all and goes on with the best two. `stages` is a folder for trained students: an
+    interrupted recovery called again with the same arguments and folder continues after the last of them, to the same
+    result.
 
     Raises UserError for a wrong request: an unknown activation, answers of a wrong shape, not finite or not repeatable,
     a query budget that is too small, fewer probes than unknowns. A recovery that fails is no error: its `verified` is
@@ -71,188 +73,166 @@ def recover(
     """
     config = config or RecoveryConfig()
     if activation == UNKNOWN:
-        return _try_all(teacher, input_size, hidden_layers, seed, config, data_QI, progress, stages)
+        return _try_all(black_box, input_size, hidden_layers, seed, data, config, progress, stages)
     act = find_activation(activation)
     if hidden_layers < 1:
         raise UserError(f"hidden_layers must be at least 1, not {hidden_layers}")
-    if data_QI is not None and (data_QI.ndim != 2 or data_QI.shape[1] != input_size):
-        raise UserError(f"data_QI has shape {list(data_QI.shape)}, not [Q, {input_size}]")
+    if data is not None and (data.ndim != 2 or data.shape[1] != input_size):
+        raise UserError(f"data has shape {list(data.shape)}, not [Q, {input_size}]")
     started = time.monotonic()
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + seed)
-    box = BlackBox(teacher, input_size, config.budget.queries)
-    coordinates = find_coordinates(box, act, config.probes.subspace, generator)
-    deadline = started + config.budget.seconds if config.budget.seconds else None
-    data = data_QI.double() if data_QI is not None else None
-    memory = Stages(stages, [input_size, activation, hidden_layers, seed, flatten(config)]) if stages else None
-    run = Run(box, act, config, generator, data, progress, deadline, coordinates, hidden_layers, memory)
-    run.timed("queries", started)
-    run.say("directions", coordinates.rank)
-    return _finish(run, _attempts(run))
+    run = Run(
+        box=BlackBox(black_box, input_size, config.budget.queries),
+        activation=act,
+        hidden_layers=hidden_layers,
+        config=config,
+        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + seed),
+        data_QI=data.double() if data is not None else None,
+        deadline=started + config.budget.seconds if config.budget.seconds else None,
+        progress=progress or (lambda stage, value: None),
+        stages=Stages(stages, [input_size, activation, hidden_layers, seed, flatten(config)]) if stages else None,
+        seconds={"queries": time.monotonic() - started},
+    )
+    with run.timed("queries"):
+        coordinates = find_coordinates(run.box, act, config.probes.subspace, run.generator)
+    run.progress("directions", coordinates.rank)
+    return _with_totals(run, *_attempts(run, coordinates))
 
 
 def _try_all(
-    teacher: Teacher,
+    black_box: Function,
     input_size: int,
     hidden_layers: int,
     seed: int,
+    data: Tensor | None,
     config: RecoveryConfig,
-    data_QI: Tensor | None,
     progress: Progress | None,
     stages: Path | None,
 ) -> Recovery:
     """A few students a short fit with every activation, then all rounds with the best of them, best first."""
     brief = dataclasses.replace(
         config,
-        students=dataclasses.replace(config.students, count=3),
+        students=dataclasses.replace(config.students, count=BRIEF_STUDENTS),
         solver=dataclasses.replace(config.solver, iterations=BRIEF_ITERATIONS),
         budget=dataclasses.replace(config.budget, attempts=1),
     )
+
+    def recover_as(name: str, config: RecoveryConfig, folder: str) -> Recovery:
+        kept = stages / folder if stages else None
+        return recover_network(
+            black_box, input_size, name, hidden_layers, seed, data, config=config, progress=progress, stages=kept
+        )
+
     losses, queries = {}, 0
     for name in ACTIVATIONS:
-        folder = stages / f"{name}-brief" if stages else None
-        trial = recover(teacher, input_size, name, hidden_layers, seed, brief, data_QI, progress, folder)
+        trial = recover_as(name, brief, f"{name}-brief")
         losses[name] = trial.metrics["recover/train_loss"]
         queries += trial.metrics["recover/queries"]
-    found: Recovery | None = None
+    best: Recovery | None = None
     for name in sorted(losses, key=losses.__getitem__)[:CANDIDATES]:
-        folder = stages / name if stages else None
-        result = recover(teacher, input_size, name, hidden_layers, seed, config, data_QI, progress, folder)
-        queries += result.metrics["recover/queries"]
-        found = result if found is None or _better(result, found) else found
-        if found.verified:
+        recovery = recover_as(name, config, name)
+        queries += recovery.metrics["recover/queries"]
+        best = _better(recovery, best)
+        if best.verified:
             break
-    assert found is not None
-    return dataclasses.replace(found, metrics={**found.metrics, "recover/queries": queries})
+    assert best is not None
+    return dataclasses.replace(best, metrics={**best.metrics, "recover/queries": queries})
 
 
-def _better(new: Recovery, old: Recovery) -> bool:
+def _better(new: Recovery, old: Recovery | None) -> Recovery:
     """Verified beats unverified; then the later of two verified ones, or the lower loss."""
+    if old is None:
+        return new
     if new.verified or old.verified:
-        return new.verified
-    return bool(new.metrics["recover/train_loss"] < old.metrics["recover/train_loss"])
+        return new if new.verified else old
+    return new if new.metrics["recover/train_loss"] < old.metrics["recover/train_loss"] else old
 
 
-def _attempts(run: Run) -> Recovery:
+def _attempts(run: Run, coordinates: Coordinates) -> tuple[Recovery, Coordinates]:
     """From the bends of a piecewise linear black box, or rounds of students until one is verified.
 
     Each round takes fresh probes of another scale. After an underfit the next students are wider; else, now and again,
-    they train longer on more probes.
+    they train longer on more probes. Returns the best recovery and the coordinates that were used last.
     """
-    guess = run.config.students.width or max(run.coordinates.rank, LEAST_GUESS)
-    patience, coordinates = 1, run.coordinates
-    best = recover_from_bends(run)
-    if best is not None and best.verified:
-        return best
-    run.places_SI = None
+    guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
+    patience, committee = 1, None
+    bends = recover_from_bends(run, coordinates)
+    if bends is not None and bends.recovery.verified:
+        return bends.recovery, bends.problem.probes.coordinates
+    best = bends.recovery if bends is not None else None
     for attempt in range(run.config.budget.attempts):
-        run.coordinates = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
-        recovery, underfit = _round(run, guess, patience, attempt)
-        if best is None or _better(recovery, best):
-            best = recovery
-        if recovery.verified or run.late():
+        used = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
+        outcome = _round(run, Probes(used, committee=committee), guess, patience, attempt)
+        best, committee = _better(outcome.recovery, best), outcome.committee
+        if outcome.recovery.verified or run.out_of_time():
             break
-        loss = recovery.metrics["recover/student_loss_best"]
-        if underfit and not run.config.students.width and (loss > UNDERFIT or attempt % 2 == 0):
+        loss = outcome.recovery.metrics["recover/student_loss_best"]
+        if outcome.underfit and not run.config.students.width and (loss > UNDERFIT or attempt % 2 == 0):
             guess *= 2
         elif attempt % 2:
             patience *= 2
     assert best is not None
-    return best
+    return best, used
 
 
-def _round(run: Run, guess: int, patience: int, attempt: int) -> tuple[Recovery, bool]:
+@dataclass(frozen=True)
+class _Outcome:
+    """Of one round: its best recovery, whether its students were too narrow, and the better half of them."""
+
+    recovery: Recovery
+    underfit: bool
+    committee: Committee | None
+
+
+def _round(run: Run, probes: Probes, guess: int, patience: int, attempt: int) -> _Outcome:
     """Students of one width: a fixed number, or batches until two in a row give the same verified size."""
     settings = run.config.students
     widths = [math.ceil(settings.rho * guess)] * run.hidden_layers
     skip = run.hidden_layers == 1 and takes_skip(run.activation)
-    net = DenseNet((run.coordinates.rank, *widths, run.box.outputs), run.activation, skip)
-    data = run.probe(net.num_parameters, patience)
+    net = DenseNet((probes.coordinates.rank, *widths, run.box.outputs), run.activation, skip)
+    problem = run.problem(probes, net.num_parameters, patience)
     batches = [settings.count] if settings.count else [settings.batch] * math.ceil(settings.maximum / settings.batch)
     theta_NP = torch.empty(0, net.num_parameters, dtype=torch.float64)
     best: Recovery | None = None
     verified: list[int] = []
     underfit = False
-    limit = UNDERFIT_SOLVED if net.num_parameters <= run.config.solver.student_parameters else UNDERFIT
+    limit = UNDERFIT_SOLVED if solved(run, net) else UNDERFIT
     for count in batches:
         stage = f"students {attempt + 1}"
-        train = partial(_train, run, net, count, data, patience, stage)
-        new_NP = run.memory.keep(f"{stage} from {len(theta_NP)}", run.generator, train) if run.memory else train()
+        compute = partial(train, run, net, count, problem, patience, stage)
+        kept = f"{stage} from {len(theta_NP)}"
+        new_NP = run.stages.keep(kept, run.generator, compute) if run.stages else compute()
         theta_NP = torch.cat([theta_NP, new_NP])
-        recovery = _collapse(run, net, theta_NP, data)
-        if best is None or _better(recovery, best):
-            best = recovery
+        recovery = _collapse(run, problem, net, theta_NP)
+        best = _better(recovery, best)
         if recovery.verified:
             verified.append(recovery.layer_sizes[0])
         underfit = not recovery.verified and recovery.metrics["recover/student_loss_best"] > limit
-        if (len(verified) > 1 and verified[-1] == verified[-2]) or underfit or run.late():
+        if (len(verified) > 1 and verified[-1] == verified[-2]) or underfit or run.out_of_time():
             break
         if not recovery.verified and len(theta_NP) >= 2 * settings.batch:
             break
-    loss_N = net.loss(theta_NP, data.z_QR, data.y_QO).nan_to_num(torch.inf)
-    better_N = loss_N.argsort()[: max(2, len(loss_N) // 2)]
-    run.committee = Committee(net, theta_NP[better_N], run.coordinates.to_RI) if len(loss_N) > 1 else None
     assert best is not None
-    return best, underfit
+    return _Outcome(best, underfit, _committee(problem, net, theta_NP))
 
 
-def _train(run: Run, net: DenseNet, count: int, data: Probed, patience: int, stage: str) -> Tensor:
-    """`count` students: by the least-squares solver where they are small enough, else by the first-order optimiser."""
-    started, settings = time.monotonic(), run.config.warm_start
-
-    def note(step: int, loss_N: Tensor) -> None:
-        run.history.append((stage, step, loss_N.tolist()))
-        run.say(stage, float(loss_N.min()))
-
-    theta_NP = net.random(count, run.generator)
-    if net.num_parameters <= run.config.solver.student_parameters:  # the solver finds better minima from a random start
-        rows = data.rows(rows_needed(net, run.config.solver.rows))
-        _, enough = run.floors(data)
-        solution = fit(net, theta_NP, rows.z_QR, rows.y_QO, run.config.solver.iterations, enough, run.deadline)
-        note(solution.iterations, solution.loss_N)
-        run.timed("students", started)
-        return solution.theta_NP
-    for number in range(PASSES if run.hidden_layers > 1 else 1):
-        theta_NP = warm_start(
-            net,
-            theta_NP,
-            data.z_QR,
-            data.y_QO,
-            run.generator,
-            settings.optimiser,
-            settings.steps * patience * 2**number,
-            settings.learning_rate,
-            settings.batch,
-            run.deadline,
-            note,
-        )
-        if run.late() or float(net.loss(theta_NP, data.z_QR, data.y_QO).nan_to_num(torch.inf).median()) < TRAINED:
-            break
-    run.timed("students", started)
-    return theta_NP
+def _committee(problem: Problem, net: DenseNet, theta_NP: Tensor) -> Committee | None:
+    """The better half of the students, at least two; None of fewer."""
+    loss_N = net.loss(theta_NP, problem.data.z_QR, problem.data.y_QO).nan_to_num(torch.inf)
+    better_N = loss_N.argsort()[: max(2, len(loss_N) // 2)]
+    return Committee(net, theta_NP[better_N], problem.probes.coordinates.to_RI) if len(loss_N) > 1 else None
 
 
-def _train_on(run: Run, net: DenseNet, theta_NP: Tensor, inputs_QH: Tensor, y_QO: Tensor) -> Tensor:
-    """Students of the layers that are left, trained on from where they were carried over to."""
-    settings = run.config.warm_start
-    return warm_start(
-        net,
-        theta_NP,
-        inputs_QH,
-        y_QO,
-        run.generator,
-        settings.optimiser,
-        settings.steps,
-        settings.learning_rate / 2,
-        settings.batch,
-        run.deadline,
-    )
-
-
-def _collapse(run: Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recovery:
+def _collapse(run: Run, problem: Problem, net: DenseNet, theta_NP: Tensor) -> Recovery:
     """Cluster, collapse, polish and verify all students so far."""
-    started = time.monotonic()
-    loss_N = net.loss(theta_NP, data.z_QR, data.y_QO)
-    finite_N = torch.isfinite(loss_N)
+    data = problem.data
+    with run.timed("collapse"):
+        loss_N = net.loss(theta_NP, data.z_QR, data.y_QO)
+        finite_N = torch.isfinite(loss_N)
+        found: Found | None = None
+        if finite_N.any() and run.hidden_layers > 1:
+            found = peel(problem, net, theta_NP[finite_N], partial(train_on, run))
+        elif finite_N.any():
+            found = collapse(problem, pool_neurons(net, theta_NP[finite_N], data.z_QR, data.y_QO))
     metrics = {
         "recover/students": len(theta_NP),
         "recover/students_not_finite": int((~finite_N).sum()),
@@ -260,22 +240,12 @@ def _collapse(run: Run, net: DenseNet, theta_NP: Tensor, data: Probed) -> Recove
         "recover/student_loss_median": float(loss_N[finite_N].median()) if finite_N.any() else math.inf,
         "recover/width": net.sizes[1],
     }
-    run.losses = loss_N.tolist()
-    _, rough = run.floors(data)
-    found: Collapsed | Peeled | None = None
-    if finite_N.any() and run.hidden_layers > 1:
-        train = partial(_train_on, run)
-        found = peel(net, theta_NP[finite_N], data, run.activation, run.config, rough, run.deadline, train)
-    elif finite_N.any():
-        pool = neuron_pool(net, theta_NP[finite_N], data.z_QR, data.y_QO)
-        found = collapse(pool, data, run.activation, run.config, rough, run.deadline)
-    run.timed("collapse", started)
-    return conclude(run, found, data, metrics)
+    return conclude(run, problem, found, metrics)
 
 
-def _finish(run: Run, recovery: Recovery) -> Recovery:
-    """Put the totals into the metrics."""
-    x_QI = run.coordinates.draw(run.config.probes.fresh, run.generator) if run.data_QI is None else run.data_QI
+def _with_totals(run: Run, recovery: Recovery, coordinates: Coordinates) -> Recovery:
+    """The recovery with the run's totals among its metrics, and how it compares on the data or on probes."""
+    x_QI = coordinates.draw(run.config.probes.fresh, run.generator) if run.data_QI is None else run.data_QI
     metrics = {
         **recovery.metrics,
         "recover/layer_sizes": recovery.layer_sizes,

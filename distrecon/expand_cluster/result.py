@@ -1,25 +1,22 @@
 """What a recovery returns: the network, whether it was verified, and everything the figures and reports need."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from distrecon.errors import UserError
-from distrecon.expand_cluster.clustering import LayerClustering
-from distrecon.expand_cluster.teachers import Weights, network
+from distrecon.expand_cluster.neurons import LayerClustering
+from distrecon.expand_cluster.weights import Weights, layer_sizes, network, write_weights
 
 
 @dataclass
 class Recovery:
     """A recovered network and how it was found.
 
-    `weights` is [(W[out, in], b[out]), ...] in float64; `verified` says that fresh queries agree to the numerical floor
-    and that no neuron can be dropped, `reason` why (not). `linkage` has one LayerClustering per hidden layer.
+    `weights` is [(W[out, in], b[out]), ...] in float64; `verified` is the verdict (the rule is in verdict.py), `reason`
+    why it is so. `linkage` has the LayerClustering of every hidden layer that was clustered.
     `metrics` are named as in summary.json; `history` has the students' loss curves as (stage, step, [losses]).
     """
 
@@ -39,14 +36,12 @@ class Recovery:
 
     def __call__(self, inputs_QI: Tensor) -> Tensor:
         """Outputs y[Q, O] of the recovered network, in float64."""
-        function: Callable[[Tensor], Tensor] = network(self.weights, self.activation)
-        return function(inputs_QI.double())
+        return network(self.weights, self.activation)(inputs_QI.double())
 
     def report(self) -> str:
         """A few lines of text: sizes, verdict, precision, cost."""
-        sizes = [self.weights[0][0].shape[1], *self.layer_sizes, len(self.weights[-1][1])]
         lines = [
-            f"network      {'-'.join(map(str, sizes))} {self.activation}",
+            f"network      {'-'.join(map(str, layer_sizes(self.weights)))} {self.activation}",
             f"verdict      {'verified' if self.verified else 'UNVERIFIED'}: {self.reason}",
         ]
         labels = {
@@ -68,20 +63,13 @@ class Recovery:
 
     def save(self, path: str | Path) -> None:
         """Write the network as safetensors: layer<i>.weight, layer<i>.bias, and what it is as metadata."""
-        target = Path(path)
-        if target.exists():
-            raise UserError(f"{target} exists already; recovered networks are never overwritten")
-        tensors = {}
-        for i, (w, b) in enumerate(self.weights):
-            tensors[f"layer{i}.weight"], tensors[f"layer{i}.bias"] = w.contiguous(), b.contiguous()
-        sizes = "-".join(map(str, [self.weights[0][0].shape[1], *(len(b) for _, b in self.weights)]))
         metadata = {
             "activation": self.activation,
-            "sizes": sizes,
+            "sizes": "-".join(map(str, layer_sizes(self.weights))),
             "verified": str(self.verified),
             "reason": self.reason,
         }
-        save_file(tensors, target, metadata)
+        write_weights(Path(path), self.weights, metadata)
 
 
 def relative_rmse(answers_QO: Tensor, outputs_QO: Tensor) -> float:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from distrecon.errors import UserError
 from distrecon.expand_cluster.result import Recovery, relative_rmse
-from distrecon.expand_cluster.teachers import Weights, network
+from distrecon.expand_cluster.thresholds import FOUND
+from distrecon.expand_cluster.weights import Weights, network
 from distrecon.nets.activations import activation as find_activation
-
-FOUND = 1e-3  # a teacher's neuron is found when both of its cosine distances are below this
 
 
 def cosine_distances(a_NK: Tensor, b_MK: Tensor) -> Tensor:

@@ -1,30 +1,15 @@
-"""Teachers to recover: dense networks with known weights, trained on images or drawn from the synthetic family."""
+"""Teachers: dense networks of known weights to try recovery on, trained on images or drawn from a synthetic family."""
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distrecon.expand_cluster.weights import Weights
 from distrecon.nets.activations import activation as find_activation
-
-Weights = list[tuple[Tensor, Tensor]]
-
-
-def network(weights: Weights, activation: str) -> Callable[[Tensor], Tensor]:
-    """The function [Q, I] -> [Q, O] of dense layers [(W[out, in], b[out]), ...], in the weights' precision."""
-    act = find_activation(activation)
-
-    def forward(x_QI: Tensor) -> Tensor:
-        h = x_QI.to(weights[0][0].dtype)
-        for i, (w, b) in enumerate(weights):
-            h = torch.addmm(b, h, w.T)
-            h = act(h) if i < len(weights) - 1 else h
-        return h
-
-    return forward
 
 
 def train_teacher(

@@ -1,91 +1,90 @@
-"""The verdict on a collapsed network: its last digits, fresh queries that must agree, neurons that must be needed.
+"""The verdict on a network that was found, after its last digits were polished. Verified means, on fresh queries:
+
+1. the answers agree to the numerical floor (relative RMSE); most of these queries lie farther out than the training
+   ones, and the user's data are among them;
+2. no hidden neuron can be dropped;
+3. no neuron of a piecewise linear network is on one side of its kink at all of them;
+4. every weight shows in some answer: neurons respond to each of their inputs (training queries count here, too).
 
 Legend: Q queries, I inputs, R relevant input directions, H hidden, O outputs.
 """
 
 import itertools
 import math
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distrecon.expand_cluster.collapse import drop_costs, features, solve_outgoing
-from distrecon.expand_cluster.deep import Peeled
-from distrecon.expand_cluster.fitting import Probed, fit, from_weights, rows_needed, to_weights
 from distrecon.expand_cluster.networks import DenseNet
+from distrecon.expand_cluster.outgoing import drop_costs, features, solve_outgoing
+from distrecon.expand_cluster.problem import Found, Problem
 from distrecon.expand_cluster.result import Recovery, relative_rmse
-from distrecon.expand_cluster.run import NOISE_MARGIN, Run
-from distrecon.expand_cluster.shallow import Collapsed
-from distrecon.expand_cluster.teachers import Weights
+from distrecon.expand_cluster.run import Run
+from distrecon.expand_cluster.thresholds import AGREEMENT, NEEDED, VANISHING
+from distrecon.expand_cluster.weights import Weights, from_theta, to_theta
 from distrecon.nets.activations import Activation
 
-VANISHING = 1e-12  # share of a Gram matrix's largest eigenvalue that counts as zero
 DETERMINING = 5000  # training queries that are asked, besides the fresh ones, whether they determine all weights
 FRESH_SCALES = (1.0, 3.0, 10.0, 30.0)  # of the queries that verify a result, in turn
 
 
-def conclude(run: Run, found: Collapsed | Peeled | None, data: Probed, metrics: dict[str, Any]) -> Recovery:
-    """Polish and verify what a stage found; None: nothing, which is unverified."""
+def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str, Any]) -> Recovery:
+    """Polish and verify what was found for a problem; None: nothing, which is unverified."""
+    data, coordinates = problem.data, problem.probes.coordinates
     if found is None:
-        nothing = DenseNet((run.coordinates.rank, *[1] * run.hidden_layers, run.box.outputs), run.activation)
+        nothing = DenseNet((coordinates.rank, *[1] * run.hidden_layers, run.box.outputs), run.activation)
         theta_P = torch.zeros(nothing.num_parameters, dtype=torch.float64)
-        weights = to_weights(nothing, theta_P, data, run.coordinates.to_RI)
+        weights = from_theta(nothing, theta_P, data.mean_O, data.scale, coordinates.to_RI)
         metrics = {**metrics, "recover/train_loss": 1.0}
         return Recovery(weights, run.activation.name, False, "no student has neurons that contribute", [], metrics)
-    floor, rough = run.floors(data)
-    weights = to_weights(found.net, found.theta_1P[0], data, run.coordinates.to_RI)
-    polished = found.loss <= rough and _polishable(run, weights)
+    weights = from_theta(found.net, found.theta_1P[0], data.mean_O, data.scale, coordinates.to_RI)
+    polished = found.loss <= problem.floor and _polishable(run, problem, weights)
     if polished:
-        weights = _polish(run, weights, data)
-    verified, reason = _verify(run, weights, floor if polished else rough, found.loss, data)
-    run.say("size", sum(found.net.sizes[1:-1]))
-    linkage = found.linkage if isinstance(found, Peeled) else [found.linkage]
+        with run.timed("polish"):
+            weights = _polish(run, problem, weights)
+    floor = problem.polished_floor if polished else problem.floor
+    verified, reason = _verify(run, problem, weights, floor, found.loss)
+    run.progress("size", sum(found.net.sizes[1:-1]))
     metrics = {**metrics, "recover/train_loss": found.loss}
-    return Recovery(weights, run.activation.name, verified, reason, linkage, metrics)
+    return Recovery(weights, run.activation.name, verified, reason, found.linkage, metrics)
 
 
-def _polishable(run: Run, weights: Weights) -> bool:
+def _polishable(run: Run, problem: Problem, weights: Weights) -> bool:
     unknowns = sum(w.numel() + b.numel() for w, b in weights)
-    return run.coordinates.rank < run.box.inputs and unknowns <= run.config.solver.polish_parameters
+    return problem.probes.coordinates.rank < run.box.inputs and unknowns <= run.config.solver.polish_parameters
 
 
-def _polish(run: Run, weights: Weights, data: Probed) -> Weights:
+def _polish(run: Run, problem: Problem, weights: Weights) -> Weights:
     """The last digits, in all inputs at once: frees the first layer from the relevant directions' own rounding."""
-    net = DenseNet((run.box.inputs, *(len(b) for _, b in weights)), run.activation)
-    started = time.monotonic()
-    rows = data.rows(rows_needed(net, run.config.solver.rows))
-    before = from_weights(weights, data)
-    solution = fit(net, before, rows.x_QI, rows.y_QO, run.config.solver.iterations, deadline=run.deadline)
-    run.timed("polish", started)
-    return to_weights(net, solution.theta_NP[0], data, None)
+    net, data = DenseNet((run.box.inputs, *(len(b) for _, b in weights)), run.activation), problem.data
+    solution = problem.fit(net, to_theta(weights, data.mean_O, data.scale), data.x_QI)
+    return from_theta(net, solution.theta_NP[0], data.mean_O, data.scale)
 
 
-def _verify(run: Run, weights: Weights, floor: float, train_loss: float, data: Probed) -> tuple[bool, str]:
-    """Fresh queries, most of them farther out than the training ones, must agree, and every neuron must be needed."""
-    started = time.monotonic()
-    x_QI = run.draw(run.config.probes.fresh, FRESH_SCALES)
-    if run.data_QI is not None:
-        x_QI = torch.cat([x_QI, run.data_QI[: run.config.probes.fresh]])
-    answers_QO = run.box(x_QI)
-    recovered = Recovery(weights, run.activation.name, False, "")
-    error = relative_rmse(answers_QO, recovered(x_QI))
-    allowed = NOISE_MARGIN * math.sqrt(floor)
-    run.timed("queries", started)
+def _verify(run: Run, problem: Problem, weights: Weights, floor: float, train_loss: float) -> tuple[bool, str]:
+    """Whether all of the rule holds, and what was measured or which part fails."""
+    activation, probes = run.activation, problem.probes
+    with run.timed("queries"):
+        x_QI = probes.draw(run.config.probes.fresh, run.generator, FRESH_SCALES)
+        if run.data_QI is not None:
+            x_QI = torch.cat([x_QI, run.data_QI[: run.config.probes.fresh]])
+        answers_QO = run.box(x_QI)
+        error = relative_rmse(answers_QO, Recovery(weights, activation.name, False, "")(x_QI))
+    allowed = AGREEMENT * math.sqrt(floor)
     if not error <= allowed:
         if train_loss > floor:
             left = f"{math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
             return False, f"the best fit leaves a relative error of {left}"
         return False, f"fresh queries differ by {error:.1e} (relative RMSE; allowed {allowed:.1e})"
-    needed = _least_needed(run.activation, weights, x_QI)
-    if needed <= 100 * floor:
+    needed = _least_needed(activation, weights, x_QI)
+    if needed <= NEEDED * floor:
         return False, f"a neuron can be dropped without leaving the floor (cost {needed:.1e})"
-    straight = _never_bent(run.activation, weights, x_QI)
+    straight = _never_bent(activation, weights, x_QI)
     if straight:
         return False, f"{straight} neurons are on one side of their kink at all queries, which do not determine them"
-    asked_QI = torch.cat([x_QI, data.x_QI[:DETERMINING]])
-    loose = _undetermined(run.activation, weights, asked_QI, asked_QI @ run.coordinates.to_RI.T)
+    asked_QI = torch.cat([x_QI, problem.data.x_QI[:DETERMINING]])
+    loose = _undetermined(activation, weights, asked_QI, asked_QI @ probes.coordinates.to_RI.T)
     if loose:
         return False, f"{loose} neurons respond to an input at none of the queries, which do not determine its weight"
     return True, f"{len(x_QI)} fresh queries agree to {error:.1e} (relative RMSE) and every neuron is needed"

@@ -1,13 +1,33 @@
 """The generic solver against scipy, on problems that have nothing to do with networks."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from scipy.optimize import least_squares
 
-from distrecon.expand_cluster.least_squares import Residuals, levenberg_marquardt
+from distrecon.expand_cluster.least_squares import levenberg_marquardt
 
 TIMES = torch.linspace(0, 3, 40, dtype=torch.float64)
 NOISE = 0.01 * torch.sin(37 * TIMES)
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """A LeastSquares problem from a function theta[P] -> residuals[M], differentiated by torch.func."""
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+
+    def loss(self, theta_NP: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(self.function)(theta_NP).square().mean(1)
+
+    def normal_equations(self, theta_NP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        residuals = torch.func.vmap(self.function)(theta_NP)
+        jacobian = torch.func.vmap(torch.func.jacfwd(self.function))(theta_NP)
+        transposed, size = jacobian.transpose(1, 2), residuals.shape[1]
+        gradient = torch.bmm(transposed, residuals[:, :, None])[:, :, 0] / size
+        return residuals.square().mean(1), gradient, torch.bmm(transposed, jacobian) / size
 
 
 def decay(theta_P: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,15 @@ from safetensors.torch import load_file
 
 from distrecon import config as configuration
 from distrecon.errors import UserError
-from distrecon.expand_cluster import BlackBox, Recovery, RecoveryConfig, network, recover, score, synthetic_teacher
+from distrecon.expand_cluster import (
+    BlackBox,
+    Recovery,
+    RecoveryConfig,
+    network,
+    recover_network,
+    score,
+    synthetic_teacher,
+)
 from distrecon.nets.activations import ACTIVATIONS
 
 
@@ -20,7 +28,7 @@ def settings(**values) -> RecoveryConfig:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_small_teachers_are_recovered_exactly(name):
     weights = synthetic_teacher(8, 4, name, seed=3)
-    result = recover(network(weights, name), 8, name, config=settings(students__count=5))
+    result = recover_network(network(weights, name), 8, name, config=settings(students__count=5))
     metrics = score(result, weights)
     assert result.verified, result.reason
     assert result.layer_sizes == [4]
@@ -33,8 +41,8 @@ def test_several_outputs_wide_inputs_and_no_dependence_on_order():
     weights = [(torch.randn(6, 30, generator=generator).double() / 3, torch.randn(6, generator=generator).double())]
     weights.append((torch.randn(4, 6, generator=generator).double(), torch.randn(4, generator=generator).double()))
     data = torch.rand(50, 30, generator=generator, dtype=torch.float64)
-    first = recover(network(weights, "tanh"), 30, "tanh", seed=1, config=settings(students__count=4), data_QI=data)
-    again = recover(network(weights, "tanh"), 30, "tanh", seed=1, config=settings(students__count=4), data_QI=data)
+    first = recover_network(network(weights, "tanh"), 30, "tanh", seed=1, config=settings(students__count=4), data=data)
+    again = recover_network(network(weights, "tanh"), 30, "tanh", seed=1, config=settings(students__count=4), data=data)
     assert first.verified
     assert score(first, weights, data)["recover/max_cosine_distance"] < 1e-20
     assert first.metrics["recover/agreement"] == 1.0
@@ -46,8 +54,8 @@ def test_several_outputs_wide_inputs_and_no_dependence_on_order():
 
 def test_a_float32_teacher_is_recovered_to_its_own_precision():
     weights = synthetic_teacher(8, 3, "tanh", seed=1)
-    single = network([(w.float(), b.float()) for w, b in weights], "tanh")
-    result = recover(lambda x: single(x.float()), 8, "tanh", config=settings(students__count=5))
+    rounded = network([(w.float(), b.float()) for w, b in weights], "tanh")
+    result = recover_network(lambda x: rounded(x.float()), 8, "tanh", config=settings(students__count=5))
     assert result.verified, result.reason
     assert result.layer_sizes == [3]
     assert 1e-20 < score(result, weights)["recover/max_cosine_distance"] < 1e-8
@@ -55,20 +63,22 @@ def test_a_float32_teacher_is_recovered_to_its_own_precision():
 
 def test_the_automatic_rule_wants_two_batches_that_agree():
     weights = synthetic_teacher(8, 4, "tanh", seed=0)
-    result = recover(network(weights, "tanh"), 8, "tanh", config=settings(students__batch=3))
+    result = recover_network(network(weights, "tanh"), 8, "tanh", config=settings(students__batch=3))
     assert result.verified
     assert result.metrics["recover/students"] >= 6
 
 
 def test_an_unknown_activation_is_found():
     weights = synthetic_teacher(6, 3, "softplus", seed=2)
-    result = recover(network(weights, "softplus"), 6, "unknown", config=settings(students__count=4))
+    result = recover_network(network(weights, "softplus"), 6, "unknown", config=settings(students__count=4))
     assert result.verified
     assert result.activation == "softplus"
 
 
 def test_what_is_no_such_network_is_called_unverified():
-    result = recover(lambda x: (3 * x).sin().prod(1, keepdim=True), 2, "tanh", config=settings(budget__attempts=1))
+    result = recover_network(
+        lambda x: (3 * x).sin().prod(1, keepdim=True), 2, "tanh", config=settings(budget__attempts=1)
+    )
     assert not result.verified
     assert "relative error" in result.reason
 
@@ -76,7 +86,7 @@ def test_what_is_no_such_network_is_called_unverified():
 def test_interrupted_recovery_resumes_with_the_same_result(tmp_path):
     weights, calls = synthetic_teacher(6, 4, "tanh", seed=7), 0
     config = settings(students__batch=3)
-    straight = recover(network(weights, "tanh"), 6, "tanh", config=config)
+    straight = recover_network(network(weights, "tanh"), 6, "tanh", config=config)
 
     def stop(stage, value):
         nonlocal calls
@@ -85,15 +95,15 @@ def test_interrupted_recovery_resumes_with_the_same_result(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recover(network(weights, "tanh"), 6, "tanh", config=config, progress=stop, stages=tmp_path)
+        recover_network(network(weights, "tanh"), 6, "tanh", config=config, progress=stop, stages=tmp_path)
     kept = sorted(tmp_path.glob("*.safetensors"))
     assert len(kept) == 1
     written = kept[0].stat().st_mtime_ns
-    resumed = recover(network(weights, "tanh"), 6, "tanh", config=config, stages=tmp_path)
+    resumed = recover_network(network(weights, "tanh"), 6, "tanh", config=config, stages=tmp_path)
     assert kept[0].stat().st_mtime_ns == written
     assert torch.equal(resumed.weights[0][0], straight.weights[0][0])
     with pytest.raises(UserError, match="other settings"):
-        recover(network(weights, "tanh"), 6, "tanh", seed=1, config=config, stages=tmp_path)
+        recover_network(network(weights, "tanh"), 6, "tanh", seed=1, config=config, stages=tmp_path)
 
 
 def test_saved_networks_are_read_back_and_never_overwritten(tmp_path):
@@ -171,12 +181,12 @@ class Fickle:
         (good, {"config": settings(probes__count=10)}, "fewer than the students' .* unknowns"),
         (good, {"activation": "tahn"}, "did you mean 'tanh'"),
         (good, {"hidden_layers": 0}, "hidden_layers must be"),
-        (good, {"data_QI": torch.zeros(4, 7)}, r"not \[Q, 3\]"),
+        (good, {"data": torch.zeros(4, 7)}, r"not \[Q, 3\]"),
     ],
 )
 def test_wrong_requests_name_the_problem(teacher, options, message):
     with pytest.raises(UserError, match=message):
-        recover(teacher, 3, **options)
+        recover_network(teacher, 3, **{"activation": "tanh", **options})
 
 
 @pytest.mark.parametrize("key", ["students.rho=0.5", "clustering.gamma=2", "warm_start.optimiser=sgd", "students.N=3"])

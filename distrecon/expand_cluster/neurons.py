@@ -1,11 +1,12 @@
-"""Clustering the neurons of many students: a teacher's neuron is found by most students, a redundant one is not.
+"""The neurons of many students, clustered: a teacher's neuron is found by most students, a redundant one is not.
 
 Average linkage over symmetry-invariant distances, then the height of the tree at which the number of valid clusters is
 largest (Expand-and-Cluster, arXiv 2304.12794, sec. 4). A cluster is valid when it has members from at least gamma N
 *distinct* students and its members are aligned within the angle beta; the published rule counts members instead.
 All heights are examined in one pass over the merges.
 
-Legend: V vectors, K coordinates of a vector ([weights, bias] of a neuron), N students.
+Legend: V vectors, K coordinates of a vector ([weights, bias] of a neuron), N students, Q queries, R layer inputs,
+H hidden, O outputs, P parameters.
 """
 
 import math
@@ -16,6 +17,9 @@ import torch
 from scipy.cluster.hierarchy import linkage
 from torch import Tensor
 
+from distrecon.expand_cluster.config import ClusteringConfig
+from distrecon.expand_cluster.networks import DenseNet
+from distrecon.expand_cluster.thresholds import LEAST_CONTRIBUTION, LOSS_MARGIN
 from distrecon.expand_cluster.tree import Tree, mean_cosine, roots
 
 ROWS = 32  # of the distances, computed at a time
@@ -23,21 +27,51 @@ SIGN_FREE = frozenset({"odd", "odd_constant", "even_linear", "scaled"})
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Neurons of N students that contribute to the outputs: vectors, the student of each [V], the students' losses."""
+
+    vectors_VK: Tensor
+    students: np.ndarray
+    loss_N: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of students N."""
+        return len(self.loss_N)
+
+    def of_best(self) -> Tensor:
+        """The neurons of the student of the lowest loss, [H, K]."""
+        return self.vectors_VK[torch.from_numpy(self.students == int(self.loss_N.argmin()))]
+
+
+def pool_neurons(net: DenseNet, theta_NP: Tensor, z_QR: Tensor, y_QO: Tensor) -> Pool:
+    """First-layer neurons [w, b] of all students whose contribution |a| std(h) exceeds the fit's own error.
+
+    The threshold is max(1e-5, 3 sqrt(loss)) of the standardised outputs. The students must be finite.
+    """
+    matrices = net.matrices(theta_NP)
+    hidden_NQH = net.activation(net.trace(theta_NP, z_QR)[1][0])
+    loss_N = net.loss(theta_NP, z_QR, y_QO)
+    outgoing_NH = matrices[1][..., : net.sizes[1]].norm(dim=1)
+    contribution_NH = outgoing_NH * hidden_NQH.std(1)
+    threshold_N = (LOSS_MARGIN * loss_N.sqrt()).clamp(min=LEAST_CONTRIBUTION)
+    students, neurons = (contribution_NH > threshold_N[:, None]).nonzero().T
+    return Pool(matrices[0][students, neurons], students.numpy(), loss_N)
+
+
+@dataclass(frozen=True)
 class LayerClustering:
-    """The clustered neurons of one layer: enough to draw the dendrogram, the cut and the similarity matrix.
+    """The clustered vectors of one layer: enough to draw the dendrogram, the cut and the similarity matrix.
 
     `merges` is scipy's linkage matrix [V - 1, 4], `cut` the height of the cut, `clusters` the vectors' indices of every
-    valid cluster, `alignment` the mean cosine inside each, `students` and `neurons` where each vector comes from.
+    valid cluster, `students` which student (of bends: which line) each vector comes from.
     """
 
     vectors_VK: Tensor
     students: np.ndarray
-    neurons: np.ndarray
     merges: np.ndarray
     cut: float
     clusters: list[np.ndarray]
-    alignment: list[float]
-    gamma: float
     sign_free: bool
 
     def similarity(self) -> Tensor:
@@ -77,28 +111,20 @@ def average_linkage(vectors_VK: Tensor, symmetry: str) -> np.ndarray:
     return linkage(distances(vectors_VK, symmetry).numpy(), method="average")
 
 
-def best_cut(
-    merges: np.ndarray,
-    students: np.ndarray,
-    vectors_VK: Tensor,
-    sign_free: bool,
-    count: int,
-    gamma: float,
-    beta: float,
-    rule: str = "distinct",
-) -> float:
+def best_cut(merges: np.ndarray, pool: Pool, sign_free: bool, settings: ClusteringConfig) -> float:
     """The height with most valid clusters, found in one pass over the merges; the middle of the widest such interval.
 
-    `rule` is "distinct" (members from at least gamma N distinct students, aligned within beta) or "published" (at
+    The rule is "distinct" (members from at least gamma N distinct students, aligned within beta) or "published" (at
     least gamma N members, wherever they come from; the angle is left to a later filter).
     """
     heights, tree = merges[:, 2], Tree(merges)
-    need = math.ceil(gamma * count - 1e-9)
-    if rule == "published":
+    need = _members_needed(pool, settings)
+    if settings.rule == "published":
         valid = tree.size >= need
     else:
-        valid = tree.distinct(students) >= need
-        valid[valid] = tree.mean_cosine(vectors_VK, sign_free, np.flatnonzero(valid)) >= math.cos(beta)
+        valid = tree.distinct(pool.students) >= need
+        cosines = tree.mean_cosine(pool.vectors_VK, sign_free, np.flatnonzero(valid))
+        valid[valid] = cosines >= math.cos(settings.beta)
     valid = valid.astype(int)
     gained = valid[tree.total :] - valid[tree.left] - valid[tree.right]
     counts = np.cumsum(np.concatenate([[valid[: tree.total].sum()], gained]))  # after 0, 1, ... merges
@@ -121,30 +147,30 @@ def members(merges: np.ndarray, cut: float) -> list[np.ndarray]:
     return [groups[i] for i in np.argsort(first)]
 
 
-def cluster(
-    vectors_VK: Tensor,
-    students: np.ndarray,
-    neurons: np.ndarray,
-    symmetry: str,
-    count: int,
-    gamma: float,
-    beta: float,
-    rule: str = "distinct",
-) -> LayerClustering:
-    """Cluster vectors[V, K] of `count` students; `students` and `neurons` [V] say where each comes from. V >= 2."""
+def _members_needed(pool: Pool, settings: ClusteringConfig) -> int:
+    """gamma N, rounded up but for rounding errors."""
+    return math.ceil(settings.gamma * pool.count - 1e-9)
+
+
+def cluster(pool: Pool, symmetry: str, settings: ClusteringConfig) -> LayerClustering:
+    """Cluster the vectors of a pool, at least two."""
     sign_free = symmetry in SIGN_FREE
-    merges = average_linkage(vectors_VK, symmetry)
-    cut = best_cut(merges, students, vectors_VK, sign_free, count, gamma, beta, rule)
-    need = math.ceil(gamma * count - 1e-9)
-    unit = torch.nn.functional.normalize(vectors_VK, dim=1).numpy()
-    kept, alignment = [], []
+    merges = average_linkage(pool.vectors_VK, symmetry)
+    cut = best_cut(merges, pool, sign_free, settings)
+    need = _members_needed(pool, settings)
+    unit = torch.nn.functional.normalize(pool.vectors_VK, dim=1).numpy()
+    kept = []
     for group in members(merges, cut):
-        if len(group) < need or (rule == "distinct" and len(set(students[group].tolist())) < need):
+        if len(group) < need or (settings.rule == "distinct" and len(set(pool.students[group].tolist())) < need):
             continue
         rows = unit[group]
         signs = np.where(rows @ rows[0] < 0, -1.0, 1.0) if sign_free else np.ones(len(rows))
-        cosine = mean_cosine((signs[:, None] * rows).sum(0), len(rows))
-        if cosine >= math.cos(beta):
+        if mean_cosine((signs[:, None] * rows).sum(0), len(rows)) >= math.cos(settings.beta):
             kept.append(group)
-            alignment.append(cosine)
-    return LayerClustering(vectors_VK, students, neurons, merges, cut, kept, alignment, gamma, sign_free)
+    return LayerClustering(pool.vectors_VK, pool.students, merges, cut, kept, sign_free)
+
+
+def representatives(clustering: LayerClustering, pool: Pool) -> Tensor:
+    """One neuron for every cluster, its member in the student of the lowest loss, [H, K]."""
+    loss_N = pool.loss_N.numpy()
+    return pool.vectors_VK[[group[np.argmin(loss_N[pool.students[group]])] for group in clustering.clusters]]

@@ -3,9 +3,9 @@
 import torch
 
 from distrecon import config as configuration
-from distrecon.expand_cluster import RecoveryConfig, network, recover
-from distrecon.expand_cluster.fitting import Committee
+from distrecon.expand_cluster import RecoveryConfig, network, recover_network
 from distrecon.expand_cluster.networks import DenseNet
+from distrecon.expand_cluster.probes import Committee
 from distrecon.expand_cluster.teachers import synthetic_teacher
 from distrecon.nets.activations import activation
 
@@ -35,7 +35,7 @@ def test_later_rounds_ask_where_students_disagree():
 
         settings = {"students.count": 4, "students.width": 2, "budget.attempts": 2, "probes.disputed": share}
         config = configuration.replace(RecoveryConfig(), {**settings, "probes.count": 200})
-        recover(counted, 2, "g", config=config)
+        recover_network(counted, 2, "g", config=config)
     plain, disputed = (torch.cat(asked[share]) for share in (0.0, 0.5))
     first = len(plain) // 3
     assert torch.equal(plain[:first], disputed[:first])

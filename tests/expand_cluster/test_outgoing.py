@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from distrecon.expand_cluster.collapse import choose_flips, drop_costs, features, flip_constant, pursue, solve_outgoing
+from distrecon.expand_cluster.outgoing import choose_flips, drop_costs, features, flip_constant, pursue, solve_outgoing
 from distrecon.nets.activations import ACTIVATIONS
 
 
@@ -50,7 +50,7 @@ def test_a_duplicate_costs_nothing(generator):
 
 
 @pytest.mark.parametrize("name", [n for n, a in ACTIVATIONS.items() if a.symmetry in ("even_linear", "scaled")])
-def test_flipped_neurons_are_told_from_the_linear_term(name):
+def test_flipped_neurons_follow_from_the_linear_term(name):
     activation = ACTIVATIONS[name]
 
     @settings(max_examples=15, deadline=None)

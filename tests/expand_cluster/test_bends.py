@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from distrecon import config as configuration
-from distrecon.expand_cluster import BlackBox, RecoveryConfig, network, recover, score
-from distrecon.expand_cluster.kinks import Lines, first_layer, join_rows, random_lines, scan, second_layer
-from distrecon.expand_cluster.piecewise import recover_from_bends
-from distrecon.expand_cluster.probes import find_coordinates
+from distrecon.expand_cluster import BlackBox, RecoveryConfig, network, recover_network, score
+from distrecon.expand_cluster.bends import Lines, random_lines, scan
+from distrecon.expand_cluster.coordinates import find_coordinates
+from distrecon.expand_cluster.from_bends import recover_from_bends
+from distrecon.expand_cluster.hyperplanes import first_layer, join_rows, second_layer
 from distrecon.expand_cluster.teachers import synthetic_teacher
 from distrecon.nets.activations import activation
 
@@ -26,10 +27,10 @@ def deep_weights(sizes, seed):
 def scanned(weights, name, lines=30):
     answer, size, outputs = network(weights, name), weights[0][0].shape[1], len(weights[-1][1])
 
-    def ask(z):
+    def answers(z):
         return answer(z.reshape(-1, size)).reshape(*z.shape[:-1], outputs)
 
-    return scan(ask, *random_lines(size, 6.0, lines, torch.Generator().manual_seed(0)), 1e-16)
+    return scan(answers, *random_lines(size, 6.0, lines, torch.Generator().manual_seed(0)), 1e-16)
 
 
 def distance(found_HK, true_TK):
@@ -74,8 +75,8 @@ def test_joined_scans_keep_each_bend_on_its_line():
     across = along_SR - (along_SR * direction_SR).sum(1, keepdim=True) * direction_SR
     assert across.abs().max() < 1e-9
     for plane_K in first_layer(both)[0]:
-        assert both.seen(plane_K) == 1.0
-    assert both.seen(torch.tensor([0.6, 0.7, -0.2, 0.1], dtype=torch.float64)) < 0.5
+        assert both.bent_share(plane_K) == 1.0
+    assert both.bent_share(torch.tensor([0.6, 0.7, -0.2, 0.1], dtype=torch.float64)) < 0.5
 
 
 def test_partial_rows_are_joined_over_what_they_share():
@@ -105,7 +106,7 @@ def test_a_direction_that_is_off_where_gradients_are_taken_is_found():
 @pytest.mark.parametrize("name", ["relu", "leaky_relu"])
 def test_two_hidden_layers_are_recovered_without_students(name):
     weights = deep_weights((12, 6, 5, 4), seed=6)
-    result = recover(network(weights, name), 12, name, hidden_layers=2)
+    result = recover_network(network(weights, name), 12, name, hidden_layers=2)
     metrics = score(result, weights)
     assert result.verified, result.reason
     assert result.layer_sizes == [6, 5]
@@ -120,7 +121,7 @@ def test_a_neuron_that_never_turns_is_not_called_verified():
     out = torch.randn(4, 4, generator=generator, dtype=torch.float64)
     out[:, 3] *= 1e-3
     config = configuration.replace(RecoveryConfig(), {"students.count": 2, "budget.attempts": 1})
-    result = recover(network([(w, b), (out, torch.zeros(4).double())], "relu"), 3, "relu", config=config)
+    result = recover_network(network([(w, b), (out, torch.zeros(4).double())], "relu"), 3, "relu", config=config)
     assert not result.verified
 
 
@@ -128,14 +129,14 @@ def test_smooth_activations_have_no_bends_to_recover_from():
     class Nothing:
         activation, hidden_layers = activation("tanh"), 1
 
-    assert recover_from_bends(Nothing()) is None
+    assert recover_from_bends(Nothing(), None) is None
 
 
 @pytest.mark.parametrize("budget", [20_000, 24_000])
 def test_bends_leave_the_students_their_share_of_the_queries(budget):
     settings = {"budget.queries": budget, "budget.attempts": 2, "students.count": 2}
     config = configuration.replace(RecoveryConfig(), settings)
-    result = recover(network(synthetic_teacher(8, 6, "relu"), "relu"), 8, "relu", config=config)
+    result = recover_network(network(synthetic_teacher(8, 6, "relu"), "relu"), 8, "relu", config=config)
     assert result.metrics["recover/queries"] <= budget
 
 
@@ -149,4 +150,4 @@ def test_a_network_of_another_slope_is_asked_finite_inputs_only():
         assert x_QI.isfinite().all()
         return answer(x_QI)
 
-    assert not recover(teacher, 3, "relu", config=config).verified
+    assert not recover_network(teacher, 3, "relu", config=config).verified

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrecon.expand_cluster.clustering import average_linkage, best_cut, cluster, distances, members
+from distrecon.expand_cluster.config import ClusteringConfig
+from distrecon.expand_cluster.neurons import Pool, average_linkage, best_cut, cluster, distances, members
 from distrecon.expand_cluster.tree import Tree, mean_cosine
 
 
@@ -39,7 +40,8 @@ def test_one_pass_cut_equals_recutting_at_every_height(seed, rule, gamma):
     arguments = (students, unit, False, math.ceil(gamma * 5), 0.5, rule)
     heights = np.concatenate([[merges[0, 2] / 2], merges[:, 2]])
     most = max(count_by_recutting(merges, height, *arguments) for height in heights)
-    cut = best_cut(merges, students, vectors_VK, False, 5, gamma, 0.5, rule)
+    pool = Pool(vectors_VK, students, torch.zeros(5))
+    cut = best_cut(merges, pool, False, ClusteringConfig(gamma, 0.5, rule))
     assert count_by_recutting(merges, cut, *arguments) == most
 
 
@@ -116,22 +118,26 @@ def test_planted_neurons_are_found_whatever_their_signs_and_scales(symmetry, gen
         vectors += [copies, extra]
         students += [student] * 10
     vectors_VK = torch.cat(vectors)
-    found = cluster(vectors_VK, np.array(students), np.arange(100), symmetry, 10, 0.8, math.pi / 6)
+    found = cluster(Pool(vectors_VK, np.array(students), torch.zeros(10)), symmetry, ClusteringConfig())
     assert len(found.clusters) == 6
     for group in found.clusters:
         assert sorted(np.array(students)[group]) == list(range(10))
         matches = [int(distances(torch.stack([vectors_VK[i], p]), symmetry)[0] < 0.1) for i in group for p in planted]
         assert sum(matches) == 10
-    assert min(found.alignment) > 0.999
-    assert found.similarity().shape == (100, 100)
+    similarity_VV = found.similarity()
+    assert similarity_VV.shape == (100, 100)
+    assert all(similarity_VV[np.ix_(group, group)].min() > 0.99 for group in found.clusters)
 
 
 def test_many_copies_in_one_student_are_no_cluster(generator):
     shared = torch.randn(1, 5, generator=generator, dtype=torch.float64)
-    single = torch.randn(1, 5, generator=generator, dtype=torch.float64)
-    vectors_VK = torch.cat([shared.expand(5, 5), single.expand(8, 5)]) + 1e-4 * torch.randn(13, 5, generator=generator)
+    of_one_student = torch.randn(1, 5, generator=generator, dtype=torch.float64)
+    vectors_VK = torch.cat([shared.expand(5, 5), of_one_student.expand(8, 5)]) + 1e-4 * torch.randn(
+        13, 5, generator=generator
+    )
     students = np.array([0, 1, 2, 3, 4] + [2] * 8)
-    found = cluster(vectors_VK.double(), students, np.arange(13), "none", 5, 0.8, math.pi / 6)
+    pool = Pool(vectors_VK.double(), students, torch.zeros(5))
+    found = cluster(pool, "none", ClusteringConfig())
     assert [sorted(group.tolist()) for group in found.clusters] == [[0, 1, 2, 3, 4]]
-    published = cluster(vectors_VK.double(), students, np.arange(13), "none", 5, 0.8, math.pi / 6, "published")
+    published = cluster(pool, "none", ClusteringConfig(rule="published"))
     assert len(published.clusters) == 2

@@ -1,0 +1,171 @@
+"""Recovery of relu and leaky_relu networks from their bends, without students: one or two hidden layers.
+
+Lines are scanned until the layers that their bends show explain the answers exactly (see bends.py, hyperplanes.py). A
+last hidden layer is a shallow problem on what it sees, so it is collapsed, freed of its sign flips and of false neurons
+like students' clusters. Deeper networks, and those whose first layer is wider than its relevant directions, are left to
+students.
+
+Legend: L lines, R relevant input directions, H hidden, K = R + 1 coordinates of a neuron.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from distrecon.expand_cluster.bends import GRID, Lines, random_lines, scan
+from distrecon.expand_cluster.collapse import exact_network
+from distrecon.expand_cluster.coordinates import Coordinates
+from distrecon.expand_cluster.hyperplanes import first_layer, second_layer
+from distrecon.expand_cluster.peel import assemble
+from distrecon.expand_cluster.probes import Probes
+from distrecon.expand_cluster.problem import Problem
+from distrecon.expand_cluster.result import Recovery
+from distrecon.expand_cluster.run import Run
+from distrecon.expand_cluster.verdict import conclude
+
+REACHES = (1.0, 4.0, 16.0, 64.0, 256.0)  # half lengths of the first lines, in units of sqrt(R) of the probes
+PILOTS = 2  # lines of each reach before the best is chosen
+AROUND = (0.25, 1.0, 4.0)  # half lengths of the other lines, in units of the best
+ROUNDS = (4, 8, 16, 32)  # lines of each of those in one round
+AIMED = 3  # times as many lines towards what does not fit yet
+NEAREST = 4  # bends of each neuron round which probes are drawn
+SPARE = 4  # times its grid that a scan may cost
+RESERVED = 0.5  # share of the query budget that is left to probes, verification and students
+LAYERS = 2  # hidden layers that bends can show
+
+
+@dataclass(frozen=True)
+class FromBends:
+    """A recovery, the problem it was fitted to, and its first layer [H, K] in the coordinates of the lines."""
+
+    recovery: Recovery
+    problem: Problem
+    first_HK: Tensor
+
+    @property
+    def loss(self) -> float:
+        return float(self.recovery.metrics["recover/train_loss"])
+
+
+@dataclass(frozen=True)
+class _Scans:
+    """Lines scanned in the given coordinates, as long as more than the reserved queries are left."""
+
+    run: Run
+    coordinates: Coordinates
+    reserved: float
+    parts: list[Lines] = field(default_factory=list)
+
+    def add(self, from_LR: Tensor, to_LR: Tensor) -> None:
+        if self.run.box.left() - self.reserved > SPARE * len(from_LR) * GRID:
+            self.parts.append(scan(self._answer, from_LR, to_LR, self.run.box.noise))
+
+    def _answer(self, z: Tensor) -> Tensor:
+        x_QI = z.reshape(-1, self.coordinates.rank) @ self.coordinates.back_IR.T
+        return self.run.box(x_QI).reshape(*z.shape[:-1], self.run.box.outputs)
+
+
+def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
+    """The network that explains the bends of more and more lines, until one is verified; None when none is found.
+
+    Takes at most half of the queries that are left, and no more rounds than `budget.attempts`.
+    """
+    if run.activation.symmetry != "scaled" or run.hidden_layers > LAYERS:
+        return None
+    unit = coordinates.rank**0.5
+    scans = _Scans(run, coordinates, RESERVED * run.box.left() if run.box.budget else 0.0)
+    for reach in REACHES:
+        scans.add(*random_lines(coordinates.rank, reach * unit, PILOTS, run.generator))
+    if not any(len(part.line_S) for part in scans.parts):
+        return None
+    fullest = REACHES[max(range(len(scans.parts)), key=lambda i: len(scans.parts[i].line_S))]
+    best: FromBends | None = None
+    found: FromBends | None = None
+    aimed = 0
+    for lines in ROUNDS[: run.config.budget.attempts]:
+        before = len(scans.parts)
+        if found is not None:
+            scans.add(*_towards_misfits(found, coordinates, aimed, run.generator))
+            if run.hidden_layers > 1:
+                scans.add(*_from_corners(found.first_HK, fullest * unit, run.generator))
+        for factor in AROUND:
+            scans.add(*random_lines(coordinates.rank, fullest * factor * unit, lines, run.generator))
+        if len(scans.parts) == before or run.out_of_time():
+            break
+        found, aimed = _explain(run, coordinates, Lines.join(scans.parts)), AIMED * lines
+        if found is None:
+            continue
+        if best is None or found.loss < best.loss or found.recovery.verified:
+            best = found
+        if found.recovery.verified:
+            break
+    return best
+
+
+def _towards_misfits(
+    found: FromBends, coordinates: Coordinates, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Lines from probes that are fitted well to those fitted worst: what is missing bends in between."""
+    data = found.problem.data
+    answers_QO = data.y_QO * data.scale + data.mean_O
+    order_Q = (found.recovery(data.x_QI) - answers_QO).square().sum(1).argsort()
+    count = min(count, len(order_Q) // 2)  # so that no line has the same probe at both ends
+    z_QR = data.x_QI @ coordinates.to_RI.T
+    good = torch.randint(len(order_Q) // 2, (count,), generator=generator)
+    return z_QR[order_Q[good]], z_QR[order_Q[-count:]]
+
+
+def _from_corners(first_HK: Tensor, reach: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """2 H lines from where the first layer is all off, or all on, to where one of its neurons is not.
+
+    At normal probes about half of the layer is on, and a neuron that most of it holds down never bends there.
+    """
+    weights_HR, bias_H = first_HK[:, :-1], first_HK[:, -1]
+    hidden = len(first_HK)
+    sign_LH = torch.cat([-torch.ones(hidden, hidden), torch.ones(hidden, hidden)]).double()
+    other_LH = sign_LH * torch.where(torch.eye(hidden).repeat(2, 1) > 0, -1.0, 1.0)
+    size_LH = torch.randn(sign_LH.shape, generator=generator, dtype=torch.float64).abs() * weights_HR.norm(dim=1)
+
+    def at(u_LH: Tensor) -> Tensor:
+        return (reach * u_LH - bias_H) @ torch.linalg.pinv(weights_HR).T
+
+    return at(sign_LH * size_LH), at(other_LH * size_LH)
+
+
+def _explain(run: Run, coordinates: Coordinates, lines: Lines) -> FromBends | None:
+    """The network whose layers the bends show, fitted and verified; None when they do not show every layer."""
+    if len(lines.line_S) < 2:
+        return None
+    on_lines_HK, clustering = first_layer(lines)
+    deep = run.hidden_layers > 1
+    if not len(on_lines_HK) or (deep and len(on_lines_HK) > coordinates.rank):
+        return None
+    farthest = float((on_lines_HK[:, -1] / on_lines_HK[:, :-1].norm(dim=1)).abs().max())
+    bends_SI = None
+    if deep:
+        on_lines_HK, rows = second_layer(lines, on_lines_HK, run.activation)
+        several = [row for row in rows if len(row.points_SR) > 1]
+        if not several:
+            return None
+        nearest = [row.points_SR[row.points_SR.norm(dim=1).argsort()[:NEAREST]] for row in several]
+        farthest = max(farthest, *(float(points_SR[0].norm()) / coordinates.rank**0.5 for points_SR in nearest))
+        bends_SI = torch.cat(nearest) @ coordinates.back_IR.T
+        second_HK = torch.stack([row.vector_K for row in several])
+        of_one_bend = [row.vector_K for row in rows if len(row.points_SR) == 1 and row.complete]
+        candidates_HK = torch.stack(of_one_bend) if of_one_bend else second_HK[:0]
+    factor = max(1.0, farthest)  # probes must reach every bend
+    probes = Probes(coordinates.rescaled(factor), bends_SI)
+    first_HK = torch.cat([on_lines_HK[:, :-1] * factor, on_lines_HK[:, -1:]], dim=1)
+    layers = [first_HK, second_HK] if deep else [first_HK]
+    problem = run.problem(probes, sum(m.numel() for m in layers) + run.box.outputs * (len(layers[-1]) + 1))
+    if deep:
+        hidden_QH = run.activation(problem.data.z_QR @ first_HK[:, :-1].T + first_HK[:, -1])
+        inner = dataclasses.replace(problem, data=dataclasses.replace(problem.data, z_QR=hidden_QH))
+        last = exact_network(inner, second_HK, candidates_HK, problem.floor, clustering)
+        network = assemble(problem, [first_HK[None], *last.net.matrices(last.theta_1P)], [clustering])
+    else:
+        network = exact_network(problem, first_HK, first_HK[:0], problem.floor, clustering)
+    metrics = {"recover/students": 0, "recover/lines": len(lines.start_LR)}
+    return FromBends(conclude(run, problem, network, metrics), problem, on_lines_HK)

@@ -1,0 +1,68 @@
+"""Every threshold of a recovery: what it bounds, in which unit, and why it has that size.
+
+Units: a *relative loss* is the mean squared error over the outputs' variance (its root is a relative error; float64's
+rounding is at about 1e-31); *noise* is the standard deviation of the answers' rounding noise, in the answers' own unit.
+How many probes, lines or rounds a step takes, and how far they reach, is no threshold and stands with the step; what
+users may want to change is in config.py.
+"""
+
+# Black box
+REPEATABLE = (
+    1e-5  # of the largest answer: how far two answers to one query may differ; sums in another order in float32 do
+)
+
+# Directions (coordinates.py)
+LEAST_NOISE = (
+    1e-17  # of the answers' spread: noise is taken to be at least this; below float64's rounding, so never zero
+)
+STRAIGHT_MARGIN = 50.0  # x noise: a second difference above it straddles a kink; noise alone reaches some 10
+STRAIGHT_ROUNDING = 1e-15  # of the answers' spread, added to that: the differences' own rounding
+GAP = 100.0  # ratio of neighbouring singular values: separates gradient from rounding, which is 1e-6 and less of it
+CONDITION = 1e-3  # of the strongest direction: weaker ones are stretched no further, or probes run far out in them
+BLIND = 1e-7  # relative change of an answer that betrays a direction not found yet; well above differences' errors
+NONLINEAR = 0.25  # of the largest nonlinear share of the outputs: the probes' scale is the smallest that reaches it
+
+# Exactness of a fit
+CONVERGED = 1e-29  # relative loss at which the solver stops: a hundred times float64's rounding
+NOISE_MARGIN = 10.0  # x noise: relative error of an exact fit to noisy answers; the largest of many answers is 4 or 5
+DIRECTION_MARGIN = 100.0  # x the directions' relative error: likewise in relevant directions, which the fit cannot mend
+NEARLY_EXACT = 1e-12  # relative loss: a fit worse than this misses a neuron, whose share is 1e-6 of the outputs or more
+PROMISING = 1e-10  # relative loss: a fit below it that still falls when its iterations are over is continued
+STILL_FALLS = 0.1  # of the loss before: what a continued fit must fall below to be continued again
+
+# Students
+UNDERFIT = 1e-4  # relative loss: best students of the first-order optimiser that end above it are too narrow
+UNDERFIT_SOLVED = (
+    1e-12  # relative loss: the same after the least-squares solver, which ends near rounding or gets stuck
+)
+TRAINED = 1e-6  # relative loss: deep students train on until their median is below (see docs/recovery.md, 7)
+
+# Neurons of students
+LEAST_CONTRIBUTION = 1e-5  # of the standardised outputs: a neuron that adds less is left out of the clusters
+LOSS_MARGIN = 3.0  # x root of the student's loss: likewise, as a smaller contribution may be the fit's own error
+
+# Missing and redundant neurons
+COPY = 1e-9  # of a neuron's norm: what is left of it after projection on the others, if it is a copy of them
+SINGULAR = 1e-15  # of the largest singular value: smaller ones are rounding, so that coinciding neurons cost nothing
+FREE_DROP = 1e-8  # relative loss added: neurons that cost less to drop are candidates for elimination, then tried
+KEEPS_FIT = 2.0  # x the loss before: a drop that leaves more than this was of a neuron that is needed
+FREE = 0.1  # x the loss before: likewise in a deep network, where freed fits converge and others stay as they are
+PURSUED = 1e-4  # relative error of the next pre-activations at which the clustered neurons are enough for a first fit
+FLIPPED = 0.5  # of a flip that least squares leave between 0 (none) and 1 (flipped)
+
+# Bends
+BEND_MARGIN = 100.0  # x noise: differences above it are bends; there are millions, so noise must never reach it
+MEETING_MARGIN = 1000.0  # x noise: how far two straight pieces may miss the answer at their crossing (extrapolated)
+PURE = 1e-6  # ratio of the second to the first singular value of the gradients' jump, which has rank one at one bend
+SAME = 1e-5  # distance of unit vectors that are one hyperplane, or one row: they are found to about 1e-10
+LEAST_COMMON = 3  # coordinates that two partial rows must share: two vectors of two are too often parallel by chance
+LEAST_LINES = 3  # distinct lines that must find a first-layer hyperplane: two bends always lie on one
+CROSSED = 0.95  # share of the lines crossing a hyperplane that must bend there; a few bends hide beside others
+
+# Verdict
+AGREEMENT = 10.0  # x root of the floor: relative RMSE of fresh queries, most of them far out, where errors grow
+NEEDED = 100.0  # x the floor: relative loss that dropping any neuron must add; below, the fit does without it
+VANISHING = 1e-12  # of the largest eigenvalue of a Gram matrix: counts as zero; rounding makes it 1e-15 or so
+
+# Scores against a known teacher
+FOUND = 1e-3  # cosine distance: both of a neuron's (incoming, outgoing) are below it when it is found
