@@ -31,7 +31,7 @@ KINK_STEP = 1e-3  # longer differences straddle a kink too often
 SCALES = tuple(2.0**k for k in range(-4, 7))
 SCALE_QUERIES = 300
 NEAR = 0.3  # scatter of probes round a bend, relative to its distance from the centre
-WIDE_SCALES = (1.0, 4.0, 16.0)  # of the probes that look for directions not found yet
+WIDE_SCALES = (1.0, 4.0, 16.0)  # of the probes that search for directions not found yet
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ TRAIN_SCALES = (1.0, 1.0, 3.0)  # of the probes that students learn from, in tur
 
 @dataclass(frozen=True)
 class Committee:
-    """Students whose disagreement tells where the answers are not determined yet.
+    """Students that disagree where the answers are not determined yet.
 
     Query by committee (Seung, Opper and Sompolinsky, COLT 1992); compare arXiv 2511.20312.
     """

@@ -2,24 +2,20 @@
 
 Units: a *relative loss* is the mean squared error over the outputs' variance (its root is a relative error; float64's
 rounding is at about 1e-31); *noise* is the standard deviation of the answers' rounding noise, in the answers' own unit.
-How many probes, lines or rounds a step takes, and how far they reach, is no threshold and stands with the step; what
-users may want to change is in config.py.
+How many probes, lines or rounds a step takes, how far they reach, and what keeps a division from zero is no threshold
+and stands with the step; what users may want to change is in config.py.
 """
 
 # Black box
-REPEATABLE = (
-    1e-5  # of the largest answer: how far two answers to one query may differ; sums in another order in float32 do
-)
+REPEATABLE = 1e-5  # of the largest answer: how far two answers to one query may differ; float32 sums may do so
 
 # Directions (coordinates.py)
-LEAST_NOISE = (
-    1e-17  # of the answers' spread: noise is taken to be at least this; below float64's rounding, so never zero
-)
+LEAST_NOISE = 1e-17  # of the answers' spread: noise is taken to be at least this, so never zero; below any rounding
 STRAIGHT_MARGIN = 50.0  # x noise: a second difference above it straddles a kink; noise alone reaches some 10
 STRAIGHT_ROUNDING = 1e-15  # of the answers' spread, added to that: the differences' own rounding
-GAP = 100.0  # ratio of neighbouring singular values: separates gradient from rounding, which is 1e-6 and less of it
+GAP = 100.0  # ratio of neighbouring singular values: the widest of at least so much parts gradient from rounding
 CONDITION = 1e-3  # of the strongest direction: weaker ones are stretched no further, or probes run far out in them
-BLIND = 1e-7  # relative change of an answer that betrays a direction not found yet; well above differences' errors
+BLIND = 1e-7  # relative change of an answer that shows a direction not found yet; GAP x noise or error, if larger
 NONLINEAR = 0.25  # of the largest nonlinear share of the outputs: the probes' scale is the smallest that reaches it
 
 # Exactness of a fit
@@ -32,13 +28,11 @@ STILL_FALLS = 0.1  # of the loss before: what a continued fit must fall below to
 
 # Students
 UNDERFIT = 1e-4  # relative loss: best students of the first-order optimiser that end above it are too narrow
-UNDERFIT_SOLVED = (
-    1e-12  # relative loss: the same after the least-squares solver, which ends near rounding or gets stuck
-)
+UNDERFIT_SOLVED = 1e-12  # relative loss: the same after the least-squares solver, which ends near rounding or is stuck
 TRAINED = 1e-6  # relative loss: deep students train on until their median is below (see docs/recovery.md, 7)
 
 # Neurons of students
-LEAST_CONTRIBUTION = 1e-5  # of the standardised outputs: a neuron that adds less is left out of the clusters
+LEAST_CONTRIBUTION = 1e-5  # of the standardised outputs: neurons that add less are not clustered; far above rounding
 LOSS_MARGIN = 3.0  # x root of the student's loss: likewise, as a smaller contribution may be the fit's own error
 
 # Missing and redundant neurons
@@ -57,7 +51,7 @@ PURE = 1e-6  # ratio of the second to the first singular value of the gradients'
 SAME = 1e-5  # distance of unit vectors that are one hyperplane, or one row: they are found to about 1e-10
 LEAST_COMMON = 3  # coordinates that two partial rows must share: two vectors of two are too often parallel by chance
 LEAST_LINES = 3  # distinct lines that must find a first-layer hyperplane: two bends always lie on one
-CROSSED = 0.95  # share of the lines crossing a hyperplane that must bend there; a few bends hide beside others
+CROSSED = 0.95  # share of the lines crossing a hyperplane that must bend there; at flat angles noise may hide it
 
 # Verdict
 AGREEMENT = 10.0  # x root of the floor: relative RMSE of fresh queries, most of them far out, where errors grow

@@ -22,7 +22,7 @@ def roots(above: np.ndarray) -> np.ndarray:
 
 
 def mean_cosine(total_K: np.ndarray, size: int) -> float:
-    """Mean cosine over the pairs of `size` unit vectors that sum to `total_K`; 1 for a single vector."""
+    """Mean cosine over the pairs of `size` unit vectors that sum to `total_K`; 1 for one vector."""
     return 1.0 if size == 1 else float((total_K @ total_K - size) / (size * (size - 1)))
 
 
