@@ -2,8 +2,8 @@
 
 import torch
 
-from distrecon.nets import Architecture, initialise
-from distrecon.nets.architectures import cnn
+from distrecon.nets import Architecture, align, initialise, permute, random_permutation
+from distrecon.nets.known import cnn
 
 
 def wide_and_flat(image_size: int = 8, activation: str = "gelu") -> Architecture:
@@ -17,6 +17,6 @@ images = torch.randn(32, *arch.input_shape)
 logits_BQC = arch.forward(theta_BP, images)
 print(f"{arch.num_parameters} parameters, {arch.num_tokens} tokens; logits {tuple(logits_BQC.shape)}")
 
-permuted_BP = arch.permute(theta_BP, arch.random_permutation(torch.Generator().manual_seed(0), count=5))
+permuted_BP = permute(arch, theta_BP, random_permutation(arch, torch.Generator().manual_seed(0), count=5))
 print(f"reordered units change the outputs by {(arch.forward(permuted_BP, images) - logits_BQC).abs().max():.1e}")
-print(f"aligned back to the first model: {(arch.align(permuted_BP, theta_BP[0])[0] - theta_BP[0]).abs().max():.1e}")
+print(f"aligned back to the first model: {(align(arch, permuted_BP, theta_BP[0])[0] - theta_BP[0]).abs().max():.1e}")

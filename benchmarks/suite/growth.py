@@ -23,8 +23,17 @@ from distrecon.expand_cluster.config import ClusteringConfig
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import Pool, average_linkage, best_cut, cluster
 from distrecon.images import load
-from distrecon.nets import Architecture, activation, architecture, evaluate, fit, initialise
-from distrecon.nets.architectures import mlp
+from distrecon.nets import (
+    Architecture,
+    activation,
+    architecture,
+    evaluate,
+    fit,
+    initialise,
+    permute,
+    random_permutation,
+)
+from distrecon.nets.known import mlp
 
 Work = Callable[[], object]
 RULE = ClusteringConfig(gamma=0.5)
@@ -47,8 +56,8 @@ def _wide(hidden: int) -> Architecture:
 
 def _tokens(arch: Architecture, models: int) -> Work:
     theta_BP = _models(arch, models)
-    order = arch.random_permutation(torch.Generator().manual_seed(0), models)
-    return lambda: arch.detokenize(arch.tokenize(arch.permute(theta_BP, order)))
+    order = random_permutation(arch, torch.Generator().manual_seed(0), models)
+    return lambda: arch.detokenize(arch.tokenize(permute(arch, theta_BP, order)))
 
 
 def _contrastive(models: int) -> Work:

@@ -14,7 +14,7 @@ from distrecon.autoencoder.config import AutoencoderConfig, DataConfig, LossConf
 from distrecon.autoencoder.model import Autoencoder, ZooSample
 from distrecon.autoencoder.training import Batch, Training
 from distrecon.images import ImageSet, LabelledImages, load
-from distrecon.nets import Architecture, architecture, initialise
+from distrecon.nets import Architecture, architecture, initialise, permute, random_permutation
 
 
 def config_of(paper: bool) -> AutoencoderConfig:
@@ -45,7 +45,7 @@ def published_step(
     def step() -> None:
         views = []
         for _ in range(2):
-            orders = [arch.random_permutation() for _ in states]
+            orders = [random_permutation(arch) for _ in states]
             views.append([baselines.permuted(arch, s, [o[0] for o in order]) for s, order in zip(states, orders)])  # noqa: B905
         tokens = torch.stack([baselines.tokens_of(arch, state) for view in views for state in view])
         x = autoencoder.standardise(arch.detokenize(tokens), 0)
@@ -127,11 +127,11 @@ def tokens(quick: bool, device: torch.device = CPU) -> list[Row]:
         arch = architecture(name)
         theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).to(device)
         states, names = baselines.state_dicts(arch, theta_BP), list(baselines.module(arch).state_dict())
-        orders = [o.to(device) for o in arch.random_permutation(torch.Generator().manual_seed(0), models)]
+        orders = [o.to(device) for o in random_permutation(arch, torch.Generator().manual_seed(0), models)]
         tokens_BTD = arch.tokenize(theta_BP)
         cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "permute": (
-                lambda a=arch, t=theta_BP, o=orders: a.permute(t, o),
+                lambda a=arch, t=theta_BP, o=orders: permute(a, t, o),
                 lambda a=arch, s=states, o=orders: [
                     baselines.permuted(a, state, [x[i] for x in o]) for i, state in enumerate(s)
                 ],

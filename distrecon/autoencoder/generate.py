@@ -23,7 +23,7 @@ from distrecon.autoencoder.samplers import sample
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, LabelledImages
 from distrecon.images.queries import inputs_for
-from distrecon.nets import Architecture, Scores, evaluate, fit, outputs
+from distrecon.nets import Architecture, Scores, align, evaluate, fit, outputs
 from distrecon.zoos.models import Models
 
 NOISE_SCALES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # in deviations of a layer's weights
@@ -68,7 +68,7 @@ class Judge:
         """`best_N` are the positions of the best state of each training model."""
         good = top(best_states(arch, test, images), config.good)[: config.samples]
         heldout_BP, reference_P = test.theta_BP[good], train.theta_BP[0]
-        train_NP = arch.align(train.theta_BP, reference_P)
+        train_NP = align(arch, train.theta_BP, reference_P)
         distance_B = novelty.nearest_aligned(arch, heldout_BP, train_NP, reference_P, config.candidates)
         wrong_NQ = scores(arch, train.theta_BP[best_N], images.test).predictions_BQ != images.test.labels_Q
         return Judge(
@@ -165,7 +165,7 @@ def averaged(arch: Architecture, good_NP: Tensor, count: int, seed: int, share: 
     first_M = torch.randint(len(good_NP), (count,), generator=draw)
     second_M = (first_M + torch.randint(1, len(good_NP), (count,), generator=draw)) % len(good_NP)
     pairs = zip(good_NP[first_M], good_NP[second_M], strict=True)
-    return torch.stack([torch.lerp(a_P, arch.align(b_P[None], a_P)[0], share) for a_P, b_P in pairs])
+    return torch.stack([torch.lerp(a_P, align(arch, b_P[None], a_P)[0], share) for a_P, b_P in pairs])
 
 
 def matched_noise(

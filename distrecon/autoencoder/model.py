@@ -20,7 +20,7 @@ from distrecon.autoencoder.transformer import PlainTransformer
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
 from distrecon.images.queries import query_pool
-from distrecon.nets import Architecture
+from distrecon.nets import Architecture, align
 from distrecon.zoos.models import Models
 
 DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}  # of the parameters
@@ -58,7 +58,7 @@ def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
     pool = query_pool("data", zoo.images, arch, REFINE_QUERIES, config.seed).to(sample_BP)
     tensors = {"reference_P": reference_P, "mean_P": mean_P, "std_P": std_P, "queries": pool}
     if config.model.kind.startswith("fisher") or config.loss.structural == "fisher":
-        canonical_BP = arch.align(sample_BP, reference_P) if config.data.align else sample_BP
+        canonical_BP = align(arch, sample_BP, reference_P) if config.data.align else sample_BP
         tensors |= fisher.fit(config.model, arch, canonical_BP, mean_P, std_P, pool)
     return tensors
 
@@ -72,7 +72,7 @@ def _reference(arch: Architecture, sample_BP: Tensor) -> Tensor:
     norm_B = few_BP.norm(dim=1)
     reference_P = few_BP[(norm_B - norm_B.mean()).abs().argmin()]
     for _ in range(REFERENCE_ROUNDS):
-        few_BP = arch.align(few_BP, reference_P)
+        few_BP = align(arch, few_BP, reference_P)
         reference_P = few_BP.mean(0)
     return reference_P.to(sample_BP)
 
@@ -174,7 +174,7 @@ class Autoencoder(nn.Module):
         if not self.config.data.align or not len(theta_BP):
             return theta_BP
         reference_P = self.fitted(zoo, "reference_P")
-        aligned_BP = self.architectures[zoo].align(theta_BP.cpu(), reference_P.cpu())
+        aligned_BP = align(self.architectures[zoo], theta_BP.cpu(), reference_P.cpu())
         return aligned_BP.to(theta_BP.device)
 
     def standardise(self, theta_BP: Tensor, zoo: int) -> Tensor:

@@ -10,7 +10,7 @@ Legend: B models, M generated, N training models, K candidates, P parameters, Q 
 import torch
 from torch import Tensor
 
-from distrecon.nets import Architecture
+from distrecon.nets import Architecture, align
 
 
 def nearest_aligned(
@@ -21,11 +21,11 @@ def nearest_aligned(
     Matching every pair would cost M * N assignments; the `candidates` training models that are nearest after aligning
     all models to one reference are matched to the model itself. `train_NP` must be aligned to `reference_P` already.
     """
-    aligned_MP = arch.align(theta_MP, reference_P)
+    aligned_MP = align(arch, theta_MP, reference_P)
     near_MK = torch.cdist(aligned_MP, train_NP).topk(min(candidates, len(train_NP)), largest=False).indices
     distance = []
     for model_P, near_K in zip(aligned_MP, near_MK, strict=True):
-        matched_KP = arch.align(train_NP[near_K], model_P)
+        matched_KP = align(arch, train_NP[near_K], model_P)
         distance.append((matched_KP - model_P).norm(dim=1).amin())
     return torch.stack(distance)
 
@@ -34,7 +34,7 @@ def aligned_pairwise(arch: Architecture, theta_MP: Tensor) -> Tensor:
     """Aligned L2 distance of every pair of models [M (M - 1) / 2]."""
     distances = []
     for i in range(1, len(theta_MP)):
-        matched = arch.align(theta_MP[:i], theta_MP[i])
+        matched = align(arch, theta_MP[:i], theta_MP[i])
         distances.append((matched - theta_MP[i]).norm(dim=1))
     return torch.cat(distances)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from distrecon.autoencoder.novelty import agreement_matrix
 from distrecon.images import LabelledImages
 from distrecon.images.queries import inputs_for
-from distrecon.nets import Architecture, evaluate, outputs
+from distrecon.nets import Architecture, align, evaluate, outputs
 
 ALIGNED = 64  # reconstructions that are matched to their originals for the aligned distance
 MATRIX = 40  # models in the similarity matrix of the report
@@ -39,7 +39,7 @@ def compare(
     own_B = matrix_BB.diagonal() >= matrix_BB.amax(1) - 1e-6
     few = slice(0, ALIGNED)
     matched = [
-        arch.align(hat_P[None], theta_P)[0]
+        align(arch, hat_P[None], theta_P)[0]
         for theta_P, hat_P in zip(original_BP[few], reconstructed_BP[few], strict=True)
     ]
     metrics = {

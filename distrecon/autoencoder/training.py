@@ -26,7 +26,7 @@ from distrecon.autoencoder.model import Autoencoder, ZooSample, check_finite, st
 from distrecon.autoencoder.rows import RowCache
 from distrecon.errors import UserError
 from distrecon.images.queries import query_pool
-from distrecon.nets import Architecture, outputs
+from distrecon.nets import Architecture, outputs, permute, random_permutation
 
 SMALLEST_SCALE = {"cycle": 0.01}  # the Fisher coders' latents, of unit variance, start with no cycle loss at all
 TARGET_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -77,9 +77,9 @@ def views(
     if kind == "noise":
         noise_GP = torch.randn(batch.global_size, arch.num_parameters, generator=draw)
         return theta_BP, theta_BP + config.data.noise * std_P * noise_GP[b].to(theta_BP)
-    orders = [order_GH.chunk(2) for order_GH in arch.random_permutation(draw, 2 * batch.global_size)]
+    orders = [order_GH.chunk(2) for order_GH in random_permutation(arch, draw, 2 * batch.global_size)]
     first, second = ([order[i][b].to(theta_BP.device) for order in orders] for i in range(2))
-    return (theta_BP if config.data.align else arch.permute(theta_BP, first)), arch.permute(theta_BP, second)
+    return (theta_BP if config.data.align else permute(arch, theta_BP, first)), permute(arch, theta_BP, second)
 
 
 class Training:

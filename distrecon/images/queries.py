@@ -14,19 +14,7 @@ from torch import Tensor
 
 from distrecon.errors import UserError, nearest
 from distrecon.images.sets import IMAGE_SETS, ImageSet, load
-from distrecon.nets.architectures import Architecture
-
-
-def inputs_for(arch: Architecture, images: Tensor, what: str = "images") -> Tensor:
-    """Images [Q, ...] in the shape that the architecture reads; an mlp reads them flattened.
-
-    Raises UserError that names both shapes when they do not fit.
-    """
-    if tuple(images.shape[1:]) == arch.input_shape:
-        return images
-    if len(arch.input_shape) == 1 and images[0].numel() == arch.input_shape[0]:
-        return images.flatten(1)
-    raise UserError(f"{what} have shape {tuple(images.shape[1:])}, {arch.name} reads {arch.input_shape}")
+from distrecon.nets import Architecture, inputs_for
 
 
 def _data(images: Tensor, count: int, generator: torch.Generator) -> Tensor:

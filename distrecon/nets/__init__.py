@@ -1,26 +1,34 @@
-"""Ground floor: architectures as index maps over theta[B, P], batched forward, symmetries, fitting. Torch only."""
+"""Ground floor: architectures as index maps over theta[B, P], batched forward, symmetries, fitting. Torch, numba."""
 
-from distrecon.nets.activations import ACTIVATIONS, activation
-from distrecon.nets.architectures import ARCHITECTURES, Architecture, Layer, architecture
-from distrecon.nets.evaluate import Scores, evaluate, outputs
-from distrecon.nets.fit import Epoch, cross_entropy, fit
+from distrecon.nets.activations import ACTIVATIONS, Activation, activation
+from distrecon.nets.architectures import Architecture
+from distrecon.nets.evaluation import Scores, evaluate, inputs_for, outputs
+from distrecon.nets.fit import OPTIMIZERS, Epoch, cross_entropy, fit
 from distrecon.nets.initialise import INITIALISATIONS, initialise
-from distrecon.nets.symmetries import rescale
+from distrecon.nets.known import ARCHITECTURES, architecture
+from distrecon.nets.layers import Layer
+from distrecon.nets.symmetries import align, permute, random_permutation, rescale
 
 __all__ = [
     "ACTIVATIONS",
     "ARCHITECTURES",
     "INITIALISATIONS",
+    "OPTIMIZERS",
+    "Activation",
     "Architecture",
     "Epoch",
     "Layer",
     "Scores",
     "activation",
+    "align",
     "architecture",
     "cross_entropy",
     "evaluate",
     "fit",
     "initialise",
+    "inputs_for",
     "outputs",
+    "permute",
+    "random_permutation",
     "rescale",
 ]

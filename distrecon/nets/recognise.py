@@ -11,7 +11,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from distrecon.errors import UserError
-from distrecon.nets.architectures import ARCHITECTURES, Architecture, mlp
+from distrecon.nets.architectures import Architecture
+from distrecon.nets.known import ARCHITECTURES, mlp
 
 IMAGE_SIZES = (28, 32, 8, *range(4, 129))  # the usual ones first: several sizes may fit, as pooling rounds down
 

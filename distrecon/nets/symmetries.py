@@ -5,22 +5,20 @@ flattening, the units are channels and the next linear layer reads `positions` n
 matching of Git Re-Basin (Ainsworth et al., ICLR 2023, algorithm 1): coordinate descent over layers, each an assignment.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from distrecon.errors import UserError
 from distrecon.nets.activations import activation
+from distrecon.nets.architectures import Architecture
+from distrecon.nets.layers import Layer
 
-if TYPE_CHECKING:
-    from distrecon.nets.architectures import Architecture, Layer
+SWEEPS = 10  # over the layers, at most, of `align`: it ends when no assignment improves
 
 
-def random_permutation(arch: Architecture, generator: torch.Generator | None, count: int) -> list[Tensor]:
+def random_permutation(arch: Architecture, generator: torch.Generator | None = None, count: int = 1) -> list[Tensor]:
     """Per hidden layer, `count` uniformly random orders of its units: [count, units]."""
     device = generator.device if generator is not None else None
     return [
@@ -29,7 +27,7 @@ def random_permutation(arch: Architecture, generator: torch.Generator | None, co
     ]
 
 
-def permutation_index(arch: Architecture, permutation: list[Tensor]) -> Tensor:
+def _permutation_index(arch: Architecture, permutation: list[Tensor]) -> Tensor:
     """The gather [B, P] that applies a permutation: `permuted_BP = theta_BP.gather(1, index_BP)`."""
     if len(permutation) != len(arch.layers) - 1:
         raise UserError(f"{arch.name} has {len(arch.layers) - 1} hidden layers, the permutation has {len(permutation)}")
@@ -61,7 +59,7 @@ def permute(arch: Architecture, theta_BP: Tensor, permutation: list[Tensor]) -> 
     arch.check(theta_BP)
     if not permutation:
         return theta_BP
-    index_BP = permutation_index(arch, [p.to(theta_BP.device) for p in permutation])
+    index_BP = _permutation_index(arch, [p.to(theta_BP.device) for p in permutation])
     return theta_BP.gather(1, index_BP.expand(len(theta_BP), -1))
 
 
@@ -101,7 +99,7 @@ _ALLOWED = {
 }
 
 
-def align(arch: Architecture, theta_BP: Tensor, reference_P: Tensor, sweeps: int = 10) -> Tensor:
+def align(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
     """Each model's hidden units reordered towards the reference; a fixed point of layer-wise assignment.
 
     The aligned squared distance to the reference never exceeds the given one.
@@ -111,7 +109,7 @@ def align(arch: Architecture, theta_BP: Tensor, reference_P: Tensor, sweeps: int
     hidden = len(arch.layers) - 1
     active = torch.arange(len(theta_BP))
     reference = [(w[0], b[0]) for w, b in arch.weights_and_biases(reference_P[None].to(theta_BP))]
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         changed = torch.zeros(len(active), dtype=torch.bool)
         for i in range(hidden):
             gains_BHH = _match_gains(arch, aligned_BP[active], reference, i).double().cpu().numpy()
@@ -142,7 +140,7 @@ def _match_gains(arch: Architecture, theta_BP: Tensor, reference: list[tuple[Ten
     return incoming + torch.einsum("ohx,bokx->bhk", above_OHX, above_BOHX)
 
 
-def _improves(gains_BHH, orders_BH: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _improves(gains_BHH: np.ndarray, orders_BH: Tensor) -> Tensor:
     """Which assignments beat leaving the units where they are, by more than rounding."""
     gains = torch.from_numpy(gains_BHH)
     matched = gains.gather(2, orders_BH[:, :, None]).sum((1, 2))

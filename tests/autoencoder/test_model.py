@@ -8,7 +8,7 @@ import torch
 from distrecon.autoencoder import Training, ZooSample, load_autoencoder, save_autoencoder
 from distrecon.errors import UserError
 from distrecon.images.queries import query_pool
-from distrecon.nets import architecture, outputs
+from distrecon.nets import architecture, outputs, permute, random_permutation
 from tests.autoencoder.small import random_models, tiny
 
 KINDS = ("transformer", "fisher_residual", "fisher_pca")
@@ -95,7 +95,7 @@ def test_aligned_models_have_one_latent_whatever_their_order(trained, arch):
     autoencoder, draw = trained["transformer"], torch.Generator().manual_seed(0)
     reference_P = autoencoder.statistics[0]["reference_P"]
     theta_BP = reference_P + 0.02 * torch.randn(6, arch.num_parameters, generator=draw)  # so that matching is unique
-    permuted_BP = arch.permute(theta_BP, arch.random_permutation(draw, 6))
+    permuted_BP = permute(arch, theta_BP, random_permutation(arch, draw, 6))
     torch.testing.assert_close(autoencoder.encode(permuted_BP), autoencoder.encode(theta_BP), rtol=1e-4, atol=1e-5)
     raw = autoencoder.coder.encode(autoencoder.standardise(permuted_BP, 0), 0)
     assert (raw - autoencoder.encode(theta_BP)).abs().max() > 1e-2  # without alignment they differ

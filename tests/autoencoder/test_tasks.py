@@ -10,7 +10,7 @@ from distrecon.autoencoder import Training, ZooSample, generate, novelty, predic
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import LabelledImages
-from distrecon.nets import architecture, evaluate
+from distrecon.nets import align, architecture, evaluate, permute, random_permutation
 from tests.autoencoder.small import as_models, random_models, related_models, tiny
 
 DESIGN = """predict/test_accuracy_r2 predict/generalization_gap_r2 predict/epoch_r2
@@ -57,7 +57,7 @@ def test_reconstructions_that_are_the_originals(arch, splits, images):
         assert metrics[f"reconstruct/{name}"] == 1.0
     assert metrics["reconstruct/accuracy_correlation"] == pytest.approx(1.0, abs=1e-5)
     assert metrics["reconstruct/weight_l2"] == metrics["reconstruct/output_mse"] == 0.0
-    permuted_BP = arch.permute(theta_BP, arch.random_permutation(torch.Generator().manual_seed(0), len(theta_BP)))
+    permuted_BP = permute(arch, theta_BP, random_permutation(arch, torch.Generator().manual_seed(0), len(theta_BP)))
     metrics, _ = compare(arch, theta_BP, permuted_BP, images.test)
     assert metrics["reconstruct/agreement"] > 0.999
     assert metrics["reconstruct/weight_l2"] > 1
@@ -133,21 +133,21 @@ def test_weight_statistics_by_hand():
 def test_reordered_copies_are_not_new(arch):
     train_NP = random_models(arch, 12)
     reference_P = train_NP[0]
-    aligned_NP = arch.align(train_NP, reference_P)
-    copies_MP = arch.permute(train_NP[3:6], arch.random_permutation(torch.Generator().manual_seed(1), 3))
+    aligned_NP = align(arch, train_NP, reference_P)
+    copies_MP = permute(arch, train_NP[3:6], random_permutation(arch, torch.Generator().manual_seed(1), 3))
     noise_MP = torch.randn(copies_MP.shape, generator=torch.Generator().manual_seed(2))
     noisy_MP = copies_MP + 0.01 * noise_MP
     close_M = novelty.nearest_aligned(arch, noisy_MP, aligned_NP, reference_P, candidates=12)
     torch.testing.assert_close(close_M, 0.01 * noise_MP.norm(dim=1), rtol=0.02, atol=0)
     far_M = novelty.nearest_aligned(arch, random_models(arch, 3, 70), aligned_NP, reference_P, candidates=12)
     assert far_M.min() > 5 * close_M.max()
-    brute = [min((arch.align(t[None], m)[0] - m).norm() for t in train_NP) for m in random_models(arch, 3, 70)]
+    brute = [min((align(arch, t[None], m)[0] - m).norm() for t in train_NP) for m in random_models(arch, 3, 70)]
     torch.testing.assert_close(far_M, torch.stack(brute), rtol=0.05, atol=0)
 
 
 def test_pairwise_distance_ignores_the_order_of_units(arch):
     theta_P = random_models(arch, 1)
-    same_BP = arch.permute(theta_P.expand(4, -1), arch.random_permutation(torch.Generator().manual_seed(0), 4))
+    same_BP = permute(arch, theta_P.expand(4, -1), random_permutation(arch, torch.Generator().manual_seed(0), 4))
     assert (same_BP[0] - same_BP[1]).norm() > 1
     distances = novelty.aligned_pairwise(arch, same_BP)
     assert distances.shape == (6,)

@@ -6,7 +6,7 @@ from torch import nn
 
 from distrecon.errors import UserError
 from distrecon.nets import ACTIVATIONS, Architecture, architecture, initialise
-from distrecon.nets.architectures import mlp
+from distrecon.nets.known import mlp
 
 MODULES = {
     "relu": nn.ReLU,

@@ -1,15 +1,21 @@
 """Fitting many models at once equals fitting each alone; evaluation equals a loop; initial weights follow their law."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from distrecon.errors import UserError
-from distrecon.nets import INITIALISATIONS, architecture, cross_entropy, evaluate, fit, initialise, outputs
-from distrecon.nets.architectures import mlp
-from distrecon.nets.evaluate import _models_per_chunk
+from distrecon.nets import (
+    INITIALISATIONS,
+    architecture,
+    cross_entropy,
+    evaluate,
+    evaluation,
+    fit,
+    initialise,
+    outputs,
+)
+from distrecon.nets.known import mlp
 
 LR = [1e-3, 3e-3, 1e-2]
 DECAY = [0.0, 1e-2, 1e-1]
@@ -89,8 +95,8 @@ def test_evaluation_in_chunks_equals_a_loop(monkeypatch: pytest.MonkeyPatch) -> 
     arch = architecture("cnn_small")
     inputs, labels_Q = data(arch, 50)
     theta_BP = initialise(arch, ["kaiming_normal"] * 7, range(7)).double()
-    monkeypatch.setattr(sys.modules["distrecon.nets.evaluate"], "CHUNK_NUMBERS", 3 * 50 * 64 * 54)
-    assert _models_per_chunk(arch, 50) == 3
+    monkeypatch.setattr(evaluation, "CHUNK_NUMBERS", 3 * 50 * 64 * 54)
+    assert evaluation.models_per_chunk(arch, 50) == 3
     scores, logits_BQC = evaluate(arch, theta_BP, inputs, labels_Q), outputs(arch, theta_BP, inputs)
     for b in range(7):
         expected_QC = arch.forward(theta_BP[b : b + 1], inputs)[0]
@@ -98,6 +104,17 @@ def test_evaluation_in_chunks_equals_a_loop(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(scores.predictions_BQ[b], expected_QC.argmax(1))
         assert float(scores.accuracy_B[b]) == pytest.approx(float((expected_QC.argmax(1) == labels_Q).double().mean()))
         torch.testing.assert_close(scores.loss_B[b], F.cross_entropy(expected_QC, labels_Q))
+
+
+def test_an_mlp_is_evaluated_on_images_which_it_reads_flattened() -> None:
+    arch = mlp((12, 3))
+    theta_BP, images = initialise(arch, ["normal"] * 2, [1, 2]), torch.randn(5, 3, 2, 2)
+    labels_Q = torch.tensor([0, 1, 2, 0, 1])
+    scores, expected = evaluate(arch, theta_BP, images, labels_Q), evaluate(arch, theta_BP, images.flatten(1), labels_Q)
+    assert torch.equal(scores.predictions_BQ, expected.predictions_BQ)
+    assert torch.equal(outputs(arch, theta_BP, images), arch.forward(theta_BP, images.flatten(1)))
+    with pytest.raises(UserError, match=r"images have shape \(4, 2, 2\), mlp reads \(12,\)"):
+        evaluate(arch, theta_BP, torch.randn(5, 4, 2, 2), labels_Q)
 
 
 LAWS = {  # deviation and largest possible weight, in units of 1 / sqrt(fan_in)

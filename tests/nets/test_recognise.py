@@ -5,7 +5,7 @@ import torch
 
 from distrecon.errors import UserError
 from distrecon.nets import architecture
-from distrecon.nets.architectures import mlp
+from distrecon.nets.known import mlp
 from distrecon.nets.recognise import flatten_as, recognise
 
 CASES = {

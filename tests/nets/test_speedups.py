@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from distrecon.nets import ACTIVATIONS, Architecture, architecture, convolution, initialise, loops, outputs
-from distrecon.nets import direct as direct_kernel
-from distrecon.nets import modelwise as modelwise_kernel
-from distrecon.nets.architectures import cnn
-from distrecon.nets.forward import plain
+from distrecon.nets import ACTIVATIONS, Architecture, architecture, initialise, outputs, plain
+from distrecon.nets.convolution import blocks, direct, loops, modelwise
+from distrecon.nets.convolution.kernel import Kernel
+from distrecon.nets.known import cnn
 
-KERNELS = {"direct": direct_kernel, "modelwise": modelwise_kernel}
+KERNELS = {"direct": direct, "modelwise": modelwise}
 SMALL = {"cnn_small": {}, "cnn3": {"image_size": 22}, "lenet5": {"image_size": 16}}
 
 
@@ -63,14 +62,14 @@ def test_outputs_and_gradients_equal_the_plain_path(
     for arch in architectures(activation):
         theta_BP, inputs = models(arch, 5).requires_grad_(), images(arch, 7)
         expected_BQC, found_BQC = (
-            plain(arch, theta_BP, inputs),
-            convolution.forward(arch, theta_BP, inputs, KERNELS[kernel]),
+            plain.forward(arch, theta_BP, inputs),
+            blocks.forward(arch, theta_BP, inputs, KERNELS[kernel]),
         )
         torch.testing.assert_close(found_BQC, expected_BQC, rtol=1e-9, atol=1e-11)
         expected_BP = gradient(expected_BQC, theta_BP)
         torch.testing.assert_close(gradient(found_BQC, theta_BP), expected_BP, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(gradient(found_BQC, theta_BP), expected_BP, rtol=1e-6, atol=1e-9)  # a second time
-        silent_BQC = convolution.forward(arch, theta_BP.detach(), inputs, KERNELS[kernel])
+        silent_BQC = blocks.forward(arch, theta_BP.detach(), inputs, KERNELS[kernel])
         torch.testing.assert_close(silent_BQC, expected_BQC.detach(), rtol=1e-9, atol=1e-11)
 
 
@@ -93,9 +92,9 @@ def test_every_path_equals_torch_functions_one_model_at_a_time(path: str) -> Non
         theta_BP, inputs = models(arch, 3).requires_grad_(), images(arch, 4)
         expected_BQC = torch.stack([functional(arch, theta_P, inputs) for theta_P in theta_BP])
         if path == "plain":
-            found_BQC = plain(arch, theta_BP, inputs)
+            found_BQC = plain.forward(arch, theta_BP, inputs)
         else:
-            found_BQC = convolution.forward(arch, theta_BP, inputs, KERNELS[path])
+            found_BQC = blocks.forward(arch, theta_BP, inputs, KERNELS[path])
         torch.testing.assert_close(found_BQC, expected_BQC, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(
             gradient(found_BQC, theta_BP), gradient(expected_BQC, theta_BP), rtol=1e-6, atol=1e-9
@@ -109,12 +108,12 @@ def test_lower_precision_stays_near_double(kernel: str, dtype: torch.dtype) -> N
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     for arch in architectures("tanh"):
         theta_BP, inputs = models(arch, 3, dtype).requires_grad_(), images(arch, 9, dtype)
-        found_BQC = convolution.forward(arch, theta_BP, inputs, KERNELS[kernel])
+        found_BQC = blocks.forward(arch, theta_BP, inputs, KERNELS[kernel])
         assert found_BQC.dtype == dtype
         found_BP = torch.autograd.grad(found_BQC.float().square().sum(), theta_BP)[0].double()
         found_BQC = found_BQC.detach()
         exact_BP = theta_BP.detach().double().requires_grad_()
-        expected_BQC = plain(arch, exact_BP, inputs.double())
+        expected_BQC = plain.forward(arch, exact_BP, inputs.double())
         expected_BP = torch.autograd.grad(expected_BQC.square().sum(), exact_BP)[0]
         expected_BQC = expected_BQC.detach()
         assert float((found_BQC.double() - expected_BQC).norm() / expected_BQC.norm()) < tolerance
@@ -142,7 +141,7 @@ def test_second_derivatives_equal_the_plain_path(problem: Any) -> None:
     arch, theta_BP, inputs = problem
     theta_BP.requires_grad_()
     found = []
-    for logits_BQC in (arch.forward(theta_BP, inputs), plain(arch, theta_BP, inputs)):
+    for logits_BQC in (arch.forward(theta_BP, inputs), plain.forward(arch, theta_BP, inputs)):
         (first_BP,) = torch.autograd.grad(logits_BQC.square().sum(), theta_BP, create_graph=True)
         found.append(torch.autograd.grad(first_BP.square().sum(), theta_BP)[0])
     assert float(found[1].norm()) > 0
@@ -156,7 +155,7 @@ def test_function_transforms_and_forward_mode_work_on_the_public_forward(problem
     def f(theta: Tensor) -> Tensor:
         return arch.forward(theta, inputs)
 
-    _, expected_BQC = torch.func.jvp(lambda theta: plain(arch, theta, inputs), (theta_BP,), (tangent_BP,))
+    _, expected_BQC = torch.func.jvp(lambda theta: plain.forward(arch, theta, inputs), (theta_BP,), (tangent_BP,))
     torch.testing.assert_close(torch.func.jvp(f, (theta_BP,), (tangent_BP,))[1], expected_BQC)
     small = 1e-6 * tangent_BP  # and against a difference of the fast path itself
     difference_BQC = (f(theta_BP + small) - f(theta_BP - small)) / 2e-6
@@ -173,7 +172,9 @@ def test_function_transforms_and_forward_mode_work_on_the_public_forward(problem
 def test_gradients_of_the_inputs_equal_the_plain_path(problem: Any) -> None:
     arch, theta_BP, inputs = problem
     inputs.requires_grad_()
-    found, expected = (gradient(f(theta_BP, inputs), inputs) for f in (arch.forward, lambda t, x: plain(arch, t, x)))
+    found, expected = (
+        gradient(f(theta_BP, inputs), inputs) for f in (arch.forward, lambda t, x: plain.forward(arch, t, x))
+    )
     assert float(expected.norm()) > 0
     torch.testing.assert_close(found, expected)
 
@@ -190,17 +191,17 @@ def test_a_models_outputs_do_not_depend_on_its_neighbours() -> None:
 
 
 def test_large_convolutions_in_single_precision_go_model_by_model() -> None:
-    def chosen(name: str, dtype: torch.dtype, count: int) -> ModuleType | convolution.Kernel:
+    def chosen(name: str, dtype: torch.dtype, count: int) -> ModuleType | Kernel:
         arch = architecture(name)
-        return convolution.choose(arch, models(arch, 1, dtype), images(arch, count, dtype))
+        return blocks.choose(arch, models(arch, 1, dtype), images(arch, count, dtype))
 
-    large = modelwise_kernel if torch.backends.mkldnn.is_available() else direct_kernel
+    large = modelwise if torch.backends.mkldnn.is_available() else direct
     assert chosen("cnn3", torch.float32, 64) is large
-    assert chosen("lenet5", torch.float32, 64) is direct_kernel
-    assert chosen("lenet5", torch.bfloat16, 64) is modelwise_kernel
-    assert chosen("cnn3", torch.float32, 1) is direct_kernel
-    assert chosen("cnn3", torch.float64, 64) is direct_kernel
-    assert chosen("cnn_small", torch.float32, 64) is direct_kernel
+    assert chosen("lenet5", torch.float32, 64) is direct
+    assert chosen("lenet5", torch.bfloat16, 64) is modelwise
+    assert chosen("cnn3", torch.float32, 1) is direct
+    assert chosen("cnn3", torch.float64, 64) is direct
+    assert chosen("cnn_small", torch.float32, 64) is direct
 
 
 def test_loops_compile_where_nothing_can_be_cached() -> None:

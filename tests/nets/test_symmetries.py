@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrecon.errors import UserError
-from distrecon.nets import Architecture, architecture, initialise, rescale
-from distrecon.nets.architectures import mlp
+from distrecon.nets import Architecture, align, architecture, initialise, permute, random_permutation, rescale
+from distrecon.nets.known import mlp
 
 CASES = {
     "mlp": {"sizes": (6, 5, 4, 3)},
@@ -31,8 +31,8 @@ def inputs(arch: Architecture) -> torch.Tensor:
 def test_permuting_hidden_units_keeps_every_function(name: str, seed: int, shared: bool) -> None:
     arch = architecture(name, **CASES[name])
     theta_BP = models(arch, 3, seed)
-    permutation = arch.random_permutation(torch.Generator().manual_seed(seed), 1 if shared else 3)
-    permuted_BP = arch.permute(theta_BP, permutation)
+    permutation = random_permutation(arch, torch.Generator().manual_seed(seed), 1 if shared else 3)
+    permuted_BP = permute(arch, theta_BP, permutation)
     assert not torch.equal(permuted_BP, theta_BP)
     assert torch.equal(permuted_BP.sort(1).values, theta_BP.sort(1).values)
     x = inputs(arch)
@@ -44,9 +44,9 @@ def test_permuting_hidden_units_keeps_every_function(name: str, seed: int, share
 def test_align_recovers_a_planted_permutation(seed: int, sizes: list[int]) -> None:
     arch = mlp(tuple(sizes))
     reference_P = models(arch, 1, seed)[0]
-    planted = arch.random_permutation(torch.Generator().manual_seed(seed), 4)
-    permuted_BP = arch.permute(reference_P.expand(4, -1), planted)
-    aligned_BP = arch.align(permuted_BP, reference_P)
+    planted = random_permutation(arch, torch.Generator().manual_seed(seed), 4)
+    permuted_BP = permute(arch, reference_P.expand(4, -1), planted)
+    aligned_BP = align(arch, permuted_BP, reference_P)
     distance_B = (aligned_BP - reference_P).norm(dim=1)
     if len(sizes) == 3:  # one hidden layer: the assignment is exact
         assert distance_B.max() == 0
@@ -56,22 +56,24 @@ def test_align_recovers_a_planted_permutation(seed: int, sizes: list[int]) -> No
 def test_align_recovers_planted_permutations_of_trained_like_cnns() -> None:
     arch = architecture("cnn_small")
     reference_P = models(arch, 1, 5)[0]
-    permuted_BP = arch.permute(reference_P.expand(6, -1), arch.random_permutation(torch.Generator().manual_seed(1), 6))
+    permuted_BP = permute(
+        arch, reference_P.expand(6, -1), random_permutation(arch, torch.Generator().manual_seed(1), 6)
+    )
     assert (permuted_BP - reference_P).norm(dim=1).min() > 1
-    assert torch.equal(arch.align(permuted_BP, reference_P), reference_P.expand(6, -1))
+    assert torch.equal(align(arch, permuted_BP, reference_P), reference_P.expand(6, -1))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_align_never_increases_the_distance_and_keeps_the_functions(name: str) -> None:
     arch = architecture(name, **CASES[name])
     theta_BP, reference_P = models(arch, 5, 1), models(arch, 1, 77)[0]
-    aligned_BP = arch.align(theta_BP, reference_P)
+    aligned_BP = align(arch, theta_BP, reference_P)
     before_B, after_B = ((t - reference_P).norm(dim=1) for t in (theta_BP, aligned_BP))
     assert (after_B <= before_B).all()
     assert (after_B < before_B - 1e-3).any()
     x = inputs(arch)
     torch.testing.assert_close(arch.forward(aligned_BP, x), arch.forward(theta_BP, x), rtol=1e-10, atol=1e-10)
-    assert torch.equal(arch.align(aligned_BP, reference_P), aligned_BP)  # a fixed point
+    assert torch.equal(align(arch, aligned_BP, reference_P), aligned_BP)  # a fixed point
 
 
 SCALES = {  # activation -> a scale that keeps the function
@@ -119,4 +121,4 @@ def test_a_sign_does_not_pass_through_max_pooling() -> None:
 def test_permute_refuses_a_permutation_of_another_depth() -> None:
     arch = mlp((3, 4, 4, 2))
     with pytest.raises(UserError, match="2 hidden layers"):
-        arch.permute(models(arch, 1, 0), [torch.arange(4)[None]])
+        permute(arch, models(arch, 1, 0), [torch.arange(4)[None]])

@@ -17,7 +17,7 @@ import torch
 
 from distrecon.errors import UserError
 from distrecon.nets import Architecture
-from distrecon.nets.architectures import mlp
+from distrecon.nets.known import mlp
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.storage import store

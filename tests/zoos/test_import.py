@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from distrecon.errors import UserError
 from distrecon.nets import architecture, initialise
-from distrecon.nets.architectures import mlp
+from distrecon.nets.known import mlp
 from distrecon.zoos import importing as importing_module
 from distrecon.zoos import open_zoo
 from distrecon.zoos.importing import ImportOptions, import_zoo

@@ -6,25 +6,20 @@ over long rows and are vectorised whatever the kernel's size.
 Legend: b models, q inputs, O output channels, F features.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrecon.nets import loops
 from distrecon.nets.activations import activation
-from distrecon.nets.layers import before_activation, convolutions, place_dtype, through_activation
-from distrecon.nets.workspace import Workspace
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from distrecon.nets.architectures import Architecture, Layer
+from distrecon.nets.convolution import loops
+from distrecon.nets.convolution.kernel import Parameters, activation_backward, activation_saved, index_dtype
+from distrecon.nets.convolution.workspace import Workspace
+from distrecon.nets.layers import Chain, Layer, convolutions
 
 DTYPES = (torch.float32, torch.float64)
 ROWS_NUMBERS = 4096  # of one channel's sums: they and the rows they are summed from fit a first-level cache
@@ -32,64 +27,62 @@ BLOCK_NUMBERS = 500_000  # of the largest activations of a block: they and their
 FEWEST_INPUTS, MOST_INPUTS = 16, 256  # of a block: a vector instruction's width; what the linear layers need to be fast
 
 
-def block_size(arch: Architecture, inputs: int) -> tuple[int, int]:
+def block_size(chain: Chain, inputs: int) -> tuple[int, int]:
     """(models, inputs) of a block."""
-    found = convolutions(arch)
-    widest = max(prod(before) for _, before, _ in found)
+    layers = convolutions(chain)
+    widest = max(prod(before) for _, before, _ in layers)
     q = min(inputs, MOST_INPUTS, max(FEWEST_INPUTS, ROWS_NUMBERS // widest))
-    return max(1, BLOCK_NUMBERS // (q * max(layer.out_features * prod(after) for layer, _, after in found))), q
+    return max(1, BLOCK_NUMBERS // (q * max(layer.out_features * prod(after) for layer, _, after in layers))), q
 
 
-def prepare(arch: Architecture, inputs: Tensor) -> Tensor:
+def prepare(chain: Chain, inputs: Tensor) -> Tensor:
     """The inputs as images [1, channels, height, width, q], padded for the first layer."""
-    return _padded(arch.layers[0], inputs.movedim(0, -1)[None]).contiguous()
+    return _padded(chain.layers[0], inputs.movedim(0, -1)[None]).contiguous()
 
 
-def run(
-    arch: Architecture, parameters: list[tuple[Tensor, Tensor]], shared: Tensor, work: Workspace
-) -> tuple[Tensor, list[Tensor]]:
-    """features[b, F, q] and, for each layer, the places of the maxima, the sums and the activations."""
-    act, hidden, seen = activation(arch.activation), shared, []
-    for i, (layer, (rows, width), pooled) in enumerate(convolutions(arch)):
+def forward(chain: Chain, parameters: Parameters, shared: Tensor, work: Workspace) -> tuple[Tensor, list[Tensor]]:
+    """features[b, F, q] and, for each layer, the indices of the maxima, the sums and the activations."""
+    act, hidden, saved = activation(chain.activation), shared, []
+    for i, (layer, (rows, width), pooled) in enumerate(convolutions(chain)):
         weight_bOK, bias_bO = parameters[i][0].flatten(2), parameters[i][1]
         images = _padded(layer, hidden) if i else shared
         q = images.shape[-1]
-        out, places = work.keep((*bias_bO.shape, *pooled, q)), _places(layer, (*bias_bO.shape, *pooled, q), work)
-        arguments = weight_bOK, bias_bO, images.flatten(1), *_runs(layer, images), layer.pool, out, places
+        out, indices = work.allocate((*bias_bO.shape, *pooled, q)), _indices(layer, (*bias_bO.shape, *pooled, q), work)
+        arguments = weight_bOK, bias_bO, images.flatten(1), *_runs(layer, images), layer.pool, out, indices
         _loop(loops.convolve, arguments, (rows, width * q), work)
-        hidden = out.relu_() if arch.activation == "relu" else act(out)
-        seen += [places, before_activation(arch, out, hidden), hidden]
-    return hidden.flatten(1, 3), seen
+        hidden = out.relu_() if chain.activation == "relu" else act(out)
+        saved += [indices, activation_saved(chain, out, hidden), hidden]
+    return hidden.flatten(1, 3), saved
 
 
-def gradient(
-    arch: Architecture,
-    parameters: list[tuple[Tensor, Tensor]],
+def backward(
+    chain: Chain,
+    parameters: Parameters,
     shared: Tensor,
-    kept: list[Tensor],
+    saved: list[Tensor],
     grad_bFq: Tensor,
-    grads: list[tuple[Tensor, Tensor]],
+    grads: Parameters,
     work: Workspace,
 ) -> None:
     """Adds the gradient of the convolutional layers' parameters to `grads`."""
     grad = grad_bFq
-    for i, (layer, (rows, width), _) in reversed(list(enumerate(convolutions(arch)))):
-        places, before, hidden = kept[3 * i : 3 * i + 3]
-        grad = through_activation(arch, grad.reshape(hidden.shape), before)
+    for i, (layer, (rows, width), _) in reversed(list(enumerate(convolutions(chain)))):
+        indices, before, hidden = saved[3 * i : 3 * i + 3]
+        grad = activation_backward(chain, grad.reshape(hidden.shape), before)
         grads[i][1].add_(grad.flatten(2).sum(2))
-        images = _padded(layer, kept[3 * i - 1]) if i else shared
+        images = _padded(layer, saved[3 * i - 1]) if i else shared
         weight_bKO = parameters[i][0].flatten(2).transpose(1, 2)
         grad_weight = work.scratch("weight", (len(grad), layer.out_features, layer.fan_in)).zero_()
         grad_images = work.scratch(f"images{i}", tuple(images.shape) if i else (0,) * 5).zero_()
-        arguments = weight_bKO, images.flatten(1), *_runs(layer, images), layer.pool, grad, places
-        found = grad_weight, grad_images.view(len(grad_images), images[0].numel())
-        spread = layer.out_features, rows, width * images.shape[-1]
-        _loop(loops.gradients, (*arguments, *found), spread, work)
+        arguments = weight_bKO, images.flatten(1), *_runs(layer, images), layer.pool, grad, indices
+        results = grad_weight, grad_images.view(len(grad_images), images[0].numel())
+        unpooled_shape = layer.out_features, rows, width * images.shape[-1]
+        _loop(loops.gradients, (*arguments, *results), unpooled_shape, work)
         grads[i][0].add_(grad_weight.view_as(grads[i][0]))
         grad = _unpadded(layer, grad_images)
 
 
-# -- pieces ------------------------------------------------------------------------------------------------------------
+# -- steps -------------------------------------------------------------------------------------------------------------
 
 
 def _padded(layer: Layer, images: Tensor) -> Tensor:
@@ -101,9 +94,9 @@ def _unpadded(layer: Layer, images: Tensor) -> Tensor:
     return images[:, :, p : images.shape[2] - p, p : images.shape[3] - p]
 
 
-def _places(layer: Layer, shape: tuple[int, ...], work: Workspace) -> Tensor:
-    """Memory for the places of the maxima in their pools, empty without pooling."""
-    return work.keep(shape if layer.pool > 1 else (0,) * 5, place_dtype(layer.pool**2))
+def _indices(layer: Layer, shape: tuple[int, ...], work: Workspace) -> Tensor:
+    """Memory for the indices of the maxima in their pools, empty without pooling."""
+    return work.allocate(shape if layer.pool > 1 else (0,) * 5, index_dtype(layer.pool**2))
 
 
 def _runs(layer: Layer, images: Tensor) -> tuple[np.ndarray, int]:

@@ -4,7 +4,7 @@ Images lie [channels, height, width, q] with the inputs q innermost. What one ta
 is then one run of n = width * q numbers, beginning at `starts[K]` in the flat image for the first row and `step`
 numbers later for each further row; all sums below are sums of such runs.
 
-Compiled at the first call, which takes seconds, and kept in a cache beside the package (or in the user's, where that
+Compiled at the first call, which takes seconds, and stored in a cache beside the package (or in the user's, where that
 cannot be written). One thread; the interpreter's lock is released meanwhile. The arguments are numpy arrays and
 numbers, typed when compiled.
 
@@ -77,27 +77,27 @@ def _add_products(out, grad, source, starts, offset):
 
 
 @_inlined
-def _pool(sums, pool, largest, places):
+def _pool(sums, pool, largest, indices):
     """The maxima [h', w', q] of sums [h, n], and where in its pool each was (the first of equals)."""
     q = largest.shape[2]
     for y in range(largest.shape[0]):
         for x in range(largest.shape[1]):
             left = x * pool * q
             if pool == 2:
-                _pool_of_two(sums[2 * y, left:], sums[2 * y + 1, left:], largest[y, x], places[y, x])
+                _pool_of_two(sums[2 * y, left:], sums[2 * y + 1, left:], largest[y, x], indices[y, x])
                 continue
-            top, place = largest[y, x], places[y, x]
-            top[:], place[:] = sums[y * pool, left : left + q], 0
+            top, index = largest[y, x], indices[y, x]
+            top[:], index[:] = sums[y * pool, left : left + q], 0
             for t in range(1, pool * pool):
                 start = left + t % pool * q
                 other = sums[y * pool + t // pool, start : start + q]
                 for i in range(q):
                     larger = (other[i] > top[i]) | (other[i] != other[i])
-                    top[i], place[i] = (other[i], t) if larger else (top[i], place[i])
+                    top[i], index[i] = (other[i], t) if larger else (top[i], index[i])
 
 
 @_inlined
-def _pool_of_two(upper, lower, top, place):
+def _pool_of_two(upper, lower, top, index):
     """The usual pool in one pass, five times faster than in four."""
     q = len(top)
     a, b, c, d = upper[:q], upper[q : 2 * q], lower[:q], lower[q : 2 * q]
@@ -112,30 +112,30 @@ def _pool_of_two(upper, lower, top, place):
         first = 2 if larger else first
         larger = (d[i] > largest) | (d[i] != d[i])
         top[i] = d[i] if larger else largest
-        place[i] = 3 if larger else first
+        index[i] = 3 if larger else first
 
 
 @_inlined
-def _unpool(grad, places, pool, spread):
+def _unpool(grad, indices, pool, unpooled):
     """The gradient [h, n] before pooling, from that after it [h', w', q]: the adjoint of `_pool`."""
-    q, zero = grad.shape[2], spread.dtype.type(0)
-    if pool * grad.shape[0] < spread.shape[0] or pool * grad.shape[1] * q < spread.shape[1]:
-        spread[:] = zero  # rows or columns that no pool reads
+    q, zero = grad.shape[2], unpooled.dtype.type(0)
+    if pool * grad.shape[0] < unpooled.shape[0] or pool * grad.shape[1] * q < unpooled.shape[1]:
+        unpooled[:] = zero  # rows or columns that no pool reads
     for y in range(grad.shape[0]):
         for x in range(grad.shape[1]):
-            from_above, place = grad[y, x], places[y, x]
+            from_above, index = grad[y, x], indices[y, x]
             for t in range(pool * pool):
                 start = (x * pool + t % pool) * q
-                into = spread[y * pool + t // pool, start : start + q]
+                into = unpooled[y * pool + t // pool, start : start + q]
                 for i in range(q):
-                    into[i] = from_above[i] if place[i] == t else zero
+                    into[i] = from_above[i] if index[i] == t else zero
 
 
 @_compiled
-def convolve(weight, bias, images, starts, step, pool, largest, places, sums):
+def convolve(weight, bias, images, starts, step, pool, largest, indices, sums):
     """Writes the convolution of images [b or 1, numbers] to largest [b, O, h', w', q], pooled where pool > 1.
 
-    weight [b, O, K], bias [b, O]; sums [h, n] is scratch memory; places [b, O, h', w', q] as in `_pool`.
+    weight [b, O, K], bias [b, O]; sums [h, n] is scratch memory; indices [b, O, h', w', q] as in `_pool`.
     """
     for b in range(len(weight)):
         image = images[b % len(images)]
@@ -145,28 +145,28 @@ def convolve(weight, bias, images, starts, step, pool, largest, places, sums):
                 row[:] = bias[b, o]
                 _add_runs(row, weight[b, o], image, starts, y * step)
             if pool > 1:
-                _pool(sums, pool, largest[b, o], places[b, o])
+                _pool(sums, pool, largest[b, o], indices[b, o])
 
 
 @_compiled
-def gradients(weight, images, starts, step, pool, grad, places, grad_weight, grad_images, spread):
+def gradients(weight, images, starts, step, pool, grad, indices, grad_weight, grad_images, unpooled):
     """Adds to grad_weight [b, O, K], and to grad_images [b, numbers] unless that is empty, from grad [b, O, h', w', q].
 
-    weight [b, K, O]: transposed; spread [O, h, n] is scratch memory.
+    weight [b, K, O]: transposed; unpooled [O, h, n] is scratch memory.
     """
-    outputs, rows, n = spread.shape
+    outputs, rows, n = unpooled.shape
     channels = np.arange(outputs) * (rows * n)
     for b in range(len(weight)):
         image = images[b % len(images)]
         for o in range(outputs):
             if pool > 1:
-                _unpool(grad[b, o], places[b, o], pool, spread[o])
+                _unpool(grad[b, o], indices[b, o], pool, unpooled[o])
             else:
-                spread[o] = grad[b, o].reshape((rows, n))
+                unpooled[o] = grad[b, o].reshape((rows, n))
             for y in range(rows):
-                _add_products(grad_weight[b, o], spread[o, y], image, starts, y * step)
+                _add_products(grad_weight[b, o], unpooled[o, y], image, starts, y * step)
         if len(grad_images):
-            flat = spread.reshape(-1)
+            flat = unpooled.reshape(-1)
             for t in range(len(starts)):
                 for y in range(rows):
                     start = starts[t] + y * step
