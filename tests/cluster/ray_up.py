@@ -121,15 +121,14 @@ def main(folder: Path, wheels: Path) -> None:
     must(f"{launcher} up -y --no-config-cache {cluster}", timeout=900, RAY_AUTH_MODE="token")
     found["up_seconds"] = round(time.monotonic() - began, 1)
     ray = f"{home}/venv/bin/ray"
-    found["synced"] = (home / "distrecon" / "pyproject.toml").exists()
+    found["synced"] = (home / "distrecon" / "distrecon" / "zoos").exists()
     found["installed"] = must(f"{home}/venv/bin/pip list --format=freeze").split()
     found["token_mode"] = oct((home / ".ray" / "auth_token").stat().st_mode & 0o777)
     found["mlflow"] = mlflow_answers(120)
     (home / "space.yaml").write_text(SPACE)
     job = f"{ray} job submit --address http://127.0.0.1:8265"
     work = f"python -m distrecon.tune --address auto --space {home}/space.yaml --out {home}/runs/small"
-    submitted = sh(f"{job} -- {work}", RAY_AUTH_MODE="token")
-    found["job"], found["job_output"] = submitted.returncode, submitted.stdout[-3000:]
+    must(f"{job} -- {work}", timeout=400, RAY_AUTH_MODE="token")
     must(f"{launcher} rsync-down {cluster} {home}/runs/small/ {folder}/fetched/", RAY_AUTH_MODE="token")
     found["summary"] = json.loads((folder / "fetched" / "summary.json").read_text())["sweeps"][0]["trials"]
     found["mlflow_runs"] = mlflow_runs()

@@ -125,3 +125,8 @@ def test_pins_are_versions_that_the_project_allows_and_runs_with(cluster):
         assert pin.operator == "=="
         assert pin.version in ranges[name]
         assert pin.version == version(name).split("+")[0]
+
+
+def test_every_package_reaches_the_nodes(cluster):
+    packages = {path.name for path in (CHECKOUT / "distrecon").rglob("*") if path.is_dir()} - {"__pycache__"}
+    assert not packages & set(cluster["rsync_exclude"])  # a name without a leading slash is left out at every level
