@@ -136,7 +136,7 @@ def main(folder: Path, wheels: Path) -> None:
     servers = processes("[m]lflow server --host")
     must(f"{launcher} up -y --no-config-cache {cluster}", timeout=900, RAY_AUTH_MODE="token")
     found["same_mlflow"] = processes("[m]lflow server --host") == servers
-    must("pkill -9 -f 'bin/[m]lflow server --host'; pkill -9 -f '[u]vicorn|[m]ultiprocessing' || true")
+    must("pkill -9 -f '^[^ ]*python[^ ]* [^ ]*mlflow server'; pkill -9 -f 'mlflow[.]server' || true")
     time.sleep(2)
     found["mlflow_again"] = mlflow_answers(120)
     wrong = folder / "wrong_token"
