@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distrecon.autoencoder.novelty import agreement_matrix
 from distrecon.images import LabelledImages
-from distrecon.images.queries import inputs_for
+from distrecon.images.queries import inputs_and_labels
 from distrecon.nets import Architecture, align, evaluate, outputs
 
 ALIGNED = 64  # reconstructions that are matched to their originals for the aligned distance
@@ -28,11 +28,11 @@ def compare(
     - weight_l2 as they stand, weight_l2_aligned after matching units (the first 64 models);
     - output_mse: mean squared difference of logits.
     """
-    inputs = inputs_for(arch, test.images)
-    original = evaluate(arch, original_BP, inputs, test.labels_Q)
-    rebuilt = evaluate(arch, reconstructed_BP, inputs, test.labels_Q)
+    inputs, labels_Q = inputs_and_labels(arch, test)
+    original = evaluate(arch, original_BP, inputs, labels_Q)
+    rebuilt = evaluate(arch, reconstructed_BP, inputs, labels_Q)
     same_BQ = original.predictions_BQ == rebuilt.predictions_BQ
-    wrong_BQ = original.predictions_BQ != test.labels_Q
+    wrong_BQ = original.predictions_BQ != labels_Q
     errs_B = wrong_BQ.any(1)
     on_errors_B = (same_BQ & wrong_BQ).sum(1)[errs_B] / wrong_BQ.sum(1)[errs_B]
     matrix_BB = agreement_matrix(rebuilt.predictions_BQ, original.predictions_BQ, arch.num_outputs)

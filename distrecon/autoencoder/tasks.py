@@ -23,7 +23,7 @@ from distrecon.zoos.models import Models
 
 GRADIENT_MODELS, GRADIENT_QUERIES = 32, 64
 
-Show = Callable[[str, int, int], None]  # told of each stage that begins: its name, how many are done, of how many
+Show = Callable[[str, int, int], None]  # called when a stage begins, with its name, how many are done, of how many
 
 
 @dataclass(frozen=True)

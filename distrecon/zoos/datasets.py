@@ -1,6 +1,6 @@
 """The images that published zoos bring along: `dataset.pt`, where it holds tensors or torch's own TensorDataset.
 
-Files that hold anything else (datasets of somebody's classes) are refused.
+Files that hold anything else (datasets of other classes) are refused.
 """
 
 import io

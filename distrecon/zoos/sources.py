@@ -103,7 +103,7 @@ def _list(store: Store, folder: str) -> tuple[list[str], list[str]]:
 
 
 def _trials(store: Store, folder: str, folders: list[str], depth: int) -> Iterator[str]:
-    """Folders of models below a folder. Names as Ray Tune gives them are believed without a look inside."""
+    """Folders of models below a folder. Names as Ray Tune gives them are taken without opening them."""
     for name in folders:
         path = f"{folder}/{name}".lstrip("/")
         if "_trainable_" in name:
@@ -174,7 +174,7 @@ class TuneTree:
 class FileFolder:
     """Checkpoint files side by side, with the rows of a table of properties by file name, if there is one.
 
-    A row tells model_id and epoch; without them, `net7_epoch_20.pt` is epoch 20 of `net7`.
+    A row names model_id and epoch; without them, `net7_epoch_20.pt` is epoch 20 of `net7`.
     """
 
     store: Store
