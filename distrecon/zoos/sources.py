@@ -10,6 +10,7 @@ line an epoch) and `checkpoint_000020/checkpoints` (a state dict).
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -267,9 +268,14 @@ def problem(metrics: Metrics | None) -> str | None:
     missing = [metric for metric in REQUIRED if metrics.get(metric) is None]
     if missing:
         return f"missing metrics ({', '.join(missing)})"
-    for metric, value in metrics.items():
-        if value is not None and value - value != 0:  # NaN or infinite
-            return f"non-finite metrics ({metric} is {value})"
-        if metric in ACCURACIES and value is not None and not 0 <= value <= 1:
-            return f"impossible metrics ({metric} is {value}, not a share)"
+    reasons = (impossible(metric, value) for metric, value in metrics.items())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def impossible(metric: str, value: float | None) -> str | None:
+    """Why a metric cannot have this value, or None; an unknown value is no problem."""
+    if value is not None and not math.isfinite(value):
+        return f"non-finite metrics ({metric} is {value})"
+    if value is not None and metric in ACCURACIES and not 0 <= value <= 1:
+        return f"impossible metrics ({metric} is {value}, not a share)"
     return None
