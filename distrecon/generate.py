@@ -15,7 +15,6 @@ from distrecon.autoencoder.samplers import SAMPLERS
 from distrecon.autoencoder.scoring import zoo_index
 from distrecon.autoencoder.tasks import encode_models
 from distrecon.errors import UserError
-from distrecon.images.queries import inputs_and_labels
 from distrecon.nets import evaluate
 from distrecon.zoos import Zoo, open_zoo
 
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> console.Answer:
         autoencoder, train.theta_BP[good_N], z_N, images, tasks, sampler, seed, index
     )
     theta_MP = theta_MP[: args.count]
-    accuracy_M = evaluate(arch, theta_MP, *inputs_and_labels(arch, images.test)).accuracy_B
+    accuracy_M = evaluate(arch, theta_MP, images.test.images, images.test.labels_Q).accuracy_B
     progress.done(f"{len(theta_MP)} models")
     request = {"autoencoder": str(args.autoencoder), "zoo": str(zoo.store), "sampler": sampler, "seed": seed}
     folder = runs.create(args.out, "generate", request)

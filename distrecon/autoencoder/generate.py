@@ -21,8 +21,7 @@ from distrecon.autoencoder.model import Autoencoder, check_finite
 from distrecon.autoencoder.samplers import sample
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
-from distrecon.images.queries import inputs_and_labels
-from distrecon.nets import Architecture, align, evaluate, fit, outputs
+from distrecon.nets import Architecture, align, evaluate, fit, inputs_for, outputs
 from distrecon.zoos.models import Models
 
 NOISE_SCALES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # in deviations of a layer's weights
@@ -31,7 +30,7 @@ FINETUNE_LR = 1e-3
 
 def best_states(arch: Architecture, models: Models, images: ImageSet) -> Tensor:
     """Position of the best state of each model, best model first, by accuracy on validation images."""
-    accuracy_B = evaluate(arch, models.theta_BP, *inputs_and_labels(arch, images.validation)).accuracy_B
+    accuracy_B = evaluate(arch, models.theta_BP, images.validation.images, images.validation.labels_Q).accuracy_B
     first: dict[str, int] = {}
     for i in accuracy_B.argsort(descending=True, stable=True).tolist():
         first.setdefault(models.model_id[i], i)
@@ -65,7 +64,7 @@ class Judge:
         heldout_BP, reference_P = test.theta_BP[good], train.theta_BP[0]
         train_NP = align(arch, train.theta_BP, reference_P)
         distance_B = novelty.nearest_aligned(arch, heldout_BP, train_NP, reference_P, config.candidates)
-        best = evaluate(arch, train.theta_BP[best_N], *inputs_and_labels(arch, images.test))
+        best = evaluate(arch, train.theta_BP[best_N], images.test.images, images.test.labels_Q)
         wrong_NQ = best.predictions_BQ != images.test.labels_Q
         return Judge(
             arch, images, config, reference_P, train_NP, wrong_NQ, heldout_BP, float(distance_B.mean().clamp_min(1e-12))
@@ -75,7 +74,7 @@ class Judge:
         """Metrics of generated models, without prefix, and their accuracies [M]."""
         check_finite(theta_MP, "generate")
         arch, config = self.arch, self.config
-        judged = evaluate(arch, theta_MP, *inputs_and_labels(arch, self.images.test))
+        judged = evaluate(arch, theta_MP, self.images.test.images, self.images.test.labels_Q)
         distance_M = novelty.nearest_aligned(arch, theta_MP, self.train_NP, self.reference_P, config.candidates)
         wrong_MQ = judged.predictions_BQ != self.images.test.labels_Q
         metrics = {
@@ -116,7 +115,7 @@ def generate_models(
     with torch.no_grad():
         theta_MP = autoencoder.decode(drawn, zoo=zoo).float().cpu()
     if config.select > 1:
-        accuracy_M = evaluate(arch, theta_MP, *inputs_and_labels(arch, images.validation)).accuracy_B
+        accuracy_M = evaluate(arch, theta_MP, images.validation.images, images.validation.labels_Q).accuracy_B
         theta_MP = theta_MP[accuracy_M.argsort(descending=True, stable=True)[: config.samples]]
     theta_MP = finetuned(arch, theta_MP, images, config.finetune_epochs, seed)
     return theta_MP, 1000 * (perf_counter() - start) / len(theta_MP)
@@ -138,8 +137,9 @@ def finetuned(arch: Architecture, theta_MP: Tensor, images: ImageSet, epochs: in
     """All models after `epochs` epochs of Adam on the training images, batched."""
     if not epochs:
         return theta_MP
+    inputs = inputs_for(arch, images.train.images)
     lr_M = torch.full((len(theta_MP),), FINETUNE_LR)
-    for epoch in fit(arch, theta_MP, *inputs_and_labels(arch, images.train), epochs=epochs, lr_B=lr_M, seed=seed):
+    for epoch in fit(arch, theta_MP, inputs, images.train.labels_Q, epochs=epochs, lr_B=lr_M, seed=seed):
         last = epoch
     return last.theta_BP.clone()
 
@@ -170,7 +170,7 @@ def matched_noise(
 
     def gap(scale: float) -> float:
         noisy_MP = noisy(good_NP, std_P, scale, count, seed)
-        scores = evaluate(arch, noisy_MP, *inputs_and_labels(arch, images.validation))
+        scores = evaluate(arch, noisy_MP, images.validation.images, images.validation.labels_Q)
         return abs(float(scores.accuracy_B.mean()) - accuracy)
 
     return min(NOISE_SCALES, key=gap)
@@ -211,7 +211,7 @@ def generate(
         headline = theta_MP if headline is None else headline
     assert headline is not None
     std_P = autoencoder.fitted(zoo, "std_P").float().cpu()
-    reached = float(evaluate(arch, headline, *inputs_and_labels(arch, images.validation)).accuracy_B.mean())
+    reached = float(evaluate(arch, headline, images.validation.images, images.validation.labels_Q).accuracy_B.mean())
     scale = matched_noise(arch, good_NP, std_P, reached, images, config.samples, seed)
     metrics["generate/baseline_noise/scale"] = scale
     report("generate/baseline_noise", noisy(good_NP, std_P, scale, config.samples, seed))

@@ -17,8 +17,7 @@ from distrecon.autoencoder.predict import predict
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
-from distrecon.images.queries import inputs_for
-from distrecon.nets import Architecture
+from distrecon.nets import Architecture, inputs_for
 from distrecon.zoos.models import Models
 
 GRADIENT_MODELS, GRADIENT_QUERIES = 32, 64

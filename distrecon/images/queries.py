@@ -13,14 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrecon.errors import UserError, nearest
-from distrecon.images.labelled import LabelledImages
 from distrecon.images.sets import IMAGE_SETS, ImageSet, load
 from distrecon.nets import Architecture, inputs_for
-
-
-def inputs_and_labels(arch: Architecture, part: LabelledImages) -> tuple[Tensor, Tensor]:
-    """Inputs [Q, ...] in the shape that the architecture reads and classes [Q]: what `nets.evaluate` and `fit` take."""
-    return inputs_for(arch, part.images), part.labels_Q
 
 
 def _data(images: Tensor, count: int, generator: torch.Generator) -> Tensor:

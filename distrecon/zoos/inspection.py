@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 
 from distrecon.errors import UserError, nearest
-from distrecon.images.queries import inputs_and_labels
 from distrecon.nets import evaluate
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.storage import store
@@ -114,7 +113,7 @@ def _recompute(zoo: Zoo, sample: int, seed: int, directory: str | None) -> tuple
     rows_S = np.sort(np.random.default_rng(seed).permutation(zoo.num_states)[:sample])
     table = pa.concat_tables([t.select(["model_id", "epoch", "test_accuracy"]) for t in zoo.tables()]).take(rows_S)
     theta_SP = torch.from_numpy(zoo.read_rows(rows_S))
-    scores = evaluate(arch, theta_SP, *inputs_and_labels(arch, images.test))
+    scores = evaluate(arch, theta_SP, images.test.images, images.test.labels_Q)
     problems, known = [], 0
     for row, found in zip(table.to_pylist(), scores.accuracy_B.tolist(), strict=True):
         if row["test_accuracy"] is None:

@@ -19,8 +19,7 @@ from torch import Tensor
 from distrecon import config as configuration
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, load
-from distrecon.images.queries import inputs_and_labels
-from distrecon.nets import Architecture, evaluate, fit, initialise
+from distrecon.nets import Architecture, evaluate, fit, initialise, inputs_for
 from distrecon.zoos import build
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.settings import ModelPlan, ZooConfig, groups
@@ -131,8 +130,8 @@ def _fit_group(
     """The states at the checkpoint epochs, and every epoch's metrics."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    parts = (inputs_and_labels(arch, part) for part in (images.train, images.validation, images.test))
-    train, validation, test = ((inputs.to(device), labels_Q.to(device)) for inputs, labels_Q in parts)
+    parts = (images.train, images.validation, images.test)
+    train, validation, test = ((inputs_for(arch, p.images).to(device), p.labels_Q.to(device)) for p in parts)
     models = group.models
     theta_BP = initialise(arch, [m.initialisation for m in models], [m.seed for m in models], [m.scale for m in models])
     checkpoints, history = [], []

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from distrecon.errors import UserError, nearest
 from distrecon.images import ImageSet, load
-from distrecon.images.queries import inputs_for
-from distrecon.nets import Architecture
+from distrecon.nets import Architecture, inputs_for
 from distrecon.zoos import datasets
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.sources import impossible

@@ -10,7 +10,6 @@ from distrecon.autoencoder import Training, ZooSample, generate, novelty, predic
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import LabelledImages
-from distrecon.images.queries import inputs_and_labels
 from distrecon.nets import align, architecture, evaluate, permute, random_permutation
 from tests.autoencoder.small import as_models, random_models, related_models, tiny
 
@@ -276,7 +275,7 @@ def test_best_states_are_one_a_model_and_in_order(arch, splits, images):
     ids = [f"m{i // 3}" for i in range(len(train))]
     best = generate.best_states(arch, replace(train, model_id=ids), images)
     assert sorted(ids[i] for i in best) == sorted(set(ids))
-    accuracy_B = evaluate(arch, train.theta_BP, *inputs_and_labels(arch, images.validation)).accuracy_B
+    accuracy_B = evaluate(arch, train.theta_BP, images.validation.images, images.validation.labels_Q).accuracy_B
     assert (accuracy_B[best].diff() <= 0).all()
     for i in best.tolist():
         siblings = [j for j, name in enumerate(ids) if name == ids[i]]
@@ -291,7 +290,7 @@ def test_selection_on_validation_images_and_fine_tuning_help(autoencoder, arch, 
     def mean_accuracy(part, **values):
         settings = tiny(**values).tasks
         theta_MP, _ = generate.generate_models(autoencoder, train.theta_BP, z, images, settings, "gaussian")
-        return float(evaluate(arch, theta_MP, *inputs_and_labels(arch, part)).accuracy_B.mean())
+        return float(evaluate(arch, theta_MP, part.images, part.labels_Q).accuracy_B.mean())
 
     assert mean_accuracy(images.validation, tasks__select=8) > mean_accuracy(images.validation)
     assert mean_accuracy(images.test, tasks__finetune_epochs=4) > mean_accuracy(images.test) + 0.05

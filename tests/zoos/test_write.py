@@ -11,7 +11,6 @@ import torch
 import distrecon
 from distrecon import UserError, write_zoo
 from distrecon.images import ImageSet, LabelledImages
-from distrecon.images.queries import inputs_and_labels
 from distrecon.nets import architecture, evaluate
 from distrecon.zoos import inspection
 from distrecon.zoos import write as writing
@@ -85,7 +84,7 @@ def random_images() -> ImageSet:
 
 def test_an_image_set_of_your_own_is_stored_with_the_zoo(tmp_path: Path) -> None:
     images = random_images()
-    accuracy_S = evaluate(ARCH, THETA_SP.float(), *inputs_and_labels(ARCH, images.test)).accuracy_B
+    accuracy_S = evaluate(ARCH, THETA_SP.float(), images.test.images, images.test.labels_Q).accuracy_B
     zoo = write(tmp_path, images=images, test_accuracy=accuracy_S)
     for part in ("train", "validation", "test"):
         assert torch.equal(getattr(zoo.images(), part).images, getattr(images, part).images)
