@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from distrecon import config, console, launch, runs, single
+from distrecon.autoencoder.scoring import check_memory, score, zoo_index
 from distrecon.cluster import session
-from distrecon.cluster.scoring import check_memory, score, zoo_index
 from distrecon.config import parse_assignments
 from distrecon.zoos import open_zoo
 

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from distrecon import console, runs
-from distrecon.autoencoder.generate import best_states, generate_models, scores, top
+from distrecon.autoencoder.generate import best_states, generate_models, top
 from distrecon.autoencoder.samplers import SAMPLERS
+from distrecon.autoencoder.scoring import zoo_index
 from distrecon.autoencoder.tasks import encode_models
-from distrecon.cluster.scoring import zoo_index
 from distrecon.errors import UserError
+from distrecon.nets import evaluate
 from distrecon.zoos import Zoo, open_zoo
 
 EXAMPLES = """examples:
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> console.Answer:
         autoencoder, train.theta_BP[good_N], z_N, images, tasks, sampler, seed, index
     )
     theta_MP = theta_MP[: args.count]
-    accuracy_M = scores(arch, theta_MP, images.test).accuracy_B
+    accuracy_M = evaluate(arch, theta_MP, images.test.images, images.test.labels_Q).accuracy_B
     progress.done(f"{len(theta_MP)} models")
     request = {"autoencoder": str(args.autoencoder), "zoo": str(zoo.store), "sampler": sampler, "seed": seed}
     folder = runs.create(args.out, "generate", request)

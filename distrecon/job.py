@@ -17,9 +17,9 @@ from typing import Any
 
 from distrecon import config as configuration
 from distrecon import report, runs, tables, tracking
+from distrecon.autoencoder.scoring import check_memory
 from distrecon.cluster import session
 from distrecon.cluster.journal import SweepRecord, read_sweep
-from distrecon.cluster.scoring import check_memory
 from distrecon.cluster.space import Sweep, read_space
 from distrecon.cluster.sweeps import Place, check_resources, run_sweeps
 from distrecon.console import Progress, time_left

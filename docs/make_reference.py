@@ -1,5 +1,5 @@
-"""Writes docs/settings.md, every setting of the configuration classes with its type, default and comment, and the
-tables of options in docs/commands.md.
+"""Writes docs/settings.md, every setting of the configuration classes with its type, default, range and meaning, and
+the tables of options in docs/commands.md.
 
 python docs/make_reference.py            # write
 python docs/make_reference.py --check    # fail when a file is out of date
@@ -39,7 +39,7 @@ def comments(kind: type) -> dict[str, str]:
 
 def rows(kind: type, prefix: str = "") -> list[str]:
     """A table row a leaf of the nested dataclass."""
-    hints, notes, lines = typing.get_type_hints(kind), comments(kind), []
+    hints, notes, rules, lines = typing.get_type_hints(kind), comments(kind), config.settings(kind), []
     for field in dataclasses.fields(kind):
         annotation = hints[field.name]
         if dataclasses.is_dataclass(annotation):
@@ -50,8 +50,10 @@ def rows(kind: type, prefix: str = "") -> list[str]:
         type_name = (
             getattr(annotation, "__name__", str(annotation)) if not typing.get_args(annotation) else str(annotation)
         )
-        note = notes.get(field.name, "").replace("|", "\\|")
-        lines.append(f"| `{prefix}{field.name}` | {type_name.replace('|', 'or')} | `{shown}` | {note} |")
+        rule = rules[field.name]
+        note = (rule.about or notes.get(field.name, "")).replace("|", "\\|")
+        values = rule.range if rule.choices is None else ", ".join(f"`{name}`" for name in rule.choices)
+        lines.append(f"| `{prefix}{field.name}` | {type_name.replace('|', 'or')} | `{shown}` | {values} | {note} |")
     return lines
 
 
@@ -59,7 +61,12 @@ def settings() -> str:
     parts = [HEAD]
     kinds = {f"kind: {name}": kind.config_type for name, kind in KINDS.items()}
     for title, kind in {**kinds, "zoos (distrecon.zoo train)": ZooConfig}.items():
-        parts += [f"\n## {title}\n", "| setting | type | default | |", "| --- | --- | --- | --- |", *rows(kind)]
+        parts += [
+            f"\n## {title}\n",
+            "| setting | type | default | values | |",
+            "| --- | --- | --- | --- | --- |",
+            *rows(kind),
+        ]
     for name, kind in KINDS.items():
         parts.append(f"\nObjectives of {name} (`metric`): {', '.join(f'`{m}`' for m in kind.metrics)}.")
     return "\n".join(parts) + "\n"

@@ -17,7 +17,6 @@ from distrecon import figures
 from distrecon.autoencoder import generate
 from distrecon.autoencoder.config import TasksConfig
 from distrecon.autoencoder.model import decode_latents, encode_models
-from distrecon.autoencoder.refine import refine
 
 CODER: Values = RESIDUAL | {"optim.epochs": 2}
 UNTRAINED: Values = {"model.kind": "fisher_pca"}
@@ -115,7 +114,7 @@ class Maker:
 
         def make() -> Tensor:
             targets_MQC = generate.teacher_targets(plain, self.good_NP, count, TEACHERS, self.seed, 0)
-            return decode_latents(plain, refine(plain, first, targets_MQC, steps, 0, self.seed, rate))
+            return decode_latents(plain, plain.refine(first, targets_MQC, steps, 0, self.seed, rate))
 
         return make
 

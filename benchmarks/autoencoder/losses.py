@@ -2,6 +2,7 @@
 
 from benchmarks.autoencoder.bench import Bench, Column, Row, Tables, percent
 from distrecon.autoencoder import generate, run_tasks
+from distrecon.nets import evaluate
 
 COMBINATIONS = ("C+S", "B", "C+B", "S+B", "C+S+B")
 FINETUNE_EPOCHS = 5  # as in the paper
@@ -39,7 +40,7 @@ def _combination(bench: Bench, terms: str, seed: int) -> list[Row]:
     done = run_tasks(autoencoder, zoo.train, zoo.validation, zoo.test, zoo.images)
     found, best = done.metrics, float(zoo.test.test_accuracy_B.max())
     tuned_MP = generate.finetuned(zoo.arch, done.generated_theta_BP, zoo.images, FINETUNE_EPOCHS, seed)
-    tuned_M = generate.scores(zoo.arch, tuned_MP, zoo.images.test).accuracy_B
+    tuned_M = evaluate(zoo.arch, tuned_MP, zoo.images.test.images, zoo.images.test.labels_Q).accuracy_B
     keys = [column.key for columns in TABLES.values() for column in columns if column.key in found]
     row: Row = {key: found[key] for key in [*keys, "generate/accuracy_mean", "reconstruct/accuracy_mean"]}
     row |= {

@@ -11,7 +11,6 @@ from distrecon import config as configuration
 from distrecon.autoencoder import Autoencoder, AutoencoderConfig, ZooSample
 from distrecon.autoencoder.model import decode_latents, encode_models, statistics
 from distrecon.autoencoder.reconstruct import compare
-from distrecon.autoencoder.refine import refine
 from distrecon.nets import outputs
 
 STRUCTURAL: Values = {"model.fisher_metric": "structural"}
@@ -134,7 +133,7 @@ def _control(zoo: Zoo, autoencoder: Autoencoder, start: dict[int, Tensor], name:
         z = start[id(theta_BP)][:count]
         for z_part, theta_part in zip(z.split(CHUNK), theta_BP[:count].split(CHUNK), strict=True):
             targets_BQC = outputs(zoo.arch, theta_part, queries).softmax(2)
-            parts.append(refine(autoencoder, z_part, targets_BQC, k, 0, learning_rate=rate))
+            parts.append(autoencoder.refine(z_part, targets_BQC, k, 0, learning_rate=rate))
         return decode_latents(autoencoder, torch.cat(parts))
 
     def agreement(rate: float) -> float:

@@ -15,10 +15,10 @@ import torch
 
 from distrecon import config as configuration
 from distrecon.autoencoder.model import ZooSample
-from distrecon.autoencoder.training import Batch, Training
+from distrecon.autoencoder.scoring import score
+from distrecon.autoencoder.training import Training
 from distrecon.cluster.artifacts import FINISHED, upload
 from distrecon.cluster.kinds import AutoencoderRun
-from distrecon.cluster.scoring import score
 from distrecon.zoos import Zoo
 from distrecon.zoos.stream import plan, stream
 
@@ -103,14 +103,11 @@ def train_epochs(
     asked = started
     for batch in batches:
         waited += time.monotonic() - asked
-        step = Batch(
-            batch.epoch, batch.step, batch.zoo_index, batch.row_b, batch.theta_bP, batch.global_size, batch.offset
-        )
-        for key, value in training.step(step).items():
+        for key, value in training.step(batch).items():
             sums[key] += value * batch.global_size
         seen += batch.global_size
         asked = time.monotonic()
-        if batch.step + 1 == batch.steps:
+        if batch.last:
             spent = asked - started
             means = {key: value / seen for key, value in sums.items()}
             yield (

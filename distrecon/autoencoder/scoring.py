@@ -1,4 +1,4 @@
-"""Scores an autoencoder on a zoo and leaves it behind with its arrays and generated models; no Ray needed."""
+"""Scores an autoencoder on a zoo and stores it with the tasks' arrays and the generated models."""
 
 import time
 from pathlib import Path
@@ -28,7 +28,7 @@ def zoo_index(autoencoder: Autoencoder, zoo: Zoo) -> int:
     )
 
 
-COPIES = 3  # of a zoo's weights, held at once to score: as read, in canonical order, aligned for novelty
+COPIES = 3  # of a zoo's weights, in memory at once to score: as read, in canonical order, aligned for novelty
 
 
 def check_memory(zoo: Zoo, has: float) -> None:

@@ -7,13 +7,14 @@ Legend: B models, P parameters, T tokens, D token size, W width, Z latent number
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distrecon.autoencoder import fisher
-from distrecon.autoencoder.config import ModelConfig
+from distrecon.autoencoder.coder import Coder, CoderConfig
 from distrecon.autoencoder.transformer import Block, Positions, Projection
 from distrecon.nets import Architecture
 
@@ -27,7 +28,7 @@ def _zero(layer: nn.Linear) -> nn.Linear:
 class Residual(nn.Module):
     """Corrections to latents and weights of one architecture, zero at the start."""
 
-    def __init__(self, config: ModelConfig, arch: Architecture, latents: int) -> None:
+    def __init__(self, config: CoderConfig, arch: Architecture, latents: int) -> None:
         super().__init__()
         self.arch, self.latents, width = arch, latents, config.width
         self.slot = -(-latents // arch.num_tokens)  # latent numbers that a token's place holds
@@ -56,48 +57,62 @@ class Residual(nn.Module):
         return self.arch.detokenize(self.decoder_out(self.decoder(hidden_BTW + self.decoder_positions(0))))
 
 
-class FisherCoder(nn.Module):
+class FisherPCA(Coder):
     """Standardised weights [B, P] -> latents [B, Z] -> standardised weights, one linear map for each architecture."""
 
+    fit = staticmethod(fisher.fit)
+
     def __init__(
-        self, config: ModelConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]
+        self, config: CoderConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]
     ) -> None:
-        super().__init__()
-        self._fitted = list(fitted)  # the autoencoder's own buffers, which a list keeps from being saved twice
+        super().__init__(config, architectures, fitted)
         self.sizes = [fisher.latent_size(tensors) for tensors in fitted]
         self.projections = nn.ModuleList(Projection(size, config.projection) for size in self.sizes)
-        self.residuals: nn.ModuleList | None = None
-        if config.kind == "fisher_residual":
-            pairs = zip(architectures, self.sizes, strict=True)
-            self.residuals = nn.ModuleList(Residual(config, arch, size) for arch, size in pairs)
 
     def latent_shape(self, zoo: int) -> tuple[int, ...]:
         return (self.sizes[zoo],)
 
     def behavioral_scale(self, zoo: int) -> Tensor:
-        """[Z]: what a latent number must be multiplied by for equal steps to change the outputs about equally."""
-        return self._fitted[zoo]["scale_Z"]
+        """[Z]: the latents' deviations in the behavioural metric, by which they were divided."""
+        return self.fitted[zoo]["scale_Z"]
 
-    def flat_noise(self, noise_BZ: Tensor, zoo: int) -> Tensor:
-        """White noise in the behavioural scale, turned to where weights move much and outputs little."""
-        return fisher.flattened(self._fitted[zoo], noise_BZ.to(self._fitted[zoo]["scale_Z"])).to(noise_BZ)
+    def flat_noise(self, noise_BF: Tensor, zoo: int) -> Tensor:
+        return fisher.flattened(self.fitted[zoo], noise_BF.to(self.fitted[zoo]["scale_Z"])).to(noise_BF)
 
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
         """z[B, Z]."""
         with torch.autocast(x_BP.device.type, enabled=False):  # bf16 would round the linear map away
-            z_BZ = fisher.encode(self._fitted[zoo], x_BP.to(self._fitted[zoo]["center_P"].dtype))
-        if self.residuals is None:
-            return z_BZ
-        return z_BZ + self.residuals[zoo].latent(x_BP).to(z_BZ)  # type: ignore[operator]
+            return fisher.encode(self.fitted[zoo], x_BP.to(self.fitted[zoo]["center_P"].dtype))
 
     def decode(self, z_BZ: Tensor, zoo: int) -> Tensor:
         """Standardised weights [B, P]."""
         with torch.autocast(z_BZ.device.type, enabled=False):
-            linear_BP = fisher.decode(self._fitted[zoo], z_BZ.to(self._fitted[zoo]["center_P"].dtype))
-        if self.residuals is None:
-            return linear_BP
-        return linear_BP + self.residuals[zoo].weights(z_BZ, linear_BP).to(linear_BP)  # type: ignore[operator]
+            return fisher.decode(self.fitted[zoo], z_BZ.to(self.fitted[zoo]["center_P"].dtype))
 
     def project(self, z_BZ: Tensor, zoo: int) -> Tensor:
         """[B, J] for the contrastive loss."""
         return self.projections[zoo](z_BZ[:, None])
+
+
+class FisherResidual(FisherPCA):
+    """The linear maps of `FisherPCA`, corrected by a `Residual` for each architecture."""
+
+    def __init__(
+        self, config: CoderConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        super().__init__(config, architectures, fitted)
+        pairs = zip(architectures, self.sizes, strict=True)
+        self.residuals = nn.ModuleList(Residual(config, arch, size) for arch, size in pairs)
+
+    def residual(self, zoo: int) -> Residual:
+        return cast(Residual, self.residuals[zoo])
+
+    def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
+        """z[B, Z]."""
+        z_BZ = super().encode(x_BP, zoo)
+        return z_BZ + self.residual(zoo).latent(x_BP).to(z_BZ)
+
+    def decode(self, z_BZ: Tensor, zoo: int) -> Tensor:
+        """Standardised weights [B, P]."""
+        linear_BP = super().decode(z_BZ, zoo)
+        return linear_BP + self.residual(zoo).weights(z_BZ, linear_BP).to(linear_BP)
