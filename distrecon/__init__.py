@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from distrecon.errors import UserError
     from distrecon.expand_cluster import recover
+    from distrecon.kinds.autoencoder import load_autoencoder
     from distrecon.nets import Architecture, architecture
-    from distrecon.runs import load_autoencoder
     from distrecon.zoos import Zoo, open_zoo
     from distrecon.zoos.importing import import_zoo
 
@@ -27,7 +27,7 @@ _HOMES = {
     "Zoo": "distrecon.zoos",
     "open_zoo": "distrecon.zoos",
     "import_zoo": "distrecon.zoos.importing",
-    "load_autoencoder": "distrecon.runs",
+    "load_autoencoder": "distrecon.kinds.autoencoder",
     "recover": "distrecon.expand_cluster",
     "UserError": "distrecon.errors",
 }

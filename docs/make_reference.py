@@ -15,7 +15,7 @@ import typing
 from pathlib import Path
 
 from distrecon import config
-from distrecon.cluster.kinds import KINDS
+from distrecon.kinds import KINDS
 from distrecon.zoos.settings import ZooConfig
 
 SETTINGS, COMMANDS = (Path(__file__).with_name(f"{name}.md") for name in ("settings", "commands"))

@@ -155,8 +155,18 @@ def test_the_trained_autoencoder_evaluates_and_generates(smoke, capsys, monkeypa
     assert generate.main(["--autoencoder", "out", "--count", "3", "--out", "generated", "--json"]) == DONE
     made = json.loads(Path("generated/summary.json").read_text())
     printed = {"command": "distrecon.generate", "exit_code": DONE, "folder": str(smoke[0] / "generated")}
-    assert json.loads(capsys.readouterr().out) == {**printed, **made}
+    document = json.loads(capsys.readouterr().out)
+    client = MlflowClient(document.pop("mlflow"))
+    assert document == {**printed, **made}
     assert len(made["models"]) == 3
+    assert (
+        made["sweeps"][0]["trials"][0]["metrics"]["generate/accuracy_mean"] == made["metrics"]["generate/accuracy_mean"]
+    )
+    assert Path("generated/report.html").read_text().count("<figure>") == 1
+    (run_,) = client.search_runs([client.get_experiment_by_name("generate").experiment_id], "tags.trial_id != ''")
+    stored = [Path(file.path).name for file in client.list_artifacts(run_.info.run_id, "model")]
+    assert stored == [Path(model["file"]).name for model in made["models"]]
+    assert len(distrecon.load_autoencoder("evaluated").architectures) == 1
     arch = distrecon.Architecture.from_dict(made["architecture"])
     test = images.load("digits").test
     for model in made["models"]:

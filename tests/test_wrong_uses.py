@@ -222,8 +222,8 @@ def test_a_stale_run_is_not_resumed(here, tmp_path, capsys, ray_session):
     space = tmp_path / "space.yaml"
     space.write_text(f"{{name: train, kind: autoencoder, space: {{zoo: {{grid: [[{zoo_folder}]]}}}}}}")
     job.prepare(job.Request(spaces=(str(space),)), str(run), "train")
-    path, request = job.reopen(str(run), "train", None)
-    assert (path, request.spaces) == (run, (str(run / "spaces/train.yaml"),))
+    folder, request = job.reopen(str(run), "train", None)
+    assert (folder.path, request.spaces) == (run, (str(run / "spaces/train.yaml"),))
     with open(run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused("another process still works on it", train.main, ["--resume", str(run)], capsys)

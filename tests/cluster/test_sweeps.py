@@ -2,9 +2,10 @@
 
 import pytest
 
-from distrecon.cluster.journal import read_sweep
 from distrecon.cluster.space import read_space
-from distrecon.cluster.sweeps import Place, run_sweeps
+from distrecon.cluster.sweeps import run_sweeps
+from distrecon.kinds import KINDS
+from distrecon.record.folder import RunFolder
 
 SPACE = """
 name: recoveries
@@ -18,14 +19,14 @@ space: {seed: {grid: [0, 1]}}
 def test_failed_trials_run_again_under_their_own_names(tmp_path):
     file = tmp_path / "space.yaml"
     file.write_text(SPACE)
-    place = Place(tmp_path / "run", str(tmp_path / "run"))
+    folder = RunFolder(tmp_path / "run")
     in_the_way = tmp_path / "run" / "trials" / "recoveries"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("a file where the trials' folder should be")
 
     def trials():
-        run_sweeps([read_space(str(file), {}, False)], place, {}, 0, lambda: None)
-        found = read_sweep(place.journal("recoveries").path).trials
+        run_sweeps([read_space(file, KINDS)], folder, {}, 0, lambda: None)
+        found = folder.read("recoveries").trials
         return list(found), [trial.status for trial in found.values()]
 
     names, statuses = trials()
