@@ -25,6 +25,12 @@ Written by `python docs/make_reference.py` from the configuration classes. The n
 and `space`), of `--set KEY=VALUE`, of MLflow's parameters and of `summary.json`.
 """
 
+METRICS_HEAD = """Those that tables show have a heading. A sweep chooses its best trial by `metric`, an objective
+(default: `{default}`, mode {mode}).
+
+| metric | heading | | objective |
+| --- | --- | --- | --- |"""
+
 
 def comments(kind: type) -> dict[str, str]:
     """Field -> the comment behind it in the source of the class or of those it extends."""
@@ -61,7 +67,10 @@ def settings() -> str:
     for title, kind in {**kinds, "zoos (distrecon.zoo train)": ZooConfig}.items():
         parts += [f"\n## {title}\n", "| setting | type | default | |", "| --- | --- | --- | --- |", *rows(kind)]
     for name, kind in KINDS.items():
-        parts.append(f"\nObjectives of {name} (`metric`): {', '.join(f'`{m}`' for m in kind.metrics)}.")
+        parts += [f"\n## metrics of {name}\n", METRICS_HEAD.format(default=kind.objective, mode=kind.mode)]
+        for metric in kind.metrics:
+            objective = "yes" if metric.objective else ""
+            parts.append(f"| `{metric.name}` | {metric.heading} | {metric.meaning} | {objective} |")
     return "\n".join(parts) + "\n"
 
 
