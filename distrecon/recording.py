@@ -175,7 +175,7 @@ def record(
     A new folder is removed when the request turns out to be wrong (UserError) and, unless the work is `resumable`, when
     it breaks off for any other reason; the error goes on.
     """
-    began, resumed = time.monotonic(), folder.begun
+    began, resumed = time.monotonic(), folder.begun or folder.stages.exists()
     try:
         with folder.locked():
             journal = folder.journal(command)

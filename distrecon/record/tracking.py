@@ -59,7 +59,7 @@ def model_folder(run_id: str) -> Path:
 
 
 class Tracker:
-    """Sends the journals of one run folder to MLflow; `sync` as often as one likes, `close` at the end.
+    """Sends the journals of one run folder to MLflow; `sync` as often as one likes.
 
     A store that does not answer is asked again after 30 s; `problem` then holds the reason in one line.
     """
