@@ -240,11 +240,11 @@ def where(outcome: Outcome, command: str, smoke: bool) -> Iterator[str]:
     """Where the report, the numbers and the MLflow runs are."""
     if smoke:
         yield "\nA smoke run: every stage ran at its smallest, the numbers mean nothing."
-    tracker, folder = outcome.tracker, console.short(outcome.folder.path)
-    yield f"\nreport   {folder}/report.html\nnumbers  {folder}/summary.json"
+    tracker, folder = outcome.tracker, outcome.folder
+    yield f"\nreport   {console.short(folder.page)}\nnumbers  {console.short(folder.summary)}"
     if tracker.problem:
         yield f"MLflow   NOT COMPLETE: {tracker.problem}\n         all metrics are in the run folder"
         if command in RESUMABLE:
-            yield f"         send the rest with python -m distrecon.{command} --resume {folder}"
+            yield f"         send the rest with python -m distrecon.{command} --resume {console.short(folder.path)}"
     else:
         yield f"MLflow   {tracker.viewer}"

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> console.Answer:
 
 
 def _write(folder: RunFolder, config: RecoveryConfig, seed: int, recovery: Recovery) -> dict[str, Any]:
-    """Writes the network and the figures' arrays; returns what summary.json says of the recovery."""
+    """Writes the network and the figures' arrays; returns the recovery's own keys of summary.json."""
     network = folder.models / NETWORK
     network.unlink(missing_ok=True)  # of an earlier start that broke off after it
     recovery.save(network)

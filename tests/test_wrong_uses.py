@@ -196,15 +196,16 @@ def test_a_trial_that_ran_out_of_memory_says_what_to_lower(line):
     assert innermost(f"Traceback (most recent call last):\n  File x\n{line}\n").startswith("out of memory: lower optim")
 
 
-def test_an_interrupted_evaluation_leaves_nothing(here, capsys, monkeypatch):
+@pytest.mark.parametrize(("command", "work"), [(evaluate, "score"), (generate, "generate")])
+def test_interrupted_work_leaves_nothing(here, capsys, monkeypatch, command, work):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "score", stop)
+    monkeypatch.setattr(command, work, stop)
     before = listing(here)
-    refused("interrupted", evaluate.main, [*ON_ZOO, "--out", "evaluation"], capsys, INTERRUPTED)
+    refused("interrupted", command.main, [*ON_ZOO, "--out", "stopped"], capsys, INTERRUPTED)
     assert listing(here) == before
-    assert not (here / "evaluation").exists()
+    assert not (here / "stopped").exists()
 
 
 def test_an_interrupted_zoo_says_how_to_go_on(here, capsys, monkeypatch, ray_session):

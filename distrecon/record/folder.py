@@ -1,14 +1,16 @@
 """Run folders: made anew by each command, never overwritten, with everything that a run leaves behind.
 
-request.json                        what was asked for; `command` says by which command
-summary.json                        every number; written last, so that it marks a finished run
-report.html  figures/*.png          what to look at
-models/                             best autoencoders, generated models, recovered networks
-sweeps/<sweep>/journal.jsonl        the record that all of the above is made of
-trials/<sweep>/<trial>/             checkpoints and artifacts (under the run's storage, where that is elsewhere)
-tune/                               Ray Tune's own state (there too)
-tracking.json                       what MLflow has got
-spaces/  stages/                    a sweep's space files; the stages of a recovery
+    request.json                        what was asked for, and by which command
+    summary.json                        every number; written last, so that it marks a finished run
+    report.html  figures/*.png          the same for reading
+    models/                             best autoencoders, generated models, recovered networks
+    sweeps/<sweep>/journal.jsonl        the record that all of the above is made of
+    trials/<sweep>/<trial>/             checkpoints and artifacts (under the run's storage, where that is elsewhere)
+    tune/                               Ray Tune's own state (there too)
+    tracking.json                       what MLflow has got
+    spaces/  stages/                    a job's space files; the stages of a recovery
+
+No other file spells these names.
 """
 
 import contextlib
