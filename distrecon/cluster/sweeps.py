@@ -120,14 +120,7 @@ def _run_sweep(
 
 
 def _tuner(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo], seed: int, journal: Journal) -> tune.Tuner:
-    trainable = tune.with_parameters(
-        run_trial,
-        kind=sweep.kind,
-        base=configuration.flatten(sweep.base),
-        zoos={name: zoos[name] for name in sweep.zoos},
-        storage=folder.trials(sweep.name),
-    )
-    trainable = tune.with_resources(trainable, dict(sweep.kind.needs(sweep.base).process))
+    trainable = _trainable(sweep, folder, zoos)
     path = f"{folder.tune}/{sweep.name}"
     if tune.Tuner.can_restore(path) and _has_state(folder.tune, sweep.name):
         return tune.Tuner.restore(
@@ -149,6 +142,26 @@ def _tuner(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo], seed: int, 
             name=sweep.name, storage_path=folder.tune, callbacks=[JournalCallback(sweep, journal)], verbose=0
         ),
     )
+
+
+def _trainable(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo]) -> Any:
+    """What Tune runs for this sweep: a function of its own, named as the sweep.
+
+    Tune keeps functions and their parameters by name; under one name a sweep would run another's trials.
+    """
+
+    def trial(values: Mapping[str, Any], **fixed: Any) -> None:
+        run_trial(values, **fixed)
+
+    trial.__name__ = trial.__qualname__ = sweep.name
+    function = tune.with_parameters(
+        trial,
+        kind=sweep.kind,
+        base=configuration.flatten(sweep.base),
+        zoos={name: zoos[name] for name in sweep.zoos},
+        storage=folder.trials(sweep.name),
+    )
+    return tune.with_resources(function, dict(sweep.kind.needs(sweep.base).process))
 
 
 def _has_state(storage: str, name: str) -> bool:
