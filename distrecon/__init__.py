@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from distrecon.errors import UserError
     from distrecon.expand_cluster import recover_network
+    from distrecon.kinds.autoencoder import load_autoencoder
     from distrecon.nets import Architecture, architecture
-    from distrecon.runs import load_autoencoder
     from distrecon.zoos import Zoo, open_zoo, write_zoo
     from distrecon.zoos.importing import import_zoo
 
@@ -28,7 +28,7 @@ _HOMES = {
     "open_zoo": "distrecon.zoos",
     "write_zoo": "distrecon.zoos",
     "import_zoo": "distrecon.zoos.importing",
-    "load_autoencoder": "distrecon.runs",
+    "load_autoencoder": "distrecon.kinds.autoencoder",
     "recover_network": "distrecon.expand_cluster",
     "UserError": "distrecon.errors",
 }

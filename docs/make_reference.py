@@ -15,7 +15,7 @@ import typing
 from pathlib import Path
 
 from distrecon import config
-from distrecon.cluster.kinds import KINDS
+from distrecon.kinds import KINDS
 from distrecon.zoos.settings import ZooConfig
 
 SETTINGS, COMMANDS = (Path(__file__).with_name(f"{name}.md") for name in ("settings", "commands"))
@@ -24,6 +24,12 @@ HEAD = """# Settings
 Written by `python docs/make_reference.py` from the configuration classes. The names are the keys of space files (`base`
 and `space`), of `--set KEY=VALUE`, of MLflow's parameters and of `summary.json`.
 """
+
+METRICS_HEAD = """Those that tables show have a heading. A sweep chooses its best trial by `metric`, an objective
+(default: `{default}`, mode {mode}).
+
+| metric | heading | | objective |
+| --- | --- | --- | --- |"""
 
 
 def comments(kind: type) -> dict[str, str]:
@@ -68,7 +74,10 @@ def settings() -> str:
             *rows(kind),
         ]
     for name, kind in KINDS.items():
-        parts.append(f"\nObjectives of {name} (`metric`): {', '.join(f'`{m}`' for m in kind.metrics)}.")
+        parts += [f"\n## metrics of {name}\n", METRICS_HEAD.format(default=kind.objective, mode=kind.mode)]
+        for metric in kind.metrics:
+            objective = "yes" if metric.objective else ""
+            parts.append(f"| `{metric.name}` | {metric.heading} | {metric.meaning} | {objective} |")
     return "\n".join(parts) + "\n"
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Tables, Values, percent
 from benchmarks.autoencoder.reconstruction import all_weights
-from distrecon import figures
 from distrecon.autoencoder import generate
 from distrecon.autoencoder.config import TasksConfig
 from distrecon.autoencoder.model import decode_latents, encode_models
+from distrecon.report import figures
 
 CODER: Values = RESIDUAL | {"optim.epochs": 2}
 UNTRAINED: Values = {"model.kind": "fisher_pca"}

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Tables, Values
-from distrecon import figures
 from distrecon.autoencoder import gradients
 from distrecon.autoencoder.model import decode_latents
+from distrecon.report import figures
 
 SCALES = (0.001, 0.01, 0.1, 0.3, 1.0)
 MODELS, QUERIES = 60, 128

@@ -8,17 +8,20 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distrecon import config as configuration
+from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
 from distrecon.autoencoder.scoring import score
 from distrecon.autoencoder.training import Training
-from distrecon.cluster.artifacts import FINISHED, upload
-from distrecon.cluster.kinds import AutoencoderRun
+from distrecon.cluster.resources import ResourcesConfig
+from distrecon.errors import UserError
+from distrecon.record.artifacts import FINISHED, upload
 from distrecon.zoos import Zoo
 from distrecon.zoos.stream import plan, stream
 
@@ -26,6 +29,27 @@ STATE = "training.pt"
 RESIZE_SECONDS = 60.0  # how often an elastic training looks for room to grow: a resize goes back to the last checkpoint
 SAMPLE = 4096  # training states that statistics and the linear start are computed from
 RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
+
+
+@dataclass(frozen=True)
+class AutoencoderRun(AutoencoderConfig):
+    """One autoencoder trial: which zoos (shipped names or folders), the autoencoder, what it takes."""
+
+    zoo: tuple[str, ...] = ("digits",)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.zoo:
+            raise UserError("zoo must name at least one zoo")
+        shards, workers = self.data.shards, self.resources.num_workers
+        if shards < workers:
+            raise UserError(f"data.shards ({shards}) must be at least resources.num_workers ({workers})")
+
+    @property
+    def autoencoder(self) -> AutoencoderConfig:
+        """What of the run belongs to the autoencoder itself, and is stored with it."""
+        return AutoencoderConfig(**{f.name: getattr(self, f.name) for f in fields(AutoencoderConfig)})
 
 
 def train_autoencoder(

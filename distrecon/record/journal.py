@@ -7,20 +7,21 @@ survives a killed driver and can be sent to a tracking store again. Events:
     {"event": "started",  "trial", "config", "time"}
     {"event": "metrics",  "trial", "epoch", "metrics", "time"}
     {"event": "finished", "trial", "status", "error", "time"}
-    {"event": "restart",  "time"}             what was told of trials before counts no more
+    {"event": "restart",  "time"}             the trials begin anew: events before it no longer count
     {"event": "done",     "time"}
 
-A resumed sweep may tell an epoch twice; readers keep the last.
+A resumed sweep may write an epoch twice; readers keep the last.
 """
 
 import json
-import math
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from distrecon.files import plain
 
 
 class Journal:
@@ -30,8 +31,8 @@ class Journal:
         self.path = path
 
     def write(self, event: str, **values: Any) -> None:
-        """Appends one event; a line is written whole or, after a crash, not read."""
-        line = json.dumps({"event": event, **_plain(values), "time": time.time()})
+        """Appends one event; a line is written whole or, after a crash, not read. Non-finite numbers become text."""
+        line = json.dumps({"event": event, **plain(values, not_finite=str), "time": time.time()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.exists() and self.path.stat().st_size > 0 and not self._ends_with_newline()
         with open(self.path, "a", encoding="utf-8") as file:
@@ -61,22 +62,9 @@ class Journal:
         return events, offset + len(whole)
 
 
-def _plain(value: Any) -> Any:
-    """JSON data; non-finite numbers become text, which readers show as they are."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if hasattr(value, "item"):
-        return _plain(value.item())
-    return value
-
-
 @dataclass
 class TrialRecord:
-    """What the journal tells of one trial."""
+    """One trial, as the journal has it."""
 
     trial: str
     config: dict[str, Any]
@@ -97,7 +85,7 @@ class TrialRecord:
 
 @dataclass
 class SweepRecord:
-    """A sweep as its journal tells it so far."""
+    """A sweep, as its journal has it so far."""
 
     name: str
     kind: str = ""

@@ -1,21 +1,19 @@
-"""report.html of the main job: one self-contained page with what was run, the tables, and figures drawn for reading."""
+"""report.html: one self-contained page with what was run, the tables, and figures drawn for reading."""
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from distrecon import figures, tables
-from distrecon.cluster.journal import SweepRecord
-from distrecon.cluster.sweeps import Place
 from distrecon.console import duration
-from distrecon.drawings import Drawing, drawings
-from distrecon.tracking import Tracker
-from distrecon.zoos.storage import store
+from distrecon.files import write_text
+from distrecon.record.artifacts import fetch
+from distrecon.record.folder import RunFolder
+from distrecon.record.journal import SweepRecord
+from distrecon.record.kind import Drawing, Kind
+from distrecon.record.tracking import Tracker
+from distrecon.report import figures, tables
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #222222; --soft: #5c5c5c; --line: #d8d8d8; --mark: #0b5fa5; }
@@ -40,55 +38,35 @@ a { color: var(--mark); }
 
 @dataclass
 class Files:
-    """What a report consists of: the page, and per sweep its figures and each trial's models."""
+    """What was drawn and fetched: per sweep its figures, and each trial's models."""
 
-    page: Path
-    summary: Path
     figures: dict[str, list[Path]] = field(default_factory=dict)
     models: dict[str, dict[str, list[Path]]] = field(default_factory=dict)
 
 
 def write(
-    folder: Path, sweeps: Sequence[SweepRecord], place: Place, about: Mapping[str, Any], tracker: Tracker
+    folder: RunFolder,
+    sweeps: Sequence[SweepRecord],
+    kinds: Mapping[str, Kind],
+    about: Mapping[str, Any],
+    tracker: Tracker,
 ) -> Files:
     """Fetches the trials' models and arrays, draws, and writes figures/*.png, models/ and report.html."""
-    files = Files(folder / "report.html", folder / "summary.json")
-    (folder / "figures").mkdir(exist_ok=True)
-    sections = []
+    files, sections = Files(), []
+    folder.figures.mkdir(exist_ok=True)
     for sweep in sweeps:
-        arrays = fetch(sweep, place, folder / "models", files)
-        made = drawings(sweep, arrays)
-        files.figures[sweep.name] = []
-        for drawing in made:
-            path = folder / "figures" / f"{sweep.name}-{drawing.name}.png"
+        stored = {
+            trial: fetch(f"{folder.trials(sweep.name)}/{trial}", folder.models / sweep.name / trial)
+            for trial in sweep.trials
+        }
+        files.models[sweep.name] = {trial: models for trial, (_, models) in stored.items()}
+        drawings = kinds[sweep.kind].drawings(sweep, {trial: arrays for trial, (arrays, _) in stored.items() if arrays})
+        files.figures[sweep.name] = [folder.figures / f"{sweep.name}-{drawing.name}.png" for drawing in drawings]
+        for drawing, path in zip(drawings, files.figures[sweep.name], strict=True):
             figures.save_png(drawing.figure, path)
-            files.figures[sweep.name].append(path)
-        sections.append(_section(sweep, made, tracker))
-    page = _page(about, sections, tracker)
-    temporary = folder / ".report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(files.page)
+        sections.append(_section(sweep, kinds[sweep.kind], drawings, tracker))
+    write_text(folder.page, _page(about, sections, tracker))
     return files
-
-
-def fetch(sweep: SweepRecord, place: Place, models: Path, files: Files) -> dict[str, dict[str, np.ndarray]]:
-    """Copies the trials' models from storage to `models`/<sweep>/<trial>/ and returns their arrays for figures."""
-    arrays: dict[str, dict[str, np.ndarray]] = {}
-    copies = files.models.setdefault(sweep.name, {})
-    for trial in sweep.trials:
-        where = store(f"{place.storage}/trials/{sweep.name}/{trial}")
-        for name in where.names("artifacts"):
-            content = where.read(name)
-            file = name.rsplit("/", 1)[-1]
-            if file == "arrays.npz":
-                with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
-                    arrays[trial] = dict(loaded)
-                continue
-            target = models / sweep.name / trial / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-            copies.setdefault(trial, []).append(target)
-    return arrays
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -111,7 +89,7 @@ def _page(about: Mapping[str, Any], sections: Sequence[str], tracker: Tracker) -
         "Seed": about["seed"],
         "Commit": about["commit"] or "not a checkout",
         "Versions": ", ".join(f"{k} {v}" for k, v in {"distrecon": about["distrecon"], **about["versions"]}.items()),
-        "MLflow": tracker.look,
+        "MLflow": tracker.viewer,
     }
     items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
     body = f"<h1>distrecon: sweeps</h1>{warning}<dl>{items}</dl>{''.join(sections)}"
@@ -122,14 +100,14 @@ def _page(about: Mapping[str, Any], sections: Sequence[str], tracker: Tracker) -
     )
 
 
-def _section(sweep: SweepRecord, made: Sequence[Drawing], tracker: Tracker) -> str:
+def _section(sweep: SweepRecord, kind: Kind, drawings: Sequence[Drawing], tracker: Tracker) -> str:
     seconds = sweep.seconds
     introduction = (
-        f"{len(sweep.trials)} trials of kind {sweep.kind} in {duration(seconds)}; "
+        f"{len(sweep.trials)} trials of kind {kind.name} in {duration(seconds)}; "
         f"objective {sweep.metric} ({sweep.mode})."
     )
-    parts = [f"<h2>{html.escape(sweep.name)}</h2><p>{html.escape(introduction)}</p>", _table(sweep, tracker)]
-    for drawing in made:
+    parts = [f"<h2>{html.escape(sweep.name)}</h2><p>{html.escape(introduction)}</p>", _table(sweep, kind, tracker)]
+    for drawing in drawings:
         svg = figures.inline_svg(drawing.figure, drawing.title, drawing.description)
         parts.append(
             f'<figure><h3>{html.escape(drawing.title)}</h3><div class="scroll">{svg}</div>'
@@ -138,11 +116,10 @@ def _section(sweep: SweepRecord, made: Sequence[Drawing], tracker: Tracker) -> s
     return "".join(parts)
 
 
-def _table(sweep: SweepRecord, tracker: Tracker) -> str:
-    columns = tables.COLUMNS[sweep.kind]
-    head = "".join(f'<th title="{html.escape(c.meaning)}">{html.escape(c.heading)}</th>' for c in columns)
+def _table(sweep: SweepRecord, kind: Kind, tracker: Tracker) -> str:
+    head = "".join(f'<th title="{html.escape(m.meaning)}">{html.escape(m.heading)}</th>' for m in kind.columns)
     best, body = sweep.best(), []
-    for trial, row in zip(sweep.trials.values(), tables.rows(sweep), strict=True):
+    for trial, row in zip(sweep.trials.values(), tables.rows(sweep, kind), strict=True):
         url = tracker.run_url(sweep.name, trial.trial)
         link = f'<a href="{html.escape(url)}">{url.rsplit("/", 1)[1][:8]}</a>' if url else "-"
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
@@ -152,15 +129,16 @@ def _table(sweep: SweepRecord, tracker: Tracker) -> str:
         for t in sweep.trials.values()
         if t.error
     )
-    legend = "; ".join(tables.legend(sweep.kind))
-    load = ""
-    if sweep.kind == "autoencoder" and best and (url := tracker.run_url(sweep.name, best.trial)):
-        line = f'distrecon.load_autoencoder("runs:/{url.rsplit("/", 1)[1]}")'
-        load = f'<p class="soft">The best autoencoder in Python: <code>{html.escape(line)}</code></p>'
+    legend = "; ".join(tables.legend(kind))
+    offer = ""
+    if kind.offer and best and (url := tracker.run_url(sweep.name, best.trial)):
+        what, line = kind.offer
+        code = html.escape(line.format(run=f"runs:/{url.rsplit('/', 1)[1]}"))
+        offer = f'<p class="soft">{html.escape(what)}: <code>{code}</code></p>'
     return (
         f'<div class="scroll"><table><thead><tr><th>{html.escape(tables.heading(sweep))}</th>{head}'
         f"<th>MLflow run</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         f'<p class="soft">* best by {html.escape(sweep.metric)}. {html.escape(legend)}.</p>'
-        + load
+        + offer
         + (f'<p class="warn">Failed:</p><ul>{errors}</ul>' if errors else "")
     )

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from distrecon.cluster.kinds import RecoveryRun, TeacherConfig
-from distrecon.cluster.recovery import recover_teacher
 from distrecon.errors import UserError
+from distrecon.kinds.expand_cluster import RecoveryRun, TeacherConfig, run
+from distrecon.record.kind import Trial
 
 
 def test_a_synthetic_teacher_is_recovered_and_scored(tmp_path):
     teacher = TeacherConfig(images="synthetic", inputs=4, hidden=(2,), activation="leaky_relu", seed=3)
-    metrics = recover_teacher(RecoveryRun(teacher=teacher), tmp_path)
+    metrics = run(RecoveryRun(teacher=teacher), Trial("0", {}, str(tmp_path), tmp_path))
     assert metrics["recover/verified"] == 1
     assert metrics["recover/layer_sizes"] == [2]
     assert metrics["recover/max_cosine_distance"] < 1e-6

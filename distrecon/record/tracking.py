@@ -1,4 +1,4 @@
-"""The only room that knows MLflow. Journals are sent to the tracking store as they grow, from the driver.
+"""The only file that imports MLflow. Journals are sent to the tracking store as they grow, from the driver.
 
 The journal is the record, the store a copy: what was sent is remembered in the run folder, so when the store is down
 the rest is sent later, and nothing is sent twice. An experiment a sweep name, a parent run a sweep, a child a trial.
@@ -26,8 +26,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from distrecon import console
-from distrecon.cluster.journal import Journal, SweepRecord
 from distrecon.errors import UserError
+from distrecon.files import write_json
+from distrecon.record.folder import RunFolder
 
 STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"}
 RETRY_SECONDS = 30.0
@@ -58,17 +59,16 @@ def model_folder(run_id: str) -> Path:
 
 
 class Tracker:
-    """Sends the journals of one run folder to MLflow; `sync` as often as one likes, `close` at the end.
+    """Sends the journals of one run folder to MLflow; `sync` as often as one likes.
 
     A store that does not answer is asked again after 30 s; `problem` then holds the reason in one line.
     """
 
-    def __init__(self, folder: Path, sweeps: Sequence[str], tags: Mapping[str, str]) -> None:
+    def __init__(self, folder: RunFolder, sweeps: Sequence[str], tags: Mapping[str, str]) -> None:
         for name in ("mlflow", "alembic", "sqlalchemy"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        self.folder, self.tags = folder, dict(tags)
+        self.folder, self.sweeps, self.tags = folder, list(sweeps), dict(tags)
         self.uri = store_uri()
-        self.sweeps = {name: SweepRecord(name) for name in sweeps}
         self.problem: str | None = None
         self._next_try = 0.0
         self._client: MlflowClient | None = None
@@ -93,7 +93,7 @@ class Tracker:
 
     def _sync_sweep(self, name: str) -> None:
         sent = self._sent.setdefault(name, {"offset": 0, "runs": {}, "experiment": None})
-        events, offset = Journal(self.folder / "sweeps" / name / "journal.jsonl").read(sent["offset"])
+        events, offset = self.folder.journal(name).read(sent["offset"])
         for event in events:
             self._send(name, sent, event)
         if offset != sent["offset"]:
@@ -104,7 +104,9 @@ class Tracker:
         what, at = event["event"], int(event["time"] * 1000)
         trial = event.get("trial", "")
         if what == "sweep":
-            self._open(name, sent, "", self.folder.name, at, {"kind": event["kind"], "objective": event["metric"]}, {})
+            self._open(
+                name, sent, "", self.folder.path.name, at, {"kind": event["kind"], "objective": event["metric"]}, {}
+            )
         elif what == "started":
             label = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in event["config"].items())
             self._open(name, sent, trial, label or trial, at, {"trial_id": trial}, event["config"])
@@ -140,7 +142,7 @@ class Tracker:
             sent["experiment"] = self._experiment(name)
         parent = {"mlflow.parentRunId": sent["runs"][""]} if key else {}
         run = self.client.create_run(
-            sent["experiment"], at, {"mlflow.runName": label, "run_folder": str(self.folder), **parent}
+            sent["experiment"], at, {"mlflow.runName": label, "run_folder": str(self.folder.path), **parent}
         )
         sent["runs"][key] = run.info.run_id
         self._save()
@@ -200,7 +202,7 @@ class Tracker:
     def interrupt(self) -> None:
         """Leaves no run RUNNING: what has not ended is marked as killed, until a resumed run goes on with it."""
         for name, sent in self._sent.items():
-            events, _ = Journal(self.folder / "sweeps" / name / "journal.jsonl").read()
+            events, _ = self.folder.journal(name).read()
             ended = {e["trial"] for e in events if e["event"] == "finished"}
             ended |= {""} if any(e["event"] == "done" for e in events) else set()
             try:
@@ -216,7 +218,7 @@ class Tracker:
         return dict(self._sent.get(sweep, {}).get("runs", {}))
 
     def conclude(self, sweep: str, best: str | None, table: str) -> None:
-        """Tells a sweep's run its table, which the UI shows as the run's description, and its best trial."""
+        """Gives a sweep's run its table, which the UI shows as its description, and its best trial's run."""
         run_ids = self.run_ids(sweep)
 
         def send() -> None:
@@ -228,44 +230,44 @@ class Tracker:
             self._try(send)
 
     @property
-    def look(self) -> str:
-        """How to look at the store: its address, or the command that shows a local one."""
+    def viewer(self) -> str:
+        """Where the store is shown: its address, or the command that shows a local one."""
         path = self.uri.removeprefix("sqlite:///")
         return self.uri if path == self.uri else f"mlflow ui --backend-store-uri sqlite:///{console.short(Path(path))}"
 
     def run_url(self, sweep: str, trial: str) -> str | None:
-        """Where a trial's run is shown (of a local store while `look` runs); None when it was never sent."""
+        """Where a trial's run is shown (of a local store while `viewer` runs); None when it was never sent."""
         sent = self._sent.get(sweep, {})
         base = self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
         run = sent.get("runs", {}).get(trial)
         return f"{base}/#/experiments/{sent['experiment']}/runs/{run}" if run else None
 
     def _load(self) -> dict[str, Any]:
-        path = self.folder / "tracking.json"
+        path = self.folder.tracking
         saved = json.loads(path.read_text()) if path.exists() else {}
         return saved["sweeps"] if saved.get("uri") == self.uri else {}
 
     def _save(self) -> None:
-        temporary = self.folder / ".tracking.json.tmp"
-        temporary.write_text(json.dumps({"uri": self.uri, "sweeps": self._sent}, indent=1))
-        temporary.replace(self.folder / "tracking.json")
+        write_json(self.folder.tracking, {"uri": self.uri, "sweeps": self._sent})
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Puts an interrupt off to the end: between a run's making and its note it would leave a run that nobody knows."""
+    """Puts an interrupt off to the end: between a run's making and its note it would leave a run without a record."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
         return
-    held: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: held.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    pending: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, _: pending.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if held:
-            signal.raise_signal(held[0])
+        if pending:
+            signal.raise_signal(pending[0])
 
 
 def _create(database: Path) -> None:

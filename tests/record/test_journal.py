@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from distrecon.cluster.journal import Journal, SweepRecord, read_sweep
+from distrecon.record.journal import Journal, SweepRecord, read_sweep
 
 
 def start(tmp_path):
@@ -48,7 +48,7 @@ def test_best_follows_the_mode_and_skips_what_has_no_number(tmp_path):
     journal.write("metrics", trial="q", epoch=1, metrics={"a/x": 2.0})
     record = read_sweep(journal.path)
     assert record.best().trial == "q"
-    assert record.trials["p"].metrics["a/x"] == "nan"  # told, not dropped
+    assert record.trials["p"].metrics["a/x"] == "nan"  # kept, not dropped
 
 
 def test_a_torn_line_is_neither_read_nor_harmful(tmp_path):
@@ -78,7 +78,7 @@ def test_a_resumed_trial_runs_again(tmp_path):
     assert json.loads(journal.path.read_text().splitlines()[0])["event"] == "sweep"
 
 
-def test_a_restart_forgets_the_trials_told_before(tmp_path):
+def test_a_restart_forgets_the_trials_before(tmp_path):
     journal = start(tmp_path)
     journal.write("restart")
     journal.write("started", trial="r", config={"loss.beta": 0.2})
