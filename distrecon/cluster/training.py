@@ -52,16 +52,15 @@ class AutoencoderRun(AutoencoderConfig):
         return AutoencoderConfig(**{f.name: getattr(self, f.name) for f in fields(AutoencoderConfig)})
 
 
-def train_autoencoder(
-    run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, name: str, callbacks: Sequence[Any] = ()
-) -> Any:
-    """Trains and scores one autoencoder; returns Ray's Result.
+def train_autoencoder(run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, name: str, in_trial: bool = False) -> Any:
+    """Trains and scores one autoencoder; returns Ray's Result. `in_trial` of Ray Tune its reports are the trial's too.
 
     Everything lies under `storage`/`name`: each epoch's checkpoint, and with the last report the autoencoder, the
     tasks' arrays and the generated models. A training of the same name continues from its last checkpoint.
     """
     from ray import train
     from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
 
     resources = run.resources
     per_worker = {"CPU": max(0.1, resources.cpus_per_worker - RESERVE)}
@@ -87,7 +86,7 @@ def train_autoencoder(
             storage_path=storage,
             failure_config=train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=2),
-            callbacks=list(callbacks),
+            callbacks=[TuneReportCallback()] if in_trial else [],
         ),
     )
     return trainer.fit()

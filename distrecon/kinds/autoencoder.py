@@ -24,10 +24,8 @@ MLFLOW_RUN = "runs:/"
 
 def run(config: AutoencoderRun, trial: Trial) -> Mapping[str, Any]:
     """Trains and scores one autoencoder; the training's own reports become the trial's."""
-    from ray.tune.integration.ray_train import TuneReportCallback
-
     zoos = [trial.zoos[name] for name in config.zoo]
-    return train_autoencoder(config, zoos, trial.storage, trial.name, [TuneReportCallback()]).metrics
+    return train_autoencoder(config, zoos, trial.storage, trial.name, in_trial=True).metrics
 
 
 def needs(config: AutoencoderRun) -> Needs:
