@@ -275,7 +275,10 @@ def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
         (["--resume", "nowhere"], ["nowhere", "no run there"]),
         (["--num-workers", "17"], ["data.shards (16)", "at least resources.num_workers (17)"]),
         (["--out", "/proc/out"], ["/proc/out", "cannot be written"]),
-        (["--storage", "/proc/here"], ["cannot write /proc/here/zoos"]),  # found after the run folder was made
+        (
+            ["--storage", "/proc/here", "--out", "run"],
+            ["cannot write /proc/here/zoos"],
+        ),  # found after the run folder was made
     ],
 )
 def test_wrong_requests_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, ray_session, arguments, words):
