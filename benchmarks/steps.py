@@ -1,5 +1,6 @@
 """A whole training step of the autoencoder, and its parts that are not networks' evaluation."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -7,8 +8,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from benchmarks.suite import baselines
-from benchmarks.suite.harness import CPU, Row, compare
+from benchmarks import baselines
+from benchmarks.harness import CPU, Row, compare, speed
 from distrecon.autoencoder import losses
 from distrecon.autoencoder.config import AutoencoderConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
 from distrecon.autoencoder.model import Autoencoder, ZooSample
@@ -104,8 +105,9 @@ def _stepper(training: Training) -> Callable[[], object]:
     return step
 
 
-def whole_step(quick: bool, device: torch.device = CPU) -> list[Row]:
+def whole_step(args: Namespace) -> list[Row]:
     """One training step with contrastive, structural and behavioural loss, against the published way."""
+    quick, device = args.quick, args.device
     rows = []
     for paper in (False, True):
         config, arch = config_of(paper), architecture("cnn3" if paper else "cnn_small")
@@ -120,8 +122,9 @@ def whole_step(quick: bool, device: torch.device = CPU) -> list[Row]:
     return rows
 
 
-def tokens(quick: bool, device: torch.device = CPU) -> list[Row]:
+def tokens(args: Namespace) -> list[Row]:
     """Permute, tokenise and detokenise, against one state dict at a time."""
+    quick, device = args.quick, args.device
     rows = []
     for name, models in (("cnn_small", 64), ("cnn3", 16 if quick else 64)):
         arch = architecture(name)
@@ -150,8 +153,9 @@ def tokens(quick: bool, device: torch.device = CPU) -> list[Row]:
     return rows
 
 
-def contrastive(quick: bool, device: torch.device = CPU) -> list[Row]:
+def contrastive(args: Namespace) -> list[Row]:
     """The contrastive loss, forward and backward, against all pairs' cosine similarity."""
+    quick, device = args.quick, args.device
     rows = []
     for models in (64,) if quick else (64, 512):
         local_2BJ = torch.randn(2, models, 30, device=device).requires_grad_()
@@ -165,3 +169,6 @@ def contrastive(quick: bool, device: torch.device = CPU) -> list[Row]:
         torch.testing.assert_close(ours(), common(), rtol=1e-3, atol=1e-6)
         rows.append(compare(f"contrastive loss, {models} models", ours, common, 5, device=device))
     return rows
+
+
+PARTS = {"whole_step": speed(whole_step), "tokens": speed(tokens), "contrastive": speed(contrastive)}

@@ -4,21 +4,20 @@ Memory is the most that a fresh process holds (VmHWM) above what it held after t
 size.
 """
 
-import math
 import multiprocessing
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 
-from benchmarks.suite.harness import Row, exponent
-from benchmarks.suite.steps import demo_step
+from benchmarks.harness import Row, exponent, memory, speed, timing
+from benchmarks.solvers import RULE, clouds
+from benchmarks.steps import demo_step
 from distrecon.autoencoder import losses
 from distrecon.expand_cluster.clustering import average_linkage, best_cut, cluster
 from distrecon.expand_cluster.networks import DenseNet
@@ -27,7 +26,6 @@ from distrecon.nets import Architecture, activation, architecture, evaluate, fit
 from distrecon.nets.architectures import mlp
 
 Work = Callable[[], object]
-RULE = (10, 0.5, math.pi / 6)  # students, gamma, beta of the clusterings
 
 
 def _models(arch: Architecture, count: int) -> torch.Tensor:
@@ -77,22 +75,14 @@ def _equations(students: int, queries: int, hidden: int) -> Work:
     return lambda: net.normal_equations(theta_NP, x_QI, y_QO)
 
 
-def _vectors(count: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Ten students' neurons, and whose they are."""
-    per_student, draw = max(1, count // 10), torch.Generator().manual_seed(count)
-    centres = torch.randn(per_student, 16, generator=draw, dtype=torch.float64)
-    noise = torch.randn(10, per_student, 16, generator=draw, dtype=torch.float64)
-    return (centres + 0.05 * noise).flatten(0, 1), np.repeat(np.arange(10), per_student)
-
-
 def _cut(count: int) -> Work:
-    vectors_VK, owners = _vectors(count)
+    vectors_VK, owners = clouds(count)
     merges = average_linkage(vectors_VK, "none")
     return lambda: best_cut(merges, owners, vectors_VK, False, *RULE)
 
 
 def _clustering(count: int) -> Work:
-    vectors_VK, owners = _vectors(count)
+    vectors_VK, owners = clouds(count)
     return lambda: cluster(vectors_VK, owners, owners, "none", *RULE)
 
 
@@ -138,48 +128,45 @@ SERIES = {
 }
 
 
-def _high_water() -> int:
-    """Bytes, the most that this process held so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
-
-
 def _measure(name: str, size: int) -> tuple[float, int]:
     """Seconds and bytes, in a fresh process."""
     torch.set_num_threads(1)
     series = SERIES[name]
     series.prepare(max(1, min(series.sizes) // 8))()  # what is loaded and compiled once, with little memory
     work = series.prepare(size)
-    before, seconds = _high_water(), []
+    before, seconds = memory("VmHWM"), []
     for _ in range(3):
         start = time.process_time()
         work()
         seconds.append(time.process_time() - start)
-    return median(seconds), max(0, _high_water() - before)
+    return median(seconds), max(0, memory("VmHWM") - before)
 
 
-def growth(quick: bool) -> list[Row]:
+def growth(args: Namespace) -> list[Row]:
     """Exponents of time and memory, each size in a process of its own."""
     rows, context = [], multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imported once; no process has worked yet when it is forked
-    for name, series in list(SERIES.items())[: 1 if quick else None]:
-        seconds, memory, sizes = [], [], series.sizes[:2] if quick else series.sizes
+    for name, series in list(SERIES.items())[: 1 if args.quick else None]:
+        seconds, held, sizes = [], [], series.sizes[:2] if args.quick else series.sizes
         for size in sizes:
             with ProcessPoolExecutor(1, context) as pool:
                 found = pool.submit(_measure, name, size).result()
             seconds.append(found[0])
-            memory.append(found[1])
+            held.append(found[1])
         print(f"measured: {name}", file=sys.stderr, flush=True)
-        rows.append(_row(name, sizes, [series.scale(size) for size in sizes], seconds, memory))
+        rows.append(_row(name, sizes, [series.scale(size) for size in sizes], seconds, held))
     return rows
 
 
-def _row(name: str, sizes: Sequence[int], scales: list[float], seconds: list[float], memory: list[int]) -> Row:
+def _row(name: str, sizes: Sequence[int], scales: list[float], seconds: list[float], held: list[int]) -> Row:
     """Memory below a MiB is not told apart from the process's own."""
     numbers = {"time_exponent": exponent(scales, seconds)}
     note = f"{sizes[0]:,} to {sizes[-1]:,}: time ^ {numbers['time_exponent']:.2f}"
-    if min(memory[-2:]) > 2**20:
-        grown = [i for i, held in enumerate(memory) if held > 2**20]
-        numbers["memory_exponent"] = exponent([scales[i] for i in grown], [float(memory[i]) for i in grown])
+    if min(held[-2:]) > 2**20:
+        grown = [i for i, most in enumerate(held) if most > 2**20]
+        numbers["memory_exponent"] = exponent([scales[i] for i in grown], [float(held[i]) for i in grown])
         note += f", memory ^ {numbers['memory_exponent']:.2f}"
-    return Row(name, seconds[-1], note=f"{note}; {memory[-1] / 2**20:.0f} MiB at the largest", numbers=numbers)
+    return timing(name, seconds[-1], note=f"{note}; {held[-1] / 2**20:.0f} MiB at the largest", **numbers)
+
+
+PARTS = {"growth": speed(growth)}
