@@ -1,7 +1,7 @@
 """Measures: how fast, how exact, how well.
 
     python -m benchmarks                                      # the parts of docs/performance.md, each in its process
-    python -m benchmarks PART [PART ...] [options]            # some; `python -m benchmarks PART --help` for its own options
+    python -m benchmarks PART [PART ...] [options]            # some; `PART --help` lists the options of one
     python -m benchmarks --quick                              # small sizes: does it run, not how fast
     python -m benchmarks --page docs/performance.md           # and the tables of the page are replaced
     python -m benchmarks scaling --page docs/scaling.md
@@ -52,10 +52,8 @@ PARTS = {
     "growth": Entry("growth", "Growth of cost", True),
     "gpu": Entry("gpu", "GPU", True, True),
     "scaling": Entry("scaling", "Measured here, computed for 1 to 64 GPUs"),
-    "zoo_accuracy": Entry("networks", "Zoos trained together and one by one: times and accuracies"),
-    "zoo_stream": Entry("streaming", "States from disk to the workers"),
+    "zoo_stream": Entry("pipeline", "States from disk to the workers"),
     "recovery": Entry("recovery", "Teachers recovered: synthetic, digits, from files"),
-    "solvers": Entry("solvers", "Adam against Levenberg-Marquardt, problem by problem"),
     "reconstruction": Entry("autoencoder.reconstruction", "Reconstruction by kind of coder, amortised and refined"),
     "controls": Entry("autoencoder.reconstruction", "The same refinement without a learned space"),
     "losses": Entry("autoencoder.losses", "Five combinations of losses"),

@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.harness import Row, clock, matmul_flops, speed, timing, turns
 from benchmarks.networks import flops
 from benchmarks.steps import paper_step
-from distrecon.nets import Architecture, architecture, initialise
+from benchmarks.zoos import random_models
+from distrecon.nets import Architecture, architecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,7 +35,7 @@ def gpu(args: Namespace) -> list[Row]:
 
 def _behavioural(arch: Architecture, models: int, device: torch.device, peaks: dict[str, float]) -> list[Row]:
     """Forward and backward over 256 inputs in every number type, plain, compiled and as a graph."""
-    theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).to(device)
+    theta_BP = random_models(arch, models).to(device)
     inputs = torch.randn(256, *arch.input_shape, device=device)
     ways = {}
     for name, dtype in DTYPES.items():

@@ -18,22 +18,19 @@ import torch
 from benchmarks.harness import Row, exponent, memory, speed, timing
 from benchmarks.solvers import RULE, clouds
 from benchmarks.steps import demo_step
+from benchmarks.zoos import random_models
 from distrecon.autoencoder import losses
 from distrecon.expand_cluster.clustering import average_linkage, best_cut, cluster
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.images import load
-from distrecon.nets import Architecture, activation, architecture, evaluate, fit, initialise
+from distrecon.nets import Architecture, activation, architecture, evaluate, fit
 from distrecon.nets.architectures import mlp
 
 Work = Callable[[], object]
 
 
-def _models(arch: Architecture, count: int) -> torch.Tensor:
-    return initialise(arch, ["kaiming_normal"] * count, range(count))
-
-
 def _gradient(arch: Architecture, models: int, queries: int) -> Work:
-    theta_BP = _models(arch, models).requires_grad_()
+    theta_BP = random_models(arch, models).requires_grad_()
     inputs = torch.randn(queries, *arch.input_shape)
     return lambda: torch.autograd.grad(arch.forward(theta_BP, inputs).square().mean(), theta_BP)
 
@@ -44,7 +41,7 @@ def _wide(hidden: int) -> Architecture:
 
 
 def _tokens(arch: Architecture, models: int) -> Work:
-    theta_BP = _models(arch, models)
+    theta_BP = random_models(arch, models)
     order = arch.random_permutation(torch.Generator().manual_seed(0), models)
     return lambda: arch.detokenize(arch.tokenize(arch.permute(theta_BP, order)))
 
@@ -56,14 +53,14 @@ def _contrastive(models: int) -> Work:
 
 def _zoo(models: int, count: int) -> Work:
     arch, train = architecture("cnn_small"), load("digits").train
-    theta_BP, lr_B = _models(arch, models), torch.full((models,), 1e-3)
+    theta_BP, lr_B = random_models(arch, models), torch.full((models,), 1e-3)
     images, labels_Q = train.images[:count], train.labels_Q[:count]
     return lambda: list(fit(arch, theta_BP, images, labels_Q, epochs=1, lr_B=lr_B))
 
 
 def _evaluation(models: int, queries: int) -> Work:
     arch = architecture("cnn_small")
-    theta_BP, inputs = _models(arch, models), torch.randn(queries, *arch.input_shape)
+    theta_BP, inputs = random_models(arch, models), torch.randn(queries, *arch.input_shape)
     labels_Q = torch.zeros(queries, dtype=torch.long)
     return lambda: evaluate(arch, theta_BP, inputs, labels_Q)
 
@@ -142,23 +139,22 @@ def _measure(name: str, size: int) -> tuple[float, int]:
     return median(seconds), max(0, memory("VmHWM") - before)
 
 
-def growth(args: Namespace) -> list[Row]:
-    """Exponents of time and memory, each size in a process of its own."""
-    rows, context = [], multiprocessing.get_context("forkserver")
+def growth(args: Namespace, name: str) -> list[Row]:
+    """Exponents of time and memory of one series, each size in a process of its own."""
+    context, series = multiprocessing.get_context("forkserver"), SERIES[name]
     context.set_forkserver_preload([__name__])  # imported once; no process has worked yet when it is forked
-    for name, series in list(SERIES.items())[: 1 if args.quick else None]:
-        seconds, held, sizes = [], [], series.sizes[:2] if args.quick else series.sizes
-        for size in sizes:
-            with ProcessPoolExecutor(1, context) as pool:
-                found = pool.submit(_measure, name, size).result()
-            seconds.append(found[0])
-            held.append(found[1])
-        print(f"measured: {name}", file=sys.stderr, flush=True)
-        rows.append(_row(name, sizes, [series.scale(size) for size in sizes], seconds, held))
-    return rows
+    found, sizes = [], series.sizes[:2] if args.quick else series.sizes
+    for size in sizes:
+        with ProcessPoolExecutor(1, context) as pool:
+            found.append(pool.submit(_measure, name, size).result())
+    print(f"measured: {name}", file=sys.stderr, flush=True)
+    seconds, held = zip(*found, strict=True)
+    return [_row(name, sizes, [series.scale(size) for size in sizes], seconds, held)]
 
 
-def _row(name: str, sizes: Sequence[int], scales: list[float], seconds: list[float], held: list[int]) -> Row:
+def _row(
+    name: str, sizes: Sequence[int], scales: Sequence[float], seconds: Sequence[float], held: Sequence[int]
+) -> Row:
     """Memory below a MiB is not told apart from the process's own."""
     numbers = {"time_exponent": exponent(scales, seconds)}
     note = f"{sizes[0]:,} to {sizes[-1]:,}: time ^ {numbers['time_exponent']:.2f}"
@@ -169,4 +165,4 @@ def _row(name: str, sizes: Sequence[int], scales: list[float], seconds: list[flo
     return timing(name, seconds[-1], note=f"{note}; {held[-1] / 2**20:.0f} MiB at the largest", **numbers)
 
 
-PARTS = {"growth": speed(growth)}
+PARTS = {"growth": speed(growth, [(name,) for name in SERIES], [(next(iter(SERIES)),)])}

@@ -15,8 +15,10 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +53,10 @@ class Table(NamedTuple):
     plain: bool = False
 
 
+Tables = tuple[Table, ...] | Callable[[Sequence[Row], Namespace], str]
+Options = Mapping[str, Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Part:
     """One part: what there is to measure with these options, and how finished rows are told.
@@ -60,8 +66,8 @@ class Part:
     """
 
     cells: Callable[[Namespace], Iterable[Cell]]
-    tables: tuple[Table, ...] | Callable[[Sequence[Row], Namespace], str]
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tables: Tables
+    options: Options = field(default_factory=dict)
     kept: bool = True
     finish: Callable[[Sequence[Row], Namespace], None] | None = None
 
@@ -120,9 +126,10 @@ def compare(
     factor: float = 1.0,
     note: str = "",
     device: torch.device = CPU,
+    timer: Callable[[], float] | None = None,
 ) -> Row:
     """One row; `factor` is what the baseline's time has to be multiplied by to be that of equal work."""
-    seconds = turns({"baseline": baseline, "ours": ours}, repeats, clock(device))
+    seconds = turns({"baseline": baseline, "ours": ours}, repeats, timer or clock(device))
     ratios = [factor * b / o for b, o in zip(seconds["baseline"], seconds["ours"], strict=True)]
     return timing(what, median(seconds["ours"]), factor * median(seconds["baseline"]), ratios, note)
 
@@ -308,21 +315,20 @@ SPEED = Table(
 )
 
 
-def speed(function: Callable[[Namespace], list[Row]], **settings: Any) -> Part:
-    """A part of the suite: one cell, measured anew every time, whose rows come from `timing`."""
-    return single(function, **{"tables": (SPEED,), "kept": False} | settings)
-
-
-def single(function: Callable[[Namespace], list[Row]], **settings: Any) -> Part:
-    """A part of one cell, which its own options tell from others."""
+def speed(
+    function: Callable[..., list[Row]],
+    cases: Iterable[tuple[Any, ...]] = ((),),
+    quick: Iterable[tuple[Any, ...]] | None = None,
+    options: Options = MappingProxyType({}),
+    tables: Tables = (SPEED,),
+) -> Part:
+    """A part of the suite: `function(args, *case)` gives rows of `timing`; `quick` are the cases of --quick."""
 
     def cells(args: Namespace) -> Iterator[Cell]:
-        names = [option.lstrip("-").replace("-", "_") for option in settings.get("options", ())]
-        yield Cell(
-            {name: vars(args)[name] for name in names} if settings.get("kept", True) else {}, lambda: function(args)
-        )
+        for case in cases if quick is None or not args.quick else quick:
+            yield Cell({"case": list(case)}, partial(function, args, *case))
 
-    return Part(cells, **settings)
+    return Part(cells, tables, options, kept=False)
 
 
 # -- tables and pages --------------------------------------------------------------------------------------------------

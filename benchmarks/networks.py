@@ -3,7 +3,6 @@
 import multiprocessing
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from math import prod
 
@@ -11,7 +10,8 @@ import numpy as np
 import torch
 
 from benchmarks import baselines
-from benchmarks.harness import Row, Table, compare, matmul_flops, single, speed, timing, turns, value
+from benchmarks.harness import Row, compare, matmul_flops, speed, timing, turns
+from benchmarks.zoos import random_models
 from distrecon.images import load
 from distrecon.nets import Architecture, architecture, evaluate, fit, initialise
 from distrecon.nets.layers import convolutions
@@ -34,138 +34,106 @@ def flops(arch: Architecture, models: int, queries: int) -> float:
     return 2.0 * models * queries * (3 * sum(work) - work[0])
 
 
-def behavioural(args: Namespace) -> list[Row]:
+def _against_bound(row: Row, bound: float, note: str = "") -> Row:
+    """With how many times the arithmetic bound ours takes."""
+    ours = f"{row['ours_seconds'] / bound:.1f} x the arithmetic bound"
+    return row | {"note": f"{row['note']}{ours}{note}", "numbers": {"bound_seconds": bound}}
+
+
+def behavioural(args: Namespace, name: str, models: int, queries: int) -> list[Row]:
     """The behavioural loss, forward and backward, against vmap over models with the originals evaluated again."""
-    quick, device = args.quick, args.device
-    cases = [("cnn_small", 128, 256), ("cnn3", 16, 256), ("cnn3", 64, 256), ("lenet5", 16, 256)]
-    if quick:
-        cases = [("cnn_small", 32, 128), ("cnn3", 4, 128), ("lenet5", 4, 128)]
-    rows = []
-    for name, models, queries in cases:
-        arch = architecture(name)
-        theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).to(device)
-        inputs = torch.randn(queries, *arch.input_shape, device=device)
-        targets_BQC = arch.forward(theta_BP, inputs).softmax(2)
-        reconstructed_BP = (theta_BP + 0.01 * torch.randn_like(theta_BP)).requires_grad_()
-        net = baselines.module(arch)
+    arch, device = architecture(name), args.device
+    theta_BP = random_models(arch, models).to(device)
+    inputs = torch.randn(queries, *arch.input_shape, device=device)
+    targets_BQC = arch.forward(theta_BP, inputs).softmax(2)
+    reconstructed_BP = (theta_BP + 0.01 * torch.randn_like(theta_BP)).requires_grad_()
+    net = baselines.module(arch)
 
-        def ours(arch=arch, theta=reconstructed_BP, inputs=inputs, targets=targets_BQC) -> torch.Tensor:
-            loss = (arch.forward(theta, inputs).softmax(2) - targets).square().mean()
-            return torch.autograd.grad(loss, theta)[0]
+    def ours() -> torch.Tensor:
+        loss = (arch.forward(reconstructed_BP, inputs).softmax(2) - targets_BQC).square().mean()
+        return torch.autograd.grad(loss, reconstructed_BP)[0]
 
-        def published(arch=arch, net=net, theta=reconstructed_BP, original=theta_BP, inputs=inputs) -> torch.Tensor:
-            return torch.autograd.grad(baselines.behavioural_loss(arch, net, theta, original, inputs), theta)[0]
+    def published() -> torch.Tensor:
+        loss = baselines.behavioural_loss(arch, net, reconstructed_BP, theta_BP, inputs)
+        return torch.autograd.grad(loss, reconstructed_BP)[0]
 
-        assert float((ours() - published()).norm() / published().norm()) < 1e-3
-        row = compare(f"behavioural loss, {name}, {models} x {queries}", ours, published, 3, device=device)
-        bound = flops(arch, models, queries) / matmul_flops(device)
-        note = f"{row['ours_seconds'] / bound:.1f} x the arithmetic bound"
-        rows.append(row | {"note": note, "numbers": {"bound_seconds": bound}})
-    return rows
+    assert float((ours() - published()).norm() / published().norm()) < 1e-3
+    row = compare(f"behavioural loss, {name}, {models} x {queries}", ours, published, 3, device=device)
+    return [_against_bound(row, flops(arch, models, queries) / matmul_flops(device))]
 
 
-def zoo_training(args: Namespace) -> list[Row]:
-    """Zoo training on digits, batch 32, one epoch: per model, against one model at a time."""
-    quick, device = args.quick, args.device
-    arch, images, models = architecture("cnn_small"), load("digits"), 64 if quick else 256
-    count = 320 if quick else 1000
-    inputs, labels_Q = images.train.images[:count].to(device), images.train.labels_Q[:count].to(device)
-    theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).to(device)
-    alone = 2 if quick else 4
-
-    def ours() -> None:
-        list(fit(arch, theta_BP, inputs, labels_Q, epochs=1, lr_B=torch.full((models,), 1e-3)))
-
-    def one_by_one() -> None:
-        for theta_P in theta_BP[:alone]:
-            baselines.train_one(arch, theta_P, inputs, labels_Q, 1e-3)
-
-    note = f"baseline: {alone} models, scaled"
-    row = compare(f"zoo training, cnn_small, {models} models", ours, one_by_one, 3, models / alone, note, device)
-    return [row | {"numbers": {"models_epochs_per_second": models / row["ours_seconds"]}}]
-
-
-def zoo_accuracy(args: Namespace) -> list[Row]:
-    """Models with the settings of a zoo, trained together and one by one: milliseconds a model, and how they differ.
-
-    The same initial weights, settings and size of batches. Processor seconds of one thread, so that other work on the
-    machine does not count; with more threads, wall seconds of a process that may use as many in both ways.
-    """
-    torch.set_num_threads(args.threads)
-    arch, images = architecture("cnn_small"), load("digits")
-    models, alone, epochs = (32, 2, 1) if args.quick else (args.models, args.alone, args.epochs)
-    inputs, labels_Q = images.train.images, images.train.labels_Q
-    rng = np.random.default_rng(0)
-    kinds = rng.choice(["uniform", "normal", "kaiming_uniform", "kaiming_normal"], models)
-    lr_B = torch.from_numpy(rng.choice([1e-3, 2e-3], models)).float()
-    decay_B = torch.from_numpy(rng.choice([1.25e-3, 2.5e-3, 5e-3], models)).float()
-    theta_BP = initialise(arch, kinds.tolist(), range(models), [0.4] * models)
-
-    def together(theta_BP: torch.Tensor, epochs: int) -> torch.Tensor:
-        trained = []
-        for rows in torch.arange(len(theta_BP)).split(args.group):
-            settings = {"epochs": epochs, "lr_B": lr_B[rows], "weight_decay_B": decay_B[rows], "batch_size": 32}
-            (*_, last) = fit(arch, theta_BP[rows], inputs, labels_Q, **settings)
-            trained.append(last.theta_BP)
-        return torch.cat(trained)
-
-    def one_by_one(theta_BP: torch.Tensor, epochs: int) -> torch.Tensor:
-        settings = zip(theta_BP, lr_B.tolist(), decay_B.tolist(), strict=False)
-        return torch.stack(
-            [baselines.train_one(arch, theta_P, inputs, labels_Q, lr, epochs, decay) for theta_P, lr, decay in settings]
-        )
-
-    clock = time.process_time if args.threads == 1 else time.perf_counter
-    trained, milliseconds = {}, {}
-    ways: dict[str, tuple[Callable[[torch.Tensor, int], torch.Tensor], int]] = {
-        f"{min(args.group, models)} at once": (together, models),
-        "one by one": (one_by_one, alone),
-    }
-    for way, (train, count) in ways.items():
-        train(theta_BP[:1], 1)  # what a process does once does not count
-        start = clock()
-        trained[way] = train(theta_BP[:count], epochs)
-        milliseconds[way] = 1000 * (clock() - start) / count
-    batched, single = (
-        evaluate(arch, theta_BP[:alone], images.test.images, images.test.labels_Q) for theta_BP in trained.values()
-    )
-    gap_B = single.accuracy_B - batched.accuracy_B
-    difference = {
-        "accuracy": float(batched.accuracy_B.mean()),
-        "faster": milliseconds["one by one"] / next(iter(milliseconds.values())),
-        "gap": float(gap_B.mean()),
-        "gap_error": float(gap_B.std() / len(gap_B) ** 0.5),
-        "same_answers": float((single.predictions_BQ == batched.predictions_BQ).float().mean()),
-    }
-    extra = [difference, {"accuracy": float(single.accuracy_B.mean())}]
-    return [
-        {"way": way, "models": ways[way][1], "epochs": epochs, "ms_per_model": milliseconds[way]} | more
-        for way, more in zip(ways, extra, strict=True)
-    ]
-
-
-def evaluation(args: Namespace) -> list[Row]:
-    """Accuracy and loss of 1,000 models on the digits' test images, against a loop over models."""
-    quick, device = args.quick, args.device
-    arch, images, models = architecture("cnn_small"), load("digits"), 200 if quick else 1000
-    theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).to(device)
+def evaluation(args: Namespace, loop: str, batch_size: int | None, models: int) -> list[Row]:
+    """Accuracy and loss of many models on the digits' test images, against a loop over models."""
+    arch, images, device = architecture("cnn_small"), load("digits"), args.device
+    theta_BP = random_models(arch, models).to(device)
     inputs, labels_Q = images.test.images.to(device), images.test.labels_Q.to(device)
     states = baselines.state_dicts(arch, theta_BP[:50])
     bound = forward_flops(arch, models, len(inputs)) / matmul_flops(device)
-    rows = []
-    for name, batch_size in (("loader, batches of 32", 32), ("one batch from memory", None)):
-        row = compare(
-            f"evaluation of {models} models, loop: {name}",
-            lambda: evaluate(arch, theta_BP, inputs, labels_Q),
-            lambda size=batch_size: baselines.evaluate_loop(arch, states, inputs, labels_Q, size),
-            5,
-            models / len(states),
-            device=device,
+    row = compare(
+        f"evaluation of {models} models, loop: {loop}",
+        lambda: evaluate(arch, theta_BP, inputs, labels_Q),
+        lambda: baselines.evaluate_loop(arch, states, inputs, labels_Q, batch_size),
+        5,
+        models / len(states),
+        f"baseline: {len(states)} models, scaled; ",
+        device,
+    )
+    return [_against_bound(row, bound, f", the loop {row['baseline_seconds'] / bound:.0f} x")]
+
+
+def zoo_training(args: Namespace) -> list[Row]:
+    """Digits networks with a zoo's settings, batches of 32: per model, at once against one by one, and how they differ.
+
+    The same initial weights, settings and batches in both ways. With several threads, wall seconds.
+    """
+    torch.set_num_threads(args.threads)
+    arch, images, device = architecture("cnn_small"), load("digits"), args.device
+    models, alone, epochs = (64, 2, 1) if args.quick else (args.models, args.alone, args.epochs)
+    inputs, labels_Q = images.train.images.to(device), images.train.labels_Q.to(device)
+    draw = np.random.default_rng(0)
+    kinds = draw.choice(["uniform", "normal", "kaiming_uniform", "kaiming_normal"], models)
+    lr_B = torch.from_numpy(draw.choice([1e-3, 2e-3], models)).float()
+    decay_B = torch.from_numpy(draw.choice([1.25e-3, 2.5e-3, 5e-3], models)).float()
+    theta_BP = initialise(arch, kinds.tolist(), range(models), [0.4] * models).to(device)
+    trained: dict[str, torch.Tensor] = {}
+
+    def at_once() -> None:
+        settings = {"epochs": epochs, "batch_size": 32}
+        groups = zip(*(values.split(args.group) for values in (theta_BP, lr_B, decay_B)), strict=True)
+        states = [
+            list(fit(arch, theta, inputs, labels_Q, lr_B=lr, weight_decay_B=decay, **settings))[-1].theta_BP
+            for theta, lr, decay in groups
+        ]
+        trained["at once"] = torch.cat(states)[:alone]
+
+    def one_by_one() -> None:
+        settings = zip(theta_BP[:alone], lr_B.tolist(), decay_B.tolist(), strict=False)
+        trained["one by one"] = torch.stack(
+            [baselines.train_one(arch, theta_P, inputs, labels_Q, lr, epochs, decay) for theta_P, lr, decay in settings]
         )
-        note = f"baseline: {len(states)} models, scaled; {row['ours_seconds'] / bound:.1f} x the arithmetic bound"
-        note += f", the loop {row['baseline_seconds'] / bound:.0f} x"
-        rows.append(row | {"note": note, "numbers": {"bound_seconds": bound}})
-    return rows
+
+    timer = time.perf_counter if args.threads > 1 else None
+    what, factor = f"zoo training, cnn_small, {models} models", models / alone
+    row = compare(what, at_once, one_by_one, 3, factor, f"baseline: {alone} models, scaled", device, timer)
+    batched, single = (
+        evaluate(arch, trained[way], images.test.images.to(device), images.test.labels_Q.to(device))
+        for way in ("at once", "one by one")
+    )
+    gap_B = single.accuracy_B - batched.accuracy_B
+    numbers = {
+        "models_epochs_per_second": models * epochs / row["ours_seconds"],
+        "ms_per_model": 1000 * row["ours_seconds"] / models,
+        "ms_per_model_alone": 1000 * row["baseline_seconds"] / models,
+        "accuracy": float(batched.accuracy_B.mean()),
+        "accuracy_alone": float(single.accuracy_B.mean()),
+        "gap_error": float(gap_B.std() / len(gap_B) ** 0.5),
+        "same_answers": float((single.predictions_BQ == batched.predictions_BQ).float().mean()),
+    }
+    row["note"] += (
+        f", {epochs} epochs; test accuracy {numbers['accuracy_alone']:.4f}, at once {numbers['accuracy']:.4f} "
+        f"(difference ± {numbers['gap_error']:.4f}), {100 * numbers['same_answers']:.1f} % of all answers the same"
+    )
+    return [row | {"numbers": numbers}]
 
 
 def threads(args: Namespace) -> list[Row]:
@@ -184,7 +152,7 @@ def threads(args: Namespace) -> list[Row]:
 def _with_threads(count: int, models: int) -> float:
     torch.set_num_threads(count)
     arch = architecture("cnn3")
-    theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).requires_grad_()
+    theta_BP = random_models(arch, models).requires_grad_()
     inputs = torch.randn(256, *arch.input_shape)
 
     def step() -> None:
@@ -193,30 +161,24 @@ def _with_threads(count: int, models: int) -> float:
     return min(turns({"step": step}, 9, time.perf_counter)["step"])
 
 
-ACCURACIES = Table(
-    (
-        value("models", "models"),
-        value("epochs", "epochs"),
-        value("ms a model", "ms_per_model", "{:.1f}".format),
-        value("times faster", "faster", "{:.1f}".format),
-        value("test accuracy of the models in both", "accuracy", "{:.4f}".format),
-        value("one by one less at once", "gap", "{:+.4f}".format),
-        value("standard error", "gap_error", "{:.4f}".format),
-        value("same answers", "same_answers", "{:.4f}".format),
-    ),
-    by=lambda row: row["way"],
-)
 OPTIONS = {
     "--models": {"type": int, "default": 256},
     "--group": {"type": int, "default": 256, "help": "how many are trained at a time"},
-    "--alone": {"type": int, "default": 24, "help": "how many of them also one by one"},
-    "--epochs": {"type": int, "default": 8},
+    "--alone": {"type": int, "default": 4, "help": "how many of them also one by one"},
+    "--epochs": {"type": int, "default": 1},
     "--threads": {"type": int, "default": 1},
 }
 PARTS = {
-    "behavioural": speed(behavioural),
+    "behavioural": speed(
+        behavioural,
+        [("cnn_small", 128, 256), ("cnn3", 16, 256), ("cnn3", 64, 256), ("lenet5", 16, 256)],
+        [("cnn_small", 32, 128), ("cnn3", 4, 128), ("lenet5", 4, 128)],
+    ),
     "threads": speed(threads),
-    "zoo_training": speed(zoo_training),
-    "zoo_accuracy": single(zoo_accuracy, tables=(ACCURACIES,), options=OPTIONS),
-    "evaluation": speed(evaluation),
+    "zoo_training": speed(zoo_training, options=OPTIONS),
+    "evaluation": speed(
+        evaluation,
+        [("loader, batches of 32", 32, 1000), ("one batch from memory", None, 1000)],
+        [("loader, batches of 32", 32, 200), ("one batch from memory", None, 200)],
+    ),
 }

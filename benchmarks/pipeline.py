@@ -19,7 +19,7 @@ import ray
 import torch
 from ray import tune
 
-from benchmarks.harness import Row, Table, memory, single, speed, timing, value, written
+from benchmarks.harness import Row, Table, memory, speed, timing, value, written
 from benchmarks.zoos import ARCH, random_zoo, rows_of
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
@@ -231,4 +231,4 @@ OPTIONS = {
     "--batch-size": {"type": int, "default": 64},
     "--folder": {"help": "where the zoo is written for the time (default: the system's)"},
 }
-PARTS = {"ray": speed(ray_costs), "zoo_stream": single(zoo_stream, tables=_told, options=OPTIONS)}
+PARTS = {"ray": speed(ray_costs), "zoo_stream": speed(zoo_stream, options=OPTIONS, tables=_told)}

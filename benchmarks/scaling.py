@@ -27,11 +27,11 @@ import torch.multiprocessing as mp
 
 from benchmarks.harness import Cell, Part, Row, turns
 from benchmarks.steps import config_of, random_images
-from benchmarks.zoos import ARCH, random_zoo
+from benchmarks.zoos import ARCH, random_models, random_zoo
 from distrecon.autoencoder.model import ZooSample
 from distrecon.autoencoder.training import Batch, Training
 from distrecon.images import load
-from distrecon.nets import architecture, initialise
+from distrecon.nets import architecture
 
 SIZES = {"demo": "cnn_small", "paper": "cnn3"}
 BATCHES = {"demo": (16, 32, 64), "paper": (4, 8, 16)}
@@ -47,7 +47,7 @@ MIB = 2**20
 def build(size: str, count: int) -> Training:
     """A training of the demo's or the paper's autoencoder with contrastive, structural and behavioural loss."""
     arch = architecture(SIZES[size])
-    theta_BP = initialise(arch, ["kaiming_normal"] * count, range(count))
+    theta_BP = random_models(arch, count)
     images = random_images(arch) if size == "paper" else load("digits")
     return Training(config_of(size == "paper"), [ZooSample(arch, theta_BP, images)], total_steps=1000)
 

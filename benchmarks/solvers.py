@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines
-from benchmarks.harness import Cell, Part, Row, Table, duration, number, speed, timing, turns, value, written
+from benchmarks.harness import SPEED, Cell, Part, Row, Table, duration, speed, timing, turns, value, written
 from distrecon.expand_cluster import network, synthetic_teacher
 from distrecon.expand_cluster.clustering import average_linkage, best_cut, cluster
 from distrecon.expand_cluster.fitting import NetworkFit, Probed
@@ -26,7 +26,8 @@ from distrecon.expand_cluster.warm_start import Adam
 from distrecon.nets.activations import activation as find_activation
 
 SUITE = ((4, 4), (8, 4), (16, 4), (4, 2), (8, 2), (16, 2), (4, 3), (8, 3), (16, 3), (2, 2))  # inputs, width
-PROBLEMS = ((4, 4), (8, 4), (16, 4), (4, 2), (8, 8), (2, 4), (16, 2), (32, 2), (2, 2), (4, 8))
+WIDER = ((4, 4), (8, 4), (16, 4), (4, 2), (8, 8), (2, 4), (16, 2), (32, 2), (2, 2), (4, 8))
+SETS = {"suite": SUITE, "wider": WIDER}
 TARGETS = (1e-4, 1e-8, 1e-16)
 STUDENTS, RHO = 10, 4
 PATIENCE, DECAY = 200, 0.5  # the plateau rule: this many steps without a new least loss shrink the rate
@@ -72,7 +73,7 @@ def first_below(trace: Trace, target: float) -> float:
     return next((seconds for seconds, loss in trace if loss <= target), math.inf)
 
 
-def solve(inputs: int, width: int, seed: int, seconds: float) -> Row:
+def solve(inputs: int, width: int, seed: int, seconds: float) -> list[Row]:
     """Both solvers on one synthetic problem: seconds to each target and to Adam's final loss, and the final losses."""
     draw = torch.Generator().manual_seed(seed)
     x_QI = torch.randn(1000, inputs, generator=draw, dtype=torch.float64)
@@ -83,41 +84,39 @@ def solve(inputs: int, width: int, seed: int, seconds: float) -> Row:
         "adam": adam(net, theta_NP, data.z_QR, data.y_QO, seconds),
         "solver": solver(net, theta_NP, data.z_QR, data.y_QO),
     }
-    return {
-        **{f"{name}_to_{target:g}": first_below(trace, target) for name, trace in traces.items() for target in TARGETS},
-        "solver_to_adams_final": first_below(traces["solver"], traces["adam"][-1][1]),
-        "adam_seconds": traces["adam"][-1][0],
-        **{f"{name}_final": trace[-1][1] for name, trace in traces.items()},
-    }
+    final = traces["adam"][-1]
+    return [
+        {f"{name}_to_{target:g}": first_below(trace, target) for name, trace in traces.items() for target in TARGETS}
+        | {f"{name}_final": trace[-1][1] for name, trace in traces.items()}
+        | {"solver_to_adams_final": first_below(traces["solver"], final[1]), "adam_seconds": final[0]}
+    ]
 
 
-def students(args: Namespace) -> list[Row]:
-    """Time of the median student to a relative loss, against Adam; medians over the problems."""
-    problems, seconds = (SUITE[:2], 3.0) if args.quick else (SUITE, 10.0)
-    return ratios([solve(inputs, width, seed, seconds) for seed, (inputs, width) in enumerate(problems)])
+def problems(args: Namespace) -> Iterator[Cell]:
+    """One cell a problem."""
+    chosen, seconds = (SUITE[:2], 3.0) if args.quick else (SETS[args.problems], args.adam_seconds)
+    for seed, (inputs, width) in enumerate(chosen):
+        key = {"inputs": inputs, "width": width, "seed": seed, "limit": seconds}
+        yield Cell(key, partial(solve, inputs, width, seed, seconds))
 
 
 def ratios(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the suite from the rows of problems.
+    """Time of the median student to a relative loss, against Adam: medians over the problems.
 
     Where Adam did not get there its time is the limit: the ratio is then a lower bound.
     """
     found = []
     for target in TARGETS:
-        what, reached = f"students to a loss of {target:g}", [row for row in rows if _reached(row, "solver", target)]
-        by_adam = sum(_reached(row, "adam", target) for row in rows)
+        ours, theirs = f"solver_to_{target:g}", f"adam_to_{target:g}"
+        reached, by_adam = [row for row in rows if row[ours] < math.inf], sum(row[theirs] < math.inf for row in rows)
         note = f"reached on {len(reached)} of {len(rows)} problems, by Adam on {by_adam}"
         note += "; a lower bound where Adam failed" if by_adam < len(rows) and reached else ""
-        pairs = [(min(r[f"adam_to_{target:g}"], r["adam_seconds"]), r[f"solver_to_{target:g}"]) for r in reached]
-        found.append(_ratio(what, pairs, note))
-    limit, loss = max(row["adam_seconds"] for row in rows), median(row["adam_final"] for row in rows)
-    note = f"Adam stopped at {limit:.0f} s, at a median loss of {loss:.0e}"
+        pairs = [(min(row[theirs], row["adam_seconds"]), row[ours]) for row in reached]
+        found.append(_ratio(f"students to a loss of {target:g}", pairs, note))
+    limit, loss = rows[0]["limit"], median(row["adam_final"] for row in rows)
+    note = f"Adam stopped at {limit:g} s, at a median loss of {loss:.0e}"
     pairs = [(row["adam_seconds"], row["solver_to_adams_final"]) for row in rows]
     return [*found, _ratio(f"students to Adam's own final loss, {len(rows)} problems", pairs, note)]
-
-
-def _reached(row: Row, name: str, target: float) -> bool:
-    return row[f"{name}_to_{target:g}"] < math.inf
 
 
 def _ratio(what: str, pairs: Sequence[tuple[float, float]], note: str) -> Row:
@@ -128,29 +127,6 @@ def _ratio(what: str, pairs: Sequence[tuple[float, float]], note: str) -> Row:
     return timing(what, median(ours), median(theirs), [a / b for a, b in pairs], note)
 
 
-def problems(args: Namespace) -> Iterator[Cell]:
-    """One cell a problem."""
-    count, seconds = (1, 1.0) if args.quick else (args.problems, args.adam_seconds)
-    for seed, (inputs, width) in enumerate(PROBLEMS[:count]):
-        key = {"inputs": inputs, "width": width, "seed": seed, "limit": seconds}
-        yield Cell(key, partial(_problem, inputs, width, seed, seconds))
-
-
-def _problem(inputs: int, width: int, seed: int, seconds: float) -> list[Row]:
-    return [solve(inputs, width, seed, seconds)]
-
-
-def _told(rows: Sequence[Row], args: Namespace) -> str:
-    """The problems one by one, then the ratios over all: the least of them says most."""
-    summary = "\n".join(
-        f"- {row['what']}: Adam over solver, median {number(row['ratio'])}, least {number(row['low'] or row['ratio'])}"
-        f" ({row['note']})"
-        for row in ratios(rows)
-        if row["ratio"]
-    )
-    return f"{written(BY_PROBLEM, rows)}\n\n{summary}"
-
-
 def _seconds(seconds: float) -> str:
     return "never" if math.isinf(seconds) else duration(seconds)
 
@@ -159,7 +135,6 @@ BY_PROBLEM = Table(
     (
         value("Adam to 1e-4", "adam_to_0.0001", _seconds),
         value("this solver", "solver_to_0.0001", _seconds),
-        value("Adam's time", "adam_seconds", _seconds),
         value("Adam ends", "adam_final", "{:.0e}".format),
         value("this solver ends", "solver_final", "{:.0e}".format),
     ),
@@ -182,13 +157,9 @@ def clouds(count: int) -> tuple[Tensor, np.ndarray]:
 RULE = (STUDENTS, 0.5, math.pi / 6)  # students, gamma, beta
 
 
-def linkage(args: Namespace) -> list[Row]:
+def linkage(args: Namespace, count: int) -> list[Row]:
     """Finding the cut, and the whole clustering, against cutting the tree again at every height."""
-    counts, limit = ((500, 1000), 2.0) if args.quick else ((500, 1000, 2000, 4000, 8000), 10.0)
-    return [row for count in counts for row in _linkage(count, limit)]
-
-
-def _linkage(count: int, limit: float) -> list[Row]:
+    limit = 2.0 if args.quick else 10.0  # seconds of a search by the baseline
     vectors_VK, owners = clouds(count)
     neurons = np.tile(np.arange(count // STUDENTS), STUDENTS)
     merges = average_linkage(vectors_VK, "none")
@@ -216,8 +187,17 @@ def _linkage(count: int, limit: float) -> list[Row]:
     ]
 
 
+SIZES = (500, 1000, 2000, 4000, 8000)
 OPTIONS = {
-    "--problems": {"type": int, "default": len(PROBLEMS), "help": "how many (default: %(default)s)"},
-    "--adam-seconds": {"type": float, "default": 30.0, "help": "CPU seconds that Adam has (default: %(default)s)"},
+    "--problems": {"choices": SETS, "default": "suite", "help": "(default: %(default)s)"},
+    "--adam-seconds": {"type": float, "default": 10.0, "help": "CPU seconds that Adam has (default: %(default)s)"},
 }
-PARTS = {"students": speed(students), "solvers": Part(problems, _told, OPTIONS), "linkage": speed(linkage)}
+PARTS = {
+    "students": Part(
+        problems,
+        lambda rows, args: f"{written(SPEED, ratios(rows))}\n\n{written(BY_PROBLEM, rows)}",
+        OPTIONS,
+        kept=False,
+    ),
+    "linkage": speed(linkage, [(size,) for size in SIZES], [(size,) for size in SIZES[:2]]),
+}

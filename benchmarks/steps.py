@@ -10,12 +10,13 @@ from torch import Tensor
 
 from benchmarks import baselines
 from benchmarks.harness import CPU, Row, compare, speed
+from benchmarks.zoos import random_models
 from distrecon.autoencoder import losses
 from distrecon.autoencoder.config import AutoencoderConfig, DataConfig, LossConfig, ModelConfig, OptimConfig
 from distrecon.autoencoder.model import Autoencoder, ZooSample
 from distrecon.autoencoder.training import Batch, Training
 from distrecon.images import ImageSet, LabelledImages, load
-from distrecon.nets import Architecture, architecture, initialise
+from distrecon.nets import Architecture, architecture
 
 
 def config_of(paper: bool) -> AutoencoderConfig:
@@ -90,7 +91,7 @@ def paper_step(models: int, precision: str, device: torch.device, compiled: bool
 def _training(
     config: AutoencoderConfig, arch: Architecture, models: int, images: ImageSet, device: torch.device
 ) -> Training:
-    theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models))
+    theta_BP = random_models(arch, models)
     return Training(config, [ZooSample(arch, theta_BP, images)], total_steps=1000, device=device)
 
 
@@ -105,70 +106,58 @@ def _stepper(training: Training) -> Callable[[], object]:
     return step
 
 
-def whole_step(args: Namespace) -> list[Row]:
+def whole_step(args: Namespace, paper: bool, models: int, repeats: int) -> list[Row]:
     """One training step with contrastive, structural and behavioural loss, against the published way."""
-    quick, device = args.quick, args.device
-    rows = []
-    for paper in (False, True):
-        config, arch = config_of(paper), architecture("cnn3" if paper else "cnn_small")
-        images = random_images(arch) if paper else load("digits")
-        models = config.optim.batch_size if not (paper and quick) else 4
-        training = _training(config, arch, models, images, device)
-        theta_BP = training.zoos[0].sample_BP.to(device)
-        published = published_step(config, arch, training.autoencoder, training.pools[0], theta_BP)
-        size = f"{config.model.width} wide, {config.model.layers}+{config.model.layers} layers"
-        name = f"whole step, {arch.name}, {models} models x 256 queries, {size}"
-        rows.append(compare(name, _stepper(training), published, 3 if quick or paper else 9, device=device))
-    return rows
+    config, arch = config_of(paper), architecture("cnn3" if paper else "cnn_small")
+    training = _training(config, arch, models, random_images(arch) if paper else load("digits"), args.device)
+    theta_BP = training.zoos[0].sample_BP.to(args.device)
+    published = published_step(config, arch, training.autoencoder, training.pools[0], theta_BP)
+    size = f"{config.model.width} wide, {config.model.layers}+{config.model.layers} layers"
+    name = f"whole step, {arch.name}, {models} models x 256 queries, {size}"
+    return [compare(name, _stepper(training), published, repeats, device=args.device)]
 
 
-def tokens(args: Namespace) -> list[Row]:
+def tokens(args: Namespace, name: str, models: int) -> list[Row]:
     """Permute, tokenise and detokenise, against one state dict at a time."""
-    quick, device = args.quick, args.device
-    rows = []
-    for name, models in (("cnn_small", 64), ("cnn3", 16 if quick else 64)):
-        arch = architecture(name)
-        theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).to(device)
-        states, names = baselines.state_dicts(arch, theta_BP), list(baselines.module(arch).state_dict())
-        orders = [o.to(device) for o in arch.random_permutation(torch.Generator().manual_seed(0), models)]
-        tokens_BTD = arch.tokenize(theta_BP)
-        cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-            "permute": (
-                lambda a=arch, t=theta_BP, o=orders: a.permute(t, o),
-                lambda a=arch, s=states, o=orders: [
-                    baselines.permuted(a, state, [x[i] for x in o]) for i, state in enumerate(s)
-                ],
-            ),
-            "tokenise": (
-                lambda a=arch, t=theta_BP: a.tokenize(t),
-                lambda a=arch, s=states: torch.stack([baselines.tokens_of(a, state) for state in s]),
-            ),
-            "detokenise": (
-                lambda a=arch, t=tokens_BTD: a.detokenize(t),
-                lambda a=arch, n=names, t=tokens_BTD: [baselines.state_of(a, n, one) for one in t],
-            ),
-        }
-        for case, (ours, baseline) in cases.items():
-            rows.append(compare(f"{case}, {name}, {models} models", ours, baseline, 9, device=device))
-    return rows
+    arch = architecture(name)
+    theta_BP = random_models(arch, models).to(args.device)
+    states, names = baselines.state_dicts(arch, theta_BP), list(baselines.module(arch).state_dict())
+    orders = [o.to(args.device) for o in arch.random_permutation(torch.Generator().manual_seed(0), models)]
+    tokens_BTD = arch.tokenize(theta_BP)
+
+    def permuted() -> object:
+        return [baselines.permuted(arch, state, [o[i] for o in orders]) for i, state in enumerate(states)]
+
+    def tokenised() -> object:
+        return torch.stack([baselines.tokens_of(arch, state) for state in states])
+
+    def detokenised() -> object:
+        return [baselines.state_of(arch, names, tokens_TD) for tokens_TD in tokens_BTD]
+
+    ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "permute": (lambda: arch.permute(theta_BP, orders), permuted),
+        "tokenise": (lambda: arch.tokenize(theta_BP), tokenised),
+        "detokenise": (lambda: arch.detokenize(tokens_BTD), detokenised),
+    }
+    return [compare(f"{what}, {name}, {models} models", *both, 9, device=args.device) for what, both in ways.items()]
 
 
-def contrastive(args: Namespace) -> list[Row]:
+def contrastive(args: Namespace, models: int) -> list[Row]:
     """The contrastive loss, forward and backward, against all pairs' cosine similarity."""
-    quick, device = args.quick, args.device
-    rows = []
-    for models in (64,) if quick else (64, 512):
-        local_2BJ = torch.randn(2, models, 30, device=device).requires_grad_()
+    local_2BJ = torch.randn(2, models, 30, device=args.device).requires_grad_()
 
-        def ours(local=local_2BJ) -> Tensor:
-            return torch.autograd.grad(losses.contrastive(local, local, 0, 0.1).mean(), local)[0]
+    def ours() -> Tensor:
+        return torch.autograd.grad(losses.contrastive(local_2BJ, local_2BJ, 0, 0.1).mean(), local_2BJ)[0]
 
-        def common(local=local_2BJ) -> Tensor:
-            return torch.autograd.grad(baselines.contrastive(local[0], local[1], 0.1), local)[0]
+    def common() -> Tensor:
+        return torch.autograd.grad(baselines.contrastive(local_2BJ[0], local_2BJ[1], 0.1), local_2BJ)[0]
 
-        torch.testing.assert_close(ours(), common(), rtol=1e-3, atol=1e-6)
-        rows.append(compare(f"contrastive loss, {models} models", ours, common, 5, device=device))
-    return rows
+    torch.testing.assert_close(ours(), common(), rtol=1e-3, atol=1e-6)
+    return [compare(f"contrastive loss, {models} models", ours, common, 5, device=args.device)]
 
 
-PARTS = {"whole_step": speed(whole_step), "tokens": speed(tokens), "contrastive": speed(contrastive)}
+PARTS = {
+    "whole_step": speed(whole_step, [(False, 32, 9), (True, 16, 3)], [(False, 32, 3), (True, 4, 3)]),
+    "tokens": speed(tokens, [("cnn_small", 64), ("cnn3", 64)], [("cnn_small", 64), ("cnn3", 16)]),
+    "contrastive": speed(contrastive, [(64,), (512,)], [(64,)]),
+}

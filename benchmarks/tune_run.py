@@ -76,10 +76,10 @@ def run(options: Sequence[str], folder: Path) -> dict[str, Any]:
     watcher.join()
     print(printed)
     figures = {"rc": process.returncode, "seconds": seconds, "peak_gib": peak["bytes"] / 2**30}
-    return figures | (_stages(marks, seconds, folder) if process.returncode == 0 else {})
+    return figures | (stages(marks, seconds, folder) if process.returncode == 0 else {})
 
 
-def _stages(marks: Sequence[tuple[float, str]], seconds: float, folder: Path) -> dict[str, Any]:
+def stages(marks: Sequence[tuple[float, str]], seconds: float, folder: Path) -> dict[str, Any]:
     """Seconds of each stage, from the lines that end them, and of what is outside work."""
     stages, last, run = {"start": 0.0}, 0.0, folder
     for end, line in marks:
@@ -94,7 +94,7 @@ def _stages(marks: Sequence[tuple[float, str]], seconds: float, folder: Path) ->
                 run = folder / Path(found[2]).parent
     stages["end"] = seconds - last
     spans = _work(run)
-    working = stages.get("zoo", 0.0) + _union(spans)
+    working = stages.get("zoo", 0.0) + union(spans)
     return {
         "stages": stages,
         "outside_seconds": seconds - working,
@@ -113,7 +113,7 @@ def _work(run: Path) -> list[tuple[float, float]]:
     return list(spans.values())
 
 
-def _union(spans: Sequence[tuple[float, float]]) -> float:
+def union(spans: Sequence[tuple[float, float]]) -> float:
     """Seconds that lie in at least one of the spans."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):

@@ -1,4 +1,4 @@
-"""Zoos made for measuring: random numbers of any count, and a small one of trained networks. Without Ray."""
+"""Models and zoos made for measuring: untrained ones, random numbers, a small trained zoo. Without Ray."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from distrecon.images import load
-from distrecon.nets import architecture, evaluate, fit, initialise
+from distrecon.nets import Architecture, architecture, evaluate, fit, initialise
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.storage import store
@@ -16,6 +16,11 @@ from distrecon.zoos.storage import store
 ARCH = architecture("cnn_small")
 PART = 12_500  # states in a file: 57 MiB
 SIDE = 448  # the first two weights of random state i are i // SIDE and i % SIDE
+
+
+def random_models(arch: Architecture, count: int) -> torch.Tensor:
+    """Untrained models [count, P]."""
+    return initialise(arch, ["kaiming_normal"] * count, range(count))
 
 
 def _write(folder: Path, parts: Iterable[dict[str, Any]]) -> Zoo:
