@@ -87,11 +87,8 @@ def test_several_parts_run_each_in_a_process(tmp_path):
 
 
 def test_a_missing_gpu_and_parts_without_one_are_said_in_a_line(capsys):
-    for words, line in (
-        (["students"], "measures behavioural"),
-        (["nothing"], "no part nothing"),
-        ([], "no such device"),
-    ):
+    lines = {"students": "measures behavioural", "nothing": "no part nothing", "": "no such device"}
+    for words, line in ((name.split(), line) for name, line in lines.items()):
         if torch.cuda.is_available() and not words:
             continue
         with pytest.raises(SystemExit, match="2"):
