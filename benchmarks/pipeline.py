@@ -19,7 +19,7 @@ import ray
 import torch
 from ray import tune
 
-from benchmarks.harness import Row, Table, memory, speed, timing, value, written
+from benchmarks.harness import Cell, Part, Row, Table, memory, speed, timing, value, written
 from benchmarks.zoos import ARCH, random_zoo, rows_of
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
@@ -205,6 +205,11 @@ def zoo_stream(args: Namespace) -> list[Row]:
     ]
 
 
+def cells(args: Namespace) -> Iterator[Cell]:
+    key = {"states": args.states, "epochs": args.epochs, "batch_size": args.batch_size}
+    yield Cell(key, lambda: zoo_stream(args))
+
+
 def _told(rows: Sequence[Row], args: Namespace) -> str:
     peaks = {who: ", ".join(f"{b / 2**20:.0f}" for b in held) for who, held in rows[0]["peak_bytes"].items()}
     return (
@@ -231,4 +236,4 @@ OPTIONS = {
     "--batch-size": {"type": int, "default": 64},
     "--folder": {"help": "where the zoo is written for the time (default: the system's)"},
 }
-PARTS = {"ray": speed(ray_costs), "zoo_stream": speed(zoo_stream, options=OPTIONS, tables=_told)}
+PARTS = {"ray": speed(ray_costs), "zoo_stream": Part(cells, _told, OPTIONS)}
