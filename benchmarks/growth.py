@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.harness import Row, exponent, memory, speed, timing
 from benchmarks.solvers import RULE, clouds
-from benchmarks.steps import demo_step
+from benchmarks.steps import stepper, training_of
 from benchmarks.zoos import random_models
 from distrecon.autoencoder import losses
 from distrecon.expand_cluster.clustering import average_linkage, best_cut, cluster
@@ -49,6 +49,10 @@ def _tokens(arch: Architecture, models: int) -> Work:
 def _contrastive(models: int) -> Work:
     local_2BJ = torch.randn(2, models, 30).requires_grad_()
     return lambda: torch.autograd.grad(losses.contrastive(local_2BJ, local_2BJ, 0, 0.1).mean(), local_2BJ)
+
+
+def _step(models: int, queries: int) -> Work:
+    return stepper(training_of(False, models, queries=queries))
 
 
 def _zoo(models: int, count: int) -> Work:
@@ -102,8 +106,8 @@ SERIES = {
     "behavioural loss of 32 MLPs against P (256 queries)": Series(
         lambda n: _gradient(_wide(n), 32, 256), (128, 256, 512, 1024), lambda n: _wide(n).num_parameters
     ),
-    "demo step of the autoencoder against B (256 queries)": Series(lambda n: demo_step(n, 256), (16, 32, 64, 128)),
-    "demo step of the autoencoder against Q (32 models)": Series(lambda n: demo_step(32, n), (64, 128, 256, 512)),
+    "demo step of the autoencoder against B (256 queries)": Series(lambda n: _step(n, 256), (16, 32, 64, 128)),
+    "demo step of the autoencoder against Q (32 models)": Series(lambda n: _step(32, n), (64, 128, 256, 512)),
     "permute, tokenise, detokenise cnn_small against B": Series(
         lambda n: _tokens(architecture("cnn_small"), n), (128, 256, 512, 1024)
     ),

@@ -24,13 +24,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Cell, Part, Row, turns
-from benchmarks.steps import config_of, random_images
-from benchmarks.zoos import ARCH, random_models, random_zoo
-from distrecon.autoencoder.model import ZooSample
-from distrecon.autoencoder.training import Batch, Training
-from distrecon.images import load
+from benchmarks.steps import stepper, training_of
+from benchmarks.zoos import ARCH, random_zoo
+from distrecon.autoencoder.training import Training
 from distrecon.nets import architecture
 
 SIZES = {"demo": "cnn_small", "paper": "cnn3"}
@@ -44,43 +43,22 @@ MIB = 2**20
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def build(size: str, count: int) -> Training:
-    """A training of the demo's or the paper's autoencoder with contrastive, structural and behavioural loss."""
-    arch = architecture(SIZES[size])
-    theta_BP = random_models(arch, count)
-    images = random_images(arch) if size == "paper" else load("digits")
-    return Training(config_of(size == "paper"), [ZooSample(arch, theta_BP, images)], total_steps=1000)
-
-
-def steps(training: Training, total: int, rank: int, world: int, repeats: int, clock: Callable[[], float]) -> float:
-    """Seconds of a step with a global batch of `total` models, of which this worker holds its share (median)."""
-    low, high = rank * total // world, (rank + 1) * total // world
-    theta_bP = training.zoos[0].sample_BP[low:high]
-    number = iter(range(10**9))
-
-    def step() -> None:
-        training.step(Batch(0, next(number), 0, torch.arange(low, high), theta_bP, total, low))
-
+def step_time(training: Training, rank: int, world: int, repeats: int, clock: Callable[[], float]) -> float:
+    """Seconds of a step with the whole sample as global batch, of which this worker holds its share (median)."""
+    total = len(training.zoos[0].sample_BP)
+    step = stepper(training, rank * total // world, (rank + 1) * total // world)
     step()  # fills the cache of the originals' outputs, once in a training
     return median(turns({"step": step}, repeats, clock)["step"])
 
 
-def flops(size: str, count: int) -> float:
+def flops(size: str, models: int) -> float:
     """Floating-point operations of the matrix products and convolutions of one step, counted by PyTorch."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    training = build(size, count)
-    steps(training, count, 0, 1, 1, time.process_time)
+    step = stepper(training_of(size == "paper", models))
+    for _ in range(3):  # what a training does once is not counted
+        step()
     with FlopCounterMode(display=False) as counter:
-        batch = Batch(0, 9, 0, torch.arange(count), training.zoos[0].sample_BP, count, 0)
-        training.step(batch)
+        step()
     return float(counter.get_total_flops())
-
-
-def all_reduce_seconds(numbers: int, repeats: int = 15) -> float:
-    message = torch.ones(numbers)
-    dist.barrier()
-    return median(turns({"sum": lambda: dist.all_reduce(message)}, repeats, time.perf_counter)["sum"])
 
 
 def worker(rank: int, world: int, folder: str, repeats: int) -> None:
@@ -89,11 +67,13 @@ def worker(rank: int, world: int, folder: str, repeats: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     found: dict[str, Any] = {"steps": {}, "all_reduce": {}}
     for size in SIZES:
-        total = BATCHES[size][-1]
-        training = build(size, total)
-        found["steps"][size] = steps(training, total, rank, world, repeats, time.perf_counter)
+        training = training_of(size == "paper", BATCHES[size][-1])
+        found["steps"][size] = step_time(training, rank, world, repeats, time.perf_counter)
     for numbers in MESSAGES:
-        found["all_reduce"][numbers] = all_reduce_seconds(numbers)
+        message = torch.ones(numbers)
+        dist.barrier()
+        sums = turns({"sum": lambda message=message: dist.all_reduce(message)}, 15, time.perf_counter)["sum"]
+        found["all_reduce"][numbers] = median(sums)
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -101,13 +81,15 @@ def worker(rank: int, world: int, folder: str, repeats: int) -> None:
 
 def alone(size: str, repeats: int) -> list[Row]:
     """What a training saves, its operations a model, and its step on one thread by batch."""
-    training = build(size, 2)
+    training = training_of(size == "paper", 2)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "training.pt")
         seconds = turns({"save": lambda: torch.save(training.state_dict(), file)}, 5, time.perf_counter)["save"]
         saved = {"seconds": median(seconds), "bytes": file.stat().st_size}
     parameters = sum(p.numel() for p in training.autoencoder.parameters() if p.requires_grad)
-    times = {str(b): steps(build(size, b), b, 0, 1, repeats, time.process_time) for b in BATCHES[size]}
+    times = {
+        str(b): step_time(training_of(size == "paper", b), 0, 1, repeats, time.process_time) for b in BATCHES[size]
+    }
     operations = flops(size, BATCHES[size][0]) / BATCHES[size][0]
     return [{"checkpoint": saved, "parameters": parameters, "flops_per_model": operations, "steps": times}]
 
@@ -136,7 +118,7 @@ def reading(states: int) -> list[Row]:
             ray.shutdown()
     return [
         {"workers": world, "cpu_seconds_per_mib": cpu / mib, "mib_per_second": mib / wall}
-        for world, (wall, cpu, _) in found.items()
+        for world, (wall, cpu, *_) in found.items()
     ]
 
 

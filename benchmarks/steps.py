@@ -70,51 +70,46 @@ def published_step(
     return step
 
 
-def demo_step(models: int, queries: int) -> Callable[[], object]:
-    """A training step of demo size on so many models and queries."""
-    config, arch = config_of(paper=False), architecture("cnn_small")
-    config = replace(config, data=replace(config.data, queries=queries))
-    return _stepper(_training(config, arch, models, load("digits"), CPU))
-
-
-def paper_step(models: int, precision: str, device: torch.device, compiled: bool) -> Callable[[], object]:
-    """A training step of the paper's size on 256 queries; `compiled`: the transformer by torch.compile."""
-    config, arch = config_of(paper=True), architecture("cnn3")
-    config = replace(config, optim=replace(config.optim, precision=precision))
-    training = _training(config, arch, models, random_images(arch), device)
-    if compiled:
-        for name in ("encoder", "decoder"):
-            getattr(training.autoencoder.coder, name).compile()
-    return _stepper(training)
-
-
-def _training(
-    config: AutoencoderConfig, arch: Architecture, models: int, images: ImageSet, device: torch.device
+def training_of(
+    paper: bool, models: int, device: torch.device = CPU, queries: int = 256, precision: str = "float32"
 ) -> Training:
-    theta_BP = random_models(arch, models)
-    return Training(config, [ZooSample(arch, theta_BP, images)], total_steps=1000, device=device)
+    """A training of the demo's or the paper's autoencoder on untrained models."""
+    config, arch = config_of(paper), architecture("cnn3" if paper else "cnn_small")
+    optim, data = replace(config.optim, precision=precision), replace(config.data, queries=queries)
+    images = random_images(arch) if paper else load("digits")
+    sample = ZooSample(arch, random_models(arch, models), images)
+    return Training(replace(config, optim=optim, data=data), [sample], total_steps=1000, device=device)
 
 
-def _stepper(training: Training) -> Callable[[], object]:
-    """Steps over the training's own sample; the first fills the cache of the originals' outputs."""
-    theta_BP, number = training.zoos[0].sample_BP, count()
-    models = len(theta_BP)
+def stepper(training: Training, low: int = 0, high: int | None = None) -> Callable[[], object]:
+    """Steps over the training's own sample, of which this worker holds a share; the first fills the cache."""
+    sample_BP, number = training.zoos[0].sample_BP, count()
+    theta_bP, row_b = sample_BP[low:high], torch.arange(len(sample_BP))[low:high]
 
     def step() -> object:
-        return training.step(Batch(0, next(number), 0, torch.arange(models), theta_BP, models, 0))
+        return training.step(Batch(0, next(number), 0, row_b, theta_bP, len(sample_BP), low))
 
     return step
 
 
+def paper_step(models: int, precision: str, device: torch.device, compiled: bool) -> Callable[[], object]:
+    """A training step of the paper's size on 256 queries; `compiled`: the transformer by torch.compile."""
+    training = training_of(True, models, device, precision=precision)
+    if compiled:
+        for name in ("encoder", "decoder"):
+            getattr(training.autoencoder.coder, name).compile()
+    return stepper(training)
+
+
 def whole_step(args: Namespace, paper: bool, models: int, repeats: int) -> list[Row]:
     """One training step with contrastive, structural and behavioural loss, against the published way."""
-    config, arch = config_of(paper), architecture("cnn3" if paper else "cnn_small")
-    training = _training(config, arch, models, random_images(arch) if paper else load("digits"), args.device)
+    training = training_of(paper, models, args.device)
+    config, arch = training.config, training.zoos[0].architecture
     theta_BP = training.zoos[0].sample_BP.to(args.device)
     published = published_step(config, arch, training.autoencoder, training.pools[0], theta_BP)
     size = f"{config.model.width} wide, {config.model.layers}+{config.model.layers} layers"
     name = f"whole step, {arch.name}, {models} models x 256 queries, {size}"
-    return [compare(name, _stepper(training), published, repeats, device=args.device)]
+    return [compare(name, stepper(training), published, repeats, device=args.device)]
 
 
 def tokens(args: Namespace, name: str, models: int) -> list[Row]:
