@@ -26,6 +26,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Part
+from distrecon.errors import UserError
 
 
 class Entry(NamedTuple):
@@ -67,14 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     options = argv[len(names) :]
-    parser = _parser("[PART ...]", __doc__, "parts (* kept):\n" + "\n".join(_listing()))
+    listing = [f"  {name:<15} {'  ' if entry.suite else '* '}{entry.title}" for name, entry in PARTS.items()]
+    parser = _parser("[PART ...]", __doc__, "\n".join(["parts (* kept):", *listing]))
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if len(names) == 1:
         return _one(names[0], options)
     args = _checked(parser, options, names)
-    names = names or [name for name, entry in PARTS.items() if entry.suite and (entry.gpu or not _on_gpu(args))]
-    failed = [name for name in names if subprocess.run(_command(name, options), check=False).returncode]
+    on_cpu = args.device.type == "cpu"
+    failed = []
+    for name in names or [name for name, entry in PARTS.items() if entry.suite and (on_cpu or entry.gpu)]:
+        if subprocess.run([sys.executable, "-m", "benchmarks", name, *options], check=False).returncode:
+            failed.append(name)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -93,27 +98,18 @@ def _parser(usage: str, description: str | None, epilog: str | None = None) -> a
     return parser
 
 
-def _listing() -> list[str]:
-    return [f"  {name:<15} {'  ' if entry.suite else '* '}{entry.title}" for name, entry in PARTS.items()]
-
-
-def _on_gpu(args: argparse.Namespace) -> bool:
-    return args.device.type == "cuda"
-
-
 def _checked(parser: argparse.ArgumentParser, options: Sequence[str], names: Sequence[str]) -> argparse.Namespace:
-    """The options, if these parts can be measured where they say."""
+    """The options, if these parts can be measured where they say and the page has a place for tables."""
     args = parser.parse_args(options)
     args.device = torch.device(args.device)
-    if _on_gpu(args) and not all(PARTS[name].gpu for name in names):
-        parser.error(f"--device cuda measures {', '.join(name for name, entry in PARTS.items() if entry.gpu)}")
-    if _on_gpu(args) and not torch.cuda.is_available():
-        parser.error("--device cuda: no such device here")
+    if args.device.type == "cuda":
+        if not all(PARTS[name].gpu for name in names):
+            parser.error(f"--device cuda measures {', '.join(name for name, entry in PARTS.items() if entry.gpu)}")
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: no such device here")
+    if args.page and not (args.page.is_file() and harness.BEGIN in args.page.read_text()):
+        parser.error(f"--page {args.page}: no such file with a line {harness.BEGIN}")
     return args
-
-
-def _command(name: str, options: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "benchmarks", name, *options]
 
 
 def _one(name: str, options: Sequence[str]) -> int:
@@ -131,7 +127,12 @@ def _one(name: str, options: Sequence[str]) -> int:
     args = _checked(parser, options, [name])
     if part.kept and args.fresh:
         args.rows.unlink(missing_ok=True)
-    found = harness.measure(part, args)
+    try:
+        found = harness.measure(part, args)
+    except UserError as error:
+        parser.error(str(error))
+    if not found["rows"] and name != "gpu":
+        parser.error("these options choose nothing")
     on_gpu = ON_GPU if found["device"] == "cuda" and name != "gpu" else ""
     text = harness.section(entry.title + on_gpu, part, found, args)
     print(text, flush=True)

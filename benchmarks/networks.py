@@ -130,7 +130,7 @@ def zoo_training(args: Namespace) -> list[Row]:
         "same_answers": float((single.predictions_BQ == batched.predictions_BQ).float().mean()),
     }
     row["note"] += (
-        f", {epochs} epochs; test accuracy {numbers['accuracy_alone']:.4f}, at once {numbers['accuracy']:.4f} "
+        f", epochs {epochs}; test accuracy {numbers['accuracy_alone']:.4f}, at once {numbers['accuracy']:.4f} "
         f"(difference ± {numbers['gap_error']:.4f}), {100 * numbers['same_answers']:.1f} % of all answers the same"
     )
     return [row | {"numbers": numbers}]

@@ -91,7 +91,7 @@ def test_several_parts_run_each_in_a_process(monkeypatch, capsys):
     assert commands == [["-m", "benchmarks", name, "--quick"] for name in ("gpu", "linkage")]
     assert "failed: linkage" in capsys.readouterr().err
     commands.clear()
-    assert main(["--page", "p.md"]) == 1
+    assert main(["--quick"]) == 1
     assert [command[2] for command in commands] == [name for name, entry in PARTS.items() if entry.suite]
 
 
@@ -103,6 +103,22 @@ def test_a_missing_gpu_and_parts_without_one_are_said_in_a_line(capsys):
         with pytest.raises(SystemExit, match="2"):
             main([*words, "--device", "cuda"])
         assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("losses", "--zoo: which zoo?"),
+        ("recovery --teachers synthetic --inputs 3", "choose nothing"),
+        ("recovery --set students.cout=3 --teachers synthetic --quick", "students.count"),
+        ("contrastive --page missing.md", "--page missing.md"),
+    ],
+)
+def test_wrong_options_are_said_in_a_line(words, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    assert line in capsys.readouterr().err
 
 
 def test_what_a_gpu_measures_needs_no_ray():
