@@ -4,25 +4,28 @@ Peak is the rate of a large matrix product of the same number type on the same d
 turns, so that the fastest says what pays.
 """
 
+from argparse import Namespace
 from collections.abc import Callable
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from benchmarks.suite.harness import Row, clock, matmul_flops, turns
-from benchmarks.suite.networks import flops
-from benchmarks.suite.steps import paper_step
-from distrecon.nets import Architecture, architecture, initialise
+from benchmarks.harness import Row, clock, matmul_flops, speed, timing, turns
+from benchmarks.networks import flops
+from benchmarks.steps import paper_step
+from benchmarks.zoos import random_models
+from distrecon.nets import Architecture, architecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def gpu(quick: bool) -> list[Row]:
+def gpu(args: Namespace) -> list[Row]:
     """Wall time of the behavioural loss and of the paper's whole step; no rows without a GPU."""
     if not torch.cuda.is_available():
         return []
-    device = torch.device("cuda")
+    quick, device = args.quick, torch.device("cuda")
+    args.device = device  # with or without --device
     peaks = {name: matmul_flops(device, dtype) for name, dtype in DTYPES.items()}
     rows = []
     for name, models in (("cnn_small", 128), ("cnn3", 16 if quick else 64), ("lenet5", 16)):
@@ -32,7 +35,7 @@ def gpu(quick: bool) -> list[Row]:
 
 def _behavioural(arch: Architecture, models: int, device: torch.device, peaks: dict[str, float]) -> list[Row]:
     """Forward and backward over 256 inputs in every number type, plain, compiled and as a graph."""
-    theta_BP = initialise(arch, ["kaiming_normal"] * models, range(models)).to(device)
+    theta_BP = random_models(arch, models).to(device)
     inputs = torch.randn(256, *arch.input_shape, device=device)
     ways = {}
     for name, dtype in DTYPES.items():
@@ -48,14 +51,8 @@ def _behavioural(arch: Architecture, models: int, device: torch.device, peaks: d
     rows = []
     for way, seconds in turns(ways, 20, clock(device)).items():
         share = flops(arch, models, 256) / median(seconds) / peaks[way.split(",")[0]]
-        rows.append(
-            Row(
-                f"behavioural loss, {arch.name}, {models} x 256, {way}",
-                median(seconds),
-                note=f"{100 * share:.1f} % of peak",
-                numbers={"share_of_peak": share},
-            )
-        )
+        what, note = f"behavioural loss, {arch.name}, {models} x 256, {way}", f"{100 * share:.1f} % of peak"
+        rows.append(timing(what, median(seconds), note=note, share_of_peak=share))
     return rows
 
 
@@ -71,6 +68,9 @@ def _steps(models: int, device: torch.device) -> list[Row]:
         for compiled in (False, True)
     }
     return [
-        Row(f"whole step, cnn3, {models} models x 256 queries, 256 wide, 8+8 layers, {way}", median(seconds))
+        timing(f"whole step, cnn3, {models} models x 256 queries, 256 wide, 8+8 layers, {way}", median(seconds))
         for way, seconds in turns(ways, 5, clock(device)).items()
     ]
+
+
+PARTS = {"gpu": speed(gpu)}

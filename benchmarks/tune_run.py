@@ -3,39 +3,57 @@
 Memory is the sum over the command and all its descendants, Ray's processes among them, of their proportional set size
 (PSS: shared pages are counted once), sampled twice a second. Outside work is the wall time in which no zoo is made, no
 autoencoder trained or scored and no network recovered: those times are the trials' own, read from the journals.
-
-    python benchmarks/default_run.py [--out FILE.json] [-- OPTIONS OF distrecon.tune]
 """
 
-import argparse
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import Row, speed, timing
+
 WORK = ("time/seconds", "time/scoring_seconds")  # metrics that say how long their trial had worked when they came
 UNITS = {"h": 3600.0, "min": 60.0, "s": 1.0}
+NAMES = {"start": "imports, checks, Ray's start", "end": "the tables, Ray's end"}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
-    parser.add_argument("options", nargs="*", help="options of distrecon.tune, after --")
-    args = parser.parse_args()
-    figures = measure(args.options, Path.cwd())
-    print(json.dumps(figures, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(figures, indent=1))
-    return int(figures["rc"])
+def default_run(args: Namespace) -> list[Row]:
+    """The command in an empty folder, or in `--folder`, stage by stage, and its wall time outside work."""
+    options = [*(["--smoke"] if args.quick else []), *args.options]
+    with tempfile.TemporaryDirectory() as empty:
+        figures = run(options, args.folder or Path(empty))
+    if figures["rc"]:
+        raise RuntimeError(f"distrecon.tune ended with {figures['rc']}")
+    return rows(figures)
 
 
-def measure(options: Sequence[str], folder: Path) -> dict[str, Any]:
+def rows(figures: dict[str, Any]) -> list[Row]:
+    """The rows of what `run` found."""
+    at_once, outside, peak = figures["trials_at_once"], figures["outside_share"], figures["peak_gib"]
+    notes = {"sweeps": f"training, scoring or recovering {at_once:.1f} trials at once"}
+    numbers = {"sweeps": {"trials_at_once": at_once}}
+    return [
+        *(
+            timing(f"stage: {NAMES.get(stage, stage)}", seconds, note=notes.get(stage, ""), **numbers.get(stage, {}))
+            for stage, seconds in figures["stages"].items()
+        ),
+        timing("the whole default run", figures["seconds"], note=f"{peak:.1f} GiB at most", peak_gib=peak),
+        timing(
+            "of it, outside zoo, training, recovery and scoring", figures["outside_seconds"],
+            note=f"{100 * outside:.0f} % of the wall time", share=outside,
+        ),
+    ]  # fmt: skip
+
+
+def run(options: Sequence[str], folder: Path) -> dict[str, Any]:
     """Runs the command in `folder` and prints what it prints. Seconds by stage, and outside work; peak GiB; its rc."""
     start = time.monotonic()
     process = subprocess.Popen(
@@ -58,10 +76,10 @@ def measure(options: Sequence[str], folder: Path) -> dict[str, Any]:
     watcher.join()
     print(printed)
     figures = {"rc": process.returncode, "seconds": seconds, "peak_gib": peak["bytes"] / 2**30}
-    return figures | (_stages(marks, seconds, folder) if process.returncode == 0 else {})
+    return figures | (stages(marks, seconds, folder) if process.returncode == 0 else {})
 
 
-def _stages(marks: Sequence[tuple[float, str]], seconds: float, folder: Path) -> dict[str, Any]:
+def stages(marks: Sequence[tuple[float, str]], seconds: float, folder: Path) -> dict[str, Any]:
     """Seconds of each stage, from the lines that end them, and of what is outside work."""
     stages, last, run = {"start": 0.0}, 0.0, folder
     for end, line in marks:
@@ -76,7 +94,7 @@ def _stages(marks: Sequence[tuple[float, str]], seconds: float, folder: Path) ->
                 run = folder / Path(found[2]).parent
     stages["end"] = seconds - last
     spans = _work(run)
-    working = stages.get("zoo", 0.0) + _union(spans)
+    working = stages.get("zoo", 0.0) + union(spans)
     return {
         "stages": stages,
         "outside_seconds": seconds - working,
@@ -95,7 +113,7 @@ def _work(run: Path) -> list[tuple[float, float]]:
     return list(spans.values())
 
 
-def _union(spans: Sequence[tuple[float, float]]) -> float:
+def union(spans: Sequence[tuple[float, float]]) -> float:
     """Seconds that lie in at least one of the spans."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
@@ -136,5 +154,8 @@ def _pss(pid: int) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+OPTIONS = {
+    "--folder": {"type": Path, "help": "run there, and leave the run there (default: a temporary folder)"},
+    "options": {"nargs": "*", "help": "options of distrecon.tune, after --"},
+}
+PARTS = {"default_run": speed(default_run, options=OPTIONS)}

@@ -6,7 +6,7 @@ at every height) and has no needless work beside it.
 Legend: B models, P parameters, Q queries, C classes, T tokens, D token size, J projection size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from distrecon.nets import Architecture
 
+Clock = Callable[[], float]
 ACTIVATION_MODULES = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
@@ -119,15 +120,25 @@ def contrastive(first_BJ: Tensor, second_BJ: Tensor, temperature: float) -> Tens
 # -- training and evaluation, one model at a time ----------------------------------------------------------------------
 
 
-def train_one(arch: Architecture, theta_P: Tensor, inputs: Tensor, labels_Q: Tensor, lr: float, seed: int) -> None:
-    """One epoch of one model: torch modules, torch.optim.Adam, batches of 32 from memory, without a loader."""
+def train_one(
+    arch: Architecture,
+    theta_P: Tensor,
+    inputs: Tensor,
+    labels_Q: Tensor,
+    lr: float,
+    epochs: int = 1,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """One model's trained weights [P]: torch modules, torch.optim.Adam, batches of 32 from memory, without a loader."""
     net = module(arch).to(theta_P.device)
     net.load_state_dict(state_dicts(arch, theta_P[None])[0])
-    adam = torch.optim.Adam(net.parameters(), lr)
-    for batch in torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed)).split(32):
-        adam.zero_grad(set_to_none=True)
-        F.cross_entropy(net(inputs[batch]), labels_Q[batch]).backward()
-        adam.step()
+    adam, order = torch.optim.Adam(net.parameters(), lr, weight_decay=weight_decay), torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(inputs), generator=order).split(32):
+            adam.zero_grad(set_to_none=True)
+            F.cross_entropy(net(inputs[batch]), labels_Q[batch]).backward()
+            adam.step()
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
 
 
 @torch.no_grad()
@@ -154,24 +165,24 @@ def evaluate_loop(
 # -- clustering --------------------------------------------------------------------------------------------------------
 
 
-def cut_at_every_height(merges: np.ndarray, need: int, seconds: float, clock: object) -> tuple[int, int]:
+def cut_at_every_height(merges: np.ndarray, need: int, seconds: float, clock: Clock) -> tuple[int, int]:
     """Re-cuts the tree at each merge height and counts clusters of at least `need` members.
 
     Stops after `seconds`; returns how many heights were cut and the largest count.
     """
-    start, most = clock(), 0  # type: ignore[operator]
+    start, most = clock(), 0
     for done, height in enumerate(merges[:, 2]):
         labels = fcluster(merges, height, criterion="distance")
         most = max(most, int((np.bincount(labels) >= need).sum()))
-        if clock() - start > seconds:  # type: ignore[operator]
+        if clock() - start > seconds:
             return done + 1, most
     return len(merges), most
 
 
-def whole_clustering(vectors_VK: Tensor, need: int, seconds: float, clock: object) -> tuple[float, float]:
+def whole_clustering(vectors_VK: Tensor, need: int, seconds: float, clock: Clock) -> tuple[float, float]:
     """Seconds of scipy's distances and tree, and of the search for the cut (scaled, if it stopped after `seconds`)."""
-    start = clock()  # type: ignore[operator]
+    start = clock()
     merges = linkage(pdist(vectors_VK.numpy()), method="average")
-    tree = clock() - start  # type: ignore[operator]
+    tree = clock() - start
     done, _ = cut_at_every_height(merges, need, seconds, clock)
-    return tree, (clock() - start - tree) * len(merges) / done  # type: ignore[operator]
+    return tree, (clock() - start - tree) * len(merges) / done

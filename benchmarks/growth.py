@@ -7,44 +7,30 @@ size.
 import multiprocessing
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 
-from benchmarks.suite.harness import Row, exponent
-from benchmarks.suite.steps import demo_step
+from benchmarks.harness import Row, exponent, memory, speed, timing
+from benchmarks.solvers import RULE, clouds
+from benchmarks.steps import stepper, training_of
+from benchmarks.zoos import random_models
 from distrecon.autoencoder import losses
-from distrecon.expand_cluster.config import ClusteringConfig
 from distrecon.expand_cluster.networks import DenseNet
-from distrecon.expand_cluster.neurons import Pool, average_linkage, best_cut, cluster
+from distrecon.expand_cluster.neurons import average_linkage, best_cut, cluster
 from distrecon.images import load
-from distrecon.nets import (
-    Architecture,
-    activation,
-    architecture,
-    evaluate,
-    fit,
-    initialise,
-    permute,
-    random_permutation,
-)
+from distrecon.nets import Architecture, activation, architecture, evaluate, fit, permute, random_permutation
 from distrecon.nets.known import mlp
 
 Work = Callable[[], object]
-RULE = ClusteringConfig(gamma=0.5)
-
-
-def _models(arch: Architecture, count: int) -> torch.Tensor:
-    return initialise(arch, ["kaiming_normal"] * count, range(count))
 
 
 def _gradient(arch: Architecture, models: int, queries: int) -> Work:
-    theta_BP = _models(arch, models).requires_grad_()
+    theta_BP = random_models(arch, models).requires_grad_()
     inputs = torch.randn(queries, *arch.input_shape)
     return lambda: torch.autograd.grad(arch.forward(theta_BP, inputs).square().mean(), theta_BP)
 
@@ -55,7 +41,7 @@ def _wide(hidden: int) -> Architecture:
 
 
 def _tokens(arch: Architecture, models: int) -> Work:
-    theta_BP = _models(arch, models)
+    theta_BP = random_models(arch, models)
     order = random_permutation(arch, torch.Generator().manual_seed(0), models)
     return lambda: arch.detokenize(arch.tokenize(permute(arch, theta_BP, order)))
 
@@ -65,16 +51,20 @@ def _contrastive(models: int) -> Work:
     return lambda: torch.autograd.grad(losses.contrastive(local_2BJ, local_2BJ, 0, 0.1).mean(), local_2BJ)
 
 
+def _step(models: int, queries: int) -> Work:
+    return stepper(training_of(False, models, queries=queries))
+
+
 def _zoo(models: int, count: int) -> Work:
     arch, train = architecture("cnn_small"), load("digits").train
-    theta_BP, lr_B = _models(arch, models), torch.full((models,), 1e-3)
+    theta_BP, lr_B = random_models(arch, models), torch.full((models,), 1e-3)
     images, labels_Q = train.images[:count], train.labels_Q[:count]
     return lambda: list(fit(arch, theta_BP, images, labels_Q, epochs=1, lr_B=lr_B))
 
 
 def _evaluation(models: int, queries: int) -> Work:
     arch = architecture("cnn_small")
-    theta_BP, inputs = _models(arch, models), torch.randn(queries, *arch.input_shape)
+    theta_BP, inputs = random_models(arch, models), torch.randn(queries, *arch.input_shape)
     labels_Q = torch.zeros(queries, dtype=torch.long)
     return lambda: evaluate(arch, theta_BP, inputs, labels_Q)
 
@@ -86,22 +76,14 @@ def _equations(students: int, queries: int, hidden: int) -> Work:
     return lambda: net.normal_equations(theta_NP, x_QI, y_QO)
 
 
-def _pool(count: int) -> Pool:
-    """Ten students' neurons."""
-    per_student, draw = max(1, count // 10), torch.Generator().manual_seed(count)
-    centres = torch.randn(per_student, 16, generator=draw, dtype=torch.float64)
-    noise = torch.randn(10, per_student, 16, generator=draw, dtype=torch.float64)
-    return Pool((centres + 0.05 * noise).flatten(0, 1), np.repeat(np.arange(10), per_student), torch.zeros(10))
-
-
 def _cut(count: int) -> Work:
-    pool = _pool(count)
+    pool = clouds(count)
     merges = average_linkage(pool.vectors_VK, "none")
     return lambda: best_cut(merges, pool, False, RULE)
 
 
 def _clustering(count: int) -> Work:
-    pool = _pool(count)
+    pool = clouds(count)
     return lambda: cluster(pool, "none", RULE)
 
 
@@ -124,8 +106,8 @@ SERIES = {
     "behavioural loss of 32 MLPs against P (256 queries)": Series(
         lambda n: _gradient(_wide(n), 32, 256), (128, 256, 512, 1024), lambda n: _wide(n).num_parameters
     ),
-    "demo step of the autoencoder against B (256 queries)": Series(lambda n: demo_step(n, 256), (16, 32, 64, 128)),
-    "demo step of the autoencoder against Q (32 models)": Series(lambda n: demo_step(32, n), (64, 128, 256, 512)),
+    "demo step of the autoencoder against B (256 queries)": Series(lambda n: _step(n, 256), (16, 32, 64, 128)),
+    "demo step of the autoencoder against Q (32 models)": Series(lambda n: _step(32, n), (64, 128, 256, 512)),
     "permute, tokenise, detokenise cnn_small against B": Series(
         lambda n: _tokens(architecture("cnn_small"), n), (128, 256, 512, 1024)
     ),
@@ -147,48 +129,44 @@ SERIES = {
 }
 
 
-def _high_water() -> int:
-    """Bytes, the most that this process held so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
-
-
 def _measure(name: str, size: int) -> tuple[float, int]:
     """Seconds and bytes, in a fresh process."""
     torch.set_num_threads(1)
     series = SERIES[name]
     series.prepare(max(1, min(series.sizes) // 8))()  # what is loaded and compiled once, with little memory
     work = series.prepare(size)
-    before, seconds = _high_water(), []
+    before, seconds = memory("VmHWM"), []
     for _ in range(3):
         start = time.process_time()
         work()
         seconds.append(time.process_time() - start)
-    return median(seconds), max(0, _high_water() - before)
+    return median(seconds), max(0, memory("VmHWM") - before)
 
 
-def growth(quick: bool) -> list[Row]:
-    """Exponents of time and memory, each size in a process of its own."""
-    rows, context = [], multiprocessing.get_context("forkserver")
+def growth(args: Namespace, name: str) -> list[Row]:
+    """Exponents of time and memory of one series, each size in a process of its own."""
+    context, series = multiprocessing.get_context("forkserver"), SERIES[name]
     context.set_forkserver_preload([__name__])  # imported once; no process has worked yet when it is forked
-    for name, series in list(SERIES.items())[: 1 if quick else None]:
-        seconds, memory, sizes = [], [], series.sizes[:2] if quick else series.sizes
-        for size in sizes:
-            with ProcessPoolExecutor(1, context) as pool:
-                found = pool.submit(_measure, name, size).result()
-            seconds.append(found[0])
-            memory.append(found[1])
-        print(f"measured: {name}", file=sys.stderr, flush=True)
-        rows.append(_row(name, sizes, [series.scale(size) for size in sizes], seconds, memory))
-    return rows
+    found, sizes = [], series.sizes[:2] if args.quick else series.sizes
+    for size in sizes:
+        with ProcessPoolExecutor(1, context) as pool:
+            found.append(pool.submit(_measure, name, size).result())
+    print(f"measured: {name}", file=sys.stderr, flush=True)
+    seconds, held = zip(*found, strict=True)
+    return [_row(name, sizes, [series.scale(size) for size in sizes], seconds, held)]
 
 
-def _row(name: str, sizes: Sequence[int], scales: list[float], seconds: list[float], memory: list[int]) -> Row:
+def _row(
+    name: str, sizes: Sequence[int], scales: Sequence[float], seconds: Sequence[float], held: Sequence[int]
+) -> Row:
     """Memory below a MiB is not told apart from the process's own."""
     numbers = {"time_exponent": exponent(scales, seconds)}
     note = f"{sizes[0]:,} to {sizes[-1]:,}: time ^ {numbers['time_exponent']:.2f}"
-    if min(memory[-2:]) > 2**20:
-        grown = [i for i, held in enumerate(memory) if held > 2**20]
-        numbers["memory_exponent"] = exponent([scales[i] for i in grown], [float(memory[i]) for i in grown])
+    if min(held[-2:]) > 2**20:
+        grown = [i for i, most in enumerate(held) if most > 2**20]
+        numbers["memory_exponent"] = exponent([scales[i] for i in grown], [float(held[i]) for i in grown])
         note += f", memory ^ {numbers['memory_exponent']:.2f}"
-    return Row(name, seconds[-1], note=f"{note}; {memory[-1] / 2**20:.0f} MiB at the largest", numbers=numbers)
+    return timing(name, seconds[-1], note=f"{note}; {held[-1] / 2**20:.0f} MiB at the largest", **numbers)
+
+
+PARTS = {"growth": speed(growth, [(name,) for name in SERIES], [(next(iter(SERIES)),)])}
