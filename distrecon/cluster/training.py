@@ -72,6 +72,7 @@ def train_autoencoder(run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, na
         "resources_per_worker": per_worker,
         "elastic_resize_monitor_interval_s": RESIZE_SECONDS,
     }
+    callbacks: list[Any] = [TuneReportCallback()] if in_trial else []
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
@@ -85,7 +86,7 @@ def train_autoencoder(run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, na
             storage_path=storage,
             failure_config=train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=2),
-            callbacks=[TuneReportCallback()] if in_trial else [],
+            callbacks=callbacks,
         ),
     )
     return trainer.fit()
