@@ -10,6 +10,8 @@ Parts marked * keep what is finished in runs/benchmarks/PART.jsonl (`--rows`) an
 anew. With `--json` everything is also written as JSON; parts that were not measured keep their entries there, and their
 tables on the page. With `--device cuda` ours and the baselines run on the GPU, in the parts where that means something;
 their tables are further ones, after those of the CPU.
+
+A new part is a `harness.Part` in the `PARTS` of its module, and a line in the table below.
 """
 
 import argparse

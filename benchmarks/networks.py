@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks import baselines
-from benchmarks.harness import Row, compare, matmul_flops, speed, timing, turns
+from benchmarks.harness import Options, Row, compare, matmul_flops, speed, timing, turns
 from benchmarks.zoos import random_models
 from distrecon.images import load
 from distrecon.nets import Architecture, architecture, evaluate, fit, initialise
@@ -161,7 +161,7 @@ def _with_threads(count: int, models: int) -> float:
     return min(turns({"step": step}, 9, time.perf_counter)["step"])
 
 
-OPTIONS = {
+OPTIONS: Options = {
     "--models": {"type": int, "default": 256},
     "--group": {"type": int, "default": 256, "help": "how many are trained at a time"},
     "--alone": {"type": int, "default": 4, "help": "how many of them also one by one"},

@@ -5,6 +5,7 @@ by ids in the weights, that it gets every row of its share exactly once an epoch
 state. Wall times; processor seconds are of all of Ray's processes.
 """
 
+import logging
 import os
 import tempfile
 import time
@@ -20,7 +21,7 @@ import ray
 import torch
 from ray import tune
 
-from benchmarks.harness import Cell, Part, Row, Table, memory, speed, timing, value, written
+from benchmarks.harness import Cell, Options, Part, Row, Table, memory, speed, timing, value, written
 from benchmarks.zoos import ARCH, random_zoo, rows_of
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
@@ -30,11 +31,12 @@ from distrecon.zoos import format as zoo_format
 from distrecon.zoos.stream import shard_rows, stream
 
 
-def start_ray(cpus: int, **options: int) -> None:
+def start_ray(cpus: int, object_store_memory: int | None = None) -> None:
     """A cluster of this machine alone, without what only people look at."""
     ray.init(
-        address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options
-    )
+        "local", num_cpus=cpus, object_store_memory=object_store_memory, include_dashboard=False, log_to_driver=False,
+        logging_level=logging.ERROR,
+    )  # fmt: skip
 
 
 # -- Ray ---------------------------------------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ def start_ray(cpus: int, **options: int) -> None:
 def ray_costs(args: Namespace) -> list[Row]:
     """Starting Ray here, an empty trial of Ray Tune, and the waiting for data."""
     start = time.monotonic()
-    start_ray(2, object_store_memory=256 * 2**20)
+    start_ray(2, 256 * 2**20)
     rows = [timing("start of Ray on this machine", time.monotonic() - start)]
     try:
         trials = 4 if args.quick else 16
@@ -225,7 +227,7 @@ BY_WAY = Table(
     ),
     by=lambda row: row["way"],
 )
-OPTIONS = {
+OPTIONS: Options = {
     "--states": {"type": int, "default": 200_000},
     "--epochs": {"type": int, "default": 2},
     "--batch-size": {"type": int, "default": 64},

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from benchmarks.harness import Cell, Column, Part, Row, Table, extremes, share, written
+from benchmarks.harness import Cell, Column, Options, Part, Row, Table, extremes, share, written
 from distrecon import config as configuration
 from distrecon.expand_cluster import RecoveryConfig, network, recover_network, score, train_teacher
 from distrecon.expand_cluster.teachers import synthetic_problem
@@ -224,7 +224,7 @@ def _hidden(text: str) -> Sizes:
     return tuple(map(int, text.split("-")))
 
 
-OPTIONS = {
+OPTIONS: Options = {
     "--teachers": {"nargs": "+", "choices": TEACHERS, "default": list(TEACHERS), "help": "sets (default: all)"},
     "--activation": {"nargs": "+", "choices": list(ACTIVATIONS), "help": "only these"},
     "--seeds": {"type": int, "help": "teachers of each kind (default: as on docs/recovery.md)"},

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Cell, Part, Row, turns
+from benchmarks.harness import Cell, Options, Part, Row, turns
 from benchmarks.steps import stepper, training_of
 from benchmarks.zoos import ARCH, random_zoo
 from distrecon.autoencoder.training import Training
@@ -282,7 +282,7 @@ def tables(rows: Sequence[Row], args: Namespace) -> str:
     return "\n\n".join(texts)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {"--models-per-gpu": {"type": int, "default": 64}} | {
+OPTIONS: Options = {"--models-per-gpu": {"type": int, "default": 64}} | {
     f"--{name.replace('_', '-')}": {"type": type(default), "default": default, "help": "(assumed: %(default)s)"}
     for name, default in vars(Cluster()).items()
 }

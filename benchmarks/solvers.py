@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines
-from benchmarks.harness import SPEED, Cell, Part, Row, Table, duration, speed, timing, turns, value, written
+from benchmarks.harness import SPEED, Cell, Options, Part, Row, Table, duration, speed, timing, turns, value, written
 from distrecon.expand_cluster import network, synthetic_teacher
 from distrecon.expand_cluster.config import ClusteringConfig
 from distrecon.expand_cluster.least_squares import levenberg_marquardt
@@ -189,7 +189,7 @@ def linkage(args: Namespace, count: int) -> list[Row]:
 
 
 SIZES = (500, 1000, 2000, 4000, 8000)
-OPTIONS = {
+OPTIONS: Options = {
     "--problems": {"choices": SETS, "default": "suite", "help": "(default: %(default)s)"},
     "--adam-seconds": {"type": float, "default": 10.0, "help": "CPU seconds that Adam has (default: %(default)s)"},
 }

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, speed, timing
+from benchmarks.harness import Options, Row, speed, timing
 
 WORK = ("time/seconds", "time/scoring_seconds")  # metrics that say how long their trial had worked when they came
 UNITS = {"h": 3600.0, "min": 60.0, "s": 1.0}
@@ -56,13 +56,10 @@ def rows(figures: dict[str, Any]) -> list[Row]:
 def run(options: Sequence[str], folder: Path) -> dict[str, Any]:
     """Runs the command in `folder` and prints what it prints. Seconds by stage, and outside work; peak GiB; its rc."""
     start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distrecon.tune", *options],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-    )
+    command, pipe = [sys.executable, "-m", "distrecon.tune", *options], subprocess.PIPE
+    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True, cwd=folder)
+    assert process.stderr
+    assert process.stdout
     peak = {"bytes": 0}
     watcher = threading.Thread(target=_watch, args=(process, peak), daemon=True)
     watcher.start()
@@ -154,7 +151,7 @@ def _pss(pid: int) -> int:
     return 0
 
 
-OPTIONS = {
+OPTIONS: Options = {
     "--folder": {"type": Path, "help": "run there, and leave the run there (default: a temporary folder)"},
     "options": {"nargs": "*", "help": "options of distrecon.tune, after --"},
 }
