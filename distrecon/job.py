@@ -85,7 +85,8 @@ def prepare(request: Request, out: str | None, command: str, verbose: bool = Fal
     copies = [f"spaces/{sweep.name}.yaml" for sweep, _ in zip(sweeps, request.spaces, strict=False)]
     digests = {name: zoo.digest for name, zoo in zoos.items()}
     folder = RunFolder.create(out, command, {**dataclasses.asdict(request), "spaces": copies, "zoos": digests})
-    folder.spaces.mkdir()
+    if copies:
+        folder.spaces.mkdir()
     for source, copy in zip(request.spaces, copies, strict=True):
         shutil.copyfile(source, folder.path / copy)
     return _with_storage(folder, request)
