@@ -80,7 +80,7 @@ def test_an_interrupt_keeps_what_was_done_and_says_how_to_go_on(tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("distrecon.recover.recover", stop)
+        patch.setattr("distrecon.recover.recover_network", stop)
         assert main(["--smoke", "--out", str(tmp_path / "run")]) == 130
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
     assert main(["--smoke", "--resume", str(tmp_path / "run"), "--json"]) == 0
