@@ -8,7 +8,6 @@ python docs/make_reference.py --check    # fail when a file is out of date
 import argparse
 import dataclasses
 import importlib
-import inspect
 import re
 import sys
 import typing
@@ -32,20 +31,9 @@ METRICS_HEAD = """Those that tables show have a heading. A sweep chooses its bes
 | --- | --- | --- | --- |"""
 
 
-def comments(kind: type) -> dict[str, str]:
-    """Field -> the comment behind it in the source of the class or of those it extends."""
-    found: dict[str, str] = {}
-    for parent in reversed(kind.__mro__[:-1]):
-        for line in inspect.getsource(parent).splitlines():
-            match = re.match(r"    (\w+): .*?  # (.*)", line)
-            if match:
-                found[match[1]] = match[2]
-    return found
-
-
 def rows(kind: type, prefix: str = "") -> list[str]:
     """A table row a leaf of the nested dataclass."""
-    hints, notes, rules, lines = typing.get_type_hints(kind), comments(kind), config.settings(kind), []
+    hints, rules, lines = typing.get_type_hints(kind), config.settings(kind), []
     for field in dataclasses.fields(kind):
         annotation = hints[field.name]
         if dataclasses.is_dataclass(annotation):
@@ -57,7 +45,7 @@ def rows(kind: type, prefix: str = "") -> list[str]:
             getattr(annotation, "__name__", str(annotation)) if not typing.get_args(annotation) else str(annotation)
         )
         rule = rules[field.name]
-        note = (rule.about or notes.get(field.name, "")).replace("|", "\\|")
+        note = rule.about.replace("|", "\\|")
         values = rule.range if rule.choices is None else ", ".join(f"`{name}`" for name in rule.choices)
         lines.append(f"| `{prefix}{field.name}` | {type_name.replace('|', 'or')} | `{shown}` | {values} | {note} |")
     return lines

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from distrecon.config import check, setting
 from distrecon.errors import UserError
 
 
@@ -12,22 +13,19 @@ class ResourcesConfig:
     0 workers train in the trial's own process: a quick start for debugging, without checkpoints to resume from.
     """
 
-    num_workers: int = 1
-    min_workers: int = 0  # elastic: after a loss go on with as few as these, and grow again (0: wait for num_workers)
-    use_gpu: bool = False
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 1.0  # with use_gpu; a share packs several small trials on one GPU
-    max_failures: int = 2  # restarts from the last checkpoint after a lost worker or node
+    num_workers: int = setting(1, "data-parallel workers of an autoencoder trial", least=0)
+    min_workers: int = setting(
+        0, "elastic: after a loss go on with as few as these, and grow again (0: wait for num_workers)", least=0
+    )
+    use_gpu: bool = setting(False, "a GPU, or a share of one, for each worker")
+    cpus_per_worker: float = setting(1.0, above=0)
+    gpus_per_worker: float = setting(1.0, "with use_gpu; a share packs several small trials on one GPU", above=0)
+    max_failures: int = setting(2, "restarts from the last checkpoint after a lost worker or node", least=0)
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise UserError(f"resources.num_workers must be at least 0, not {self.num_workers}")
-        if not 0 <= self.min_workers <= self.num_workers:
+        check(self, "resources")
+        if self.min_workers > self.num_workers:
             raise UserError(
                 f"resources.min_workers must be from 0 to resources.num_workers ({self.num_workers}), "
                 f"not {self.min_workers}"
             )
-        if self.cpus_per_worker <= 0 or self.gpus_per_worker <= 0:
-            raise UserError("resources.cpus_per_worker and resources.gpus_per_worker must be positive")
-        if self.max_failures < 0:
-            raise UserError(f"resources.max_failures must be at least 0, not {self.max_failures}")

@@ -20,6 +20,7 @@ from distrecon.autoencoder.model import ZooSample
 from distrecon.autoencoder.scoring import score
 from distrecon.autoencoder.training import Training
 from distrecon.cluster.resources import ResourcesConfig
+from distrecon.config import setting
 from distrecon.errors import UserError
 from distrecon.record.artifacts import FINISHED, upload
 from distrecon.zoos import Zoo
@@ -35,13 +36,11 @@ RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads wh
 class AutoencoderRun(AutoencoderConfig):
     """One autoencoder trial: which zoos (shipped names or folders), the autoencoder, what it takes."""
 
-    zoo: tuple[str, ...] = ("digits",)
+    zoo: tuple[str, ...] = setting(("digits",), "shipped names or folders", filled=True)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.zoo:
-            raise UserError("zoo must name at least one zoo")
         shards, workers = self.data.shards, self.resources.num_workers
         if shards < workers:
             raise UserError(f"data.shards ({shards}) must be at least resources.num_workers ({workers})")

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from distrecon import images
 from distrecon.cluster.resources import ResourcesConfig
+from distrecon.config import check, setting
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, network, recover_network, score
 from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.expand_cluster.teachers import synthetic_problem, train_teacher
 from distrecon.expand_cluster.weights import Weights
-from distrecon.nets import activation
+from distrecon.nets import ACTIVATIONS
 from distrecon.record.artifacts import ARRAYS
 from distrecon.record.journal import SweepRecord, TrialRecord
 from distrecon.record.kind import (
@@ -46,20 +47,16 @@ class TeacherConfig:
     Or, with images "synthetic", one of Expand-and-Cluster's random problems of `inputs` inputs and one hidden layer.
     """
 
-    images: str = "digits"
-    hidden: tuple[int, ...] = (20,)
-    activation: str = "tanh"
-    seed: int = 0
-    inputs: int = 8  # of a synthetic teacher
+    images: str = setting("digits", 'an image set\'s name, or "synthetic"')
+    hidden: tuple[int, ...] = setting((20,), "sizes of the hidden layers", least=1, filled=True)
+    activation: str = setting("tanh", choices=ACTIVATIONS)
+    seed: int = setting(0, "of the teacher's training")
+    inputs: int = setting(8, "of a synthetic teacher", least=1)
 
     def __post_init__(self) -> None:
-        activation(self.activation)
-        if not self.hidden or min(self.hidden) < 1:
-            raise UserError(f"teacher.hidden must list positive sizes, not {list(self.hidden)}")
+        check(self, "teacher")
         if self.images == SYNTHETIC and len(self.hidden) != 1:
             raise UserError(f"teacher.hidden of a synthetic teacher is one layer, not {list(self.hidden)}")
-        if self.inputs < 1:
-            raise UserError(f"teacher.inputs must be at least 1, not {self.inputs}")
 
 
 @dataclass(frozen=True)
