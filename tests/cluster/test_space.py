@@ -111,7 +111,7 @@ def test_one_trial_needs_no_file():
     assert (sweep.name, sweep.trials, sweep.zoos, sweep.base.optim.epochs) == ("train", 1, {"mine"}, 7)
     assert (sweep.metric, sweep.mode) == ("reconstruct/agreement_on_errors", "max")
     assert list(sweep.grid()) == [{"zoo": ("mine",)}]
-    with pytest.raises(UserError, match=r"--zoo.*at least one zoo"):
+    with pytest.raises(UserError, match=r"--zoo.*zoo is empty: it must list at least one value"):
         one_trial("train", small, {"zoo": []}, {}, False, "--zoo")
 
 
