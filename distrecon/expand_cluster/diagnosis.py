@@ -1,0 +1,215 @@
+"""What a black box is, before any students: each finding with its evidence in numbers and what to do about it.
+
+A dense network with one activation is one kind of function among many that can be asked. The others are told apart by
+simple measurements (see symptoms.py) within 3,000 queries. Where a measurement is not clear there is no finding, and
+the recovery goes on.
+
+Legend: Q queries, I inputs, O outputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distrecon.expand_cluster import symptoms
+from distrecon.expand_cluster.odds import are_probabilities
+from distrecon.expand_cluster.surroundings import Surroundings
+from distrecon.expand_cluster.symptoms import Sample
+
+Ask = Callable[[Tensor], Tensor]
+REPEATABLE = 1e-5  # relative difference of repeated answers that can still be rounding
+FEW_LEVELS = 20  # answers of so few different values are labels or votes
+CLAMPS = 4  # inputs at which limits are looked for first
+SMOOTH, STRAIGHT = 0.3, 0.6  # shares of straight places below and above which pieces are curved and straight
+INVARIANT = 0.01
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a black box is: its name, the evidence, what to do; whether it `stops` a recovery."""
+
+    name: str
+    evidence: str
+    advice: str
+    stops: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.evidence}; {self.advice}"
+
+
+def diagnose(
+    ask: Ask, ask_again: Ask, around: Surroundings, generator: torch.Generator, spacing: float = symptoms.NOISE_SPACING
+) -> tuple[list[Finding], Sample]:
+    """All findings, those that stop a recovery first, and the measurements they rest on.
+
+    `ask` answers inputs x[Q, I] and may remember, `ask_again` may not.
+    """
+
+    def standard(u_QI: Tensor) -> Tensor:
+        return ask(around.inputs(u_QI))
+
+    sample = Sample.draw(standard, around.inside, around.bounded, len(around.scale_I), generator, spacing)
+    findings = _answers(sample, lambda u_QI: ask_again(around.inputs(u_QI)))
+    if not any(found.stops for found in findings):
+        findings += _function(sample, ask, around)
+    return sorted(findings, key=lambda found: not found.stops), sample
+
+
+def _answers(sample: Sample, ask_again: Ask) -> list[Finding]:
+    """What the answers themselves show."""
+    y_QO, findings = sample.y_QO, []
+    again, others = symptoms.repetition(ask_again, sample)
+    if again > REPEATABLE:
+        evidence = f"the same queries gave answers {again:.1e} apart (relative)"
+        advice = "switch off what is random (dropout: module.eval()), or average many answers inside the black box"
+        return [Finding("not deterministic", evidence, advice, True, {"difference": again})]
+    if others > REPEATABLE:
+        evidence = f"asked together with other queries, the same ones gave answers {others:.1e} apart (relative)"
+        return [Finding("depends on the other rows", evidence, "batch normalisation? module.eval() stops it", True)]
+    constant_O = (y_QO == y_QO[:1]).all(0)
+    if constant_O.all():
+        return [
+            Finding("constant", f"{len(y_QO)} queries gave one answer", "other inputs, or data=, may tell more", True)
+        ]
+    levels = y_QO.unique(dim=0)
+    whole = bool((y_QO == y_QO.round()).all())
+    one_hot = y_QO.shape[1] > 1 and bool(((y_QO == 0) | (y_QO == 1)).all() and (y_QO.sum(1) == 1).all())
+    if one_hot or (whole and y_QO.shape[1] == 1 and len(levels) <= FEW_LEVELS):
+        evidence = f"{len(levels)} different answers to {len(y_QO)} queries, " + (
+            "one-hot" if one_hot else "whole numbers"
+        )
+        advice = "labels tell no weights: ask for scores, logits, or probabilities"
+        return [Finding("labels only", evidence, advice, True)]
+    if constant_O.any():
+        which = [int(o) for o in constant_O.nonzero()[:, 0]]
+        findings.append(
+            Finding("constant outputs", f"outputs {which}", "the others are recovered", values={"outputs": which})
+        )
+    if (sample.quantum_O > 0).any():
+        steps = ", ".join(f"{q:.3g}" for q in sample.quantum_O[:8].tolist())
+        evidence = f"answers are multiples of {steps}{', ...' if len(sample.quantum_O) > 8 else ''}"
+        findings.append(
+            Finding(
+                "quantised",
+                evidence,
+                "weights are recovered to about that precision",
+                values={"quantum": sample.quantum_O},
+            )
+        )
+    if are_probabilities(y_QO):
+        findings.append(
+            Finding(
+                "probabilities",
+                "rows lie in [0, 1] and add up to 1",
+                "outputs='probabilities' recovers the network before the softmax",
+            )
+        )
+    elif y_QO.shape[1] == 1 and 0 <= float(y_QO.min()) < 0.1 and 0.9 < float(y_QO.max()) <= 1:
+        evidence = f"all answers lie between {float(y_QO.min()):.2g} and {float(y_QO.max()):.2g}"
+        findings.append(
+            Finding(
+                "perhaps a probability",
+                evidence,
+                "if it is a sigmoid's, outputs='probabilities' recovers the network before it",
+            )
+        )
+    return findings
+
+
+def _function(sample: Sample, ask: Ask, around: Surroundings) -> list[Finding]:
+    """What kind of function gave the answers."""
+    bend = symptoms.largest_bend(sample)
+    if bend < symptoms.STRAIGHT:
+        evidence = f"second differences are at most {bend:.1f} times the rounding noise, near and far"
+        return [Finding("linear", evidence, "there are no hidden neurons: fit A x + b by least squares", True)]
+    jump_PO = symptoms.jumps(sample)
+    jumping_P = (
+        jump_PO > torch.maximum(1.5 * sample.quantum_O, torch.maximum(100 * sample.noise_O, 1e-6 * sample.scale_O))
+    ).any(1)
+    few = bool((sample.quantum_O > 0).all()) and bool(
+        ((sample.y_QO.amax(0) - sample.y_QO.amin(0)) <= FEW_LEVELS * sample.quantum_O).all()
+    )
+    flat = symptoms.constant_share(sample)
+    if int(jumping_P.sum()) >= symptoms.PAIRS // 2 or few:
+        size = float((jump_PO / sample.scale_O).amax())
+        evidence = f"answers jump by {size:.2g} standard deviations between queries 1e-13 apart"
+        if flat > 0.75:
+            evidence += f" and are constant round {flat:.0%} of the queries"
+            return [
+                Finding(
+                    "piecewise constant", evidence, "trees, nearest neighbours or votes: no network to recover", True
+                )
+            ]
+        return [
+            Finding(
+                "discontinuous", evidence, "no dense network does this: thresholds, or a choice between models", True
+            )
+        ]
+    findings: list[Finding] = []
+    if not sample.bounded:
+        findings = _far_out(sample, ask, around)
+        if any(found.stops or found.name == "clamped inputs" for found in findings):
+            return findings
+    if (sample.quantum_O > 0).any():
+        return findings  # steps of the answers hide kinks and straight pieces
+    lines = symptoms.shape(sample)
+    pieces = (
+        f"{lines.kinks} of the {lines.looked_at} sharpest bends are kinks, "
+        f"{lines.straight:.0%} of {lines.places} places are straight"
+    )
+    if lines.kinks >= 3 and lines.straight >= STRAIGHT:
+        findings.append(Finding("piecewise linear", pieces, "activation='relu' or 'leaky_relu'"))
+    elif lines.kinks >= 3 and lines.straight < SMOOTH and lines.places:
+        advice = "activations of two kinds in one network, or a function round it, cannot be recovered"
+        findings.append(Finding("kinks between curves", pieces, advice, True))
+    return findings
+
+
+def _far_out(sample: Sample, ask: Ask, around: Surroundings) -> list[Finding]:
+    """What shows far from the centre, where the inputs have no limits."""
+    same = symptoms.invariances(ask, around.centre_I, around.scale_I, sample.generator)
+    if same and same["scaling"] < INVARIANT:
+        shift = " or shifted" if same["shift"] < INVARIANT else ""
+        evidence = (
+            f"far out, answers stay the same when all inputs are scaled{shift} together, but not when they are turned"
+        )
+        advice = "inputs are normalised inside: ask behind the normalisation, if you can"
+        return [Finding("normalised inputs", evidence, advice, True)]
+    limits = _limits(sample)
+    if limits is not None:
+        low_I, high_I = around.inputs(limits[0]), around.inputs(limits[1])
+        evidence = f"beyond {_range(low_I)} and {_range(high_I)} inputs change nothing"
+        return [
+            Finding("clamped inputs", evidence, "queries stay inside: domain=", values={"low": low_I, "high": high_I})
+        ]
+    slope_DO, odd, additive = symptoms.far_slopes(sample)
+    growing = (slope_DO.abs().amax(0) > 1e-6 * sample.scale_O).any()
+    if growing and odd < 1e-3 and additive < 1e-3:
+        matrix_OI = symptoms.linear_path(sample) / around.scale_I
+        evidence = (
+            f"far out, answers grow linearly in every direction, by up to {float(matrix_OI.abs().max()):.3g} an input"
+        )
+        advice = "a linear path round the network: subtract values['matrix'] @ x from the answers and recover the rest"
+        return [Finding("linear skip", evidence, advice, True, {"matrix": matrix_OI})]
+    return []
+
+
+def _limits(sample: Sample) -> tuple[Tensor, Tensor] | None:
+    """Low and high [I], in standard inputs, of a black box that clamps every input; None for any other."""
+    first = {i: symptoms.clamp(sample, i) for i in range(min(CLAMPS, sample.inputs))}
+    if sample.inputs < 2 or None in first.values():
+        return None
+    found = [first[i] if i in first else symptoms.clamp(sample, i) for i in range(sample.inputs)]
+    if None in found:
+        return None
+    limits_2I = torch.tensor(found, dtype=torch.float64).T
+    return limits_2I[0], limits_2I[1]
+
+
+def _range(values_I: Tensor) -> str:
+    low, high = float(values_I.min()), float(values_I.max())
+    return f"{low:.4g}" if abs(high - low) <= 1e-6 * max(abs(low), abs(high)) else f"{low:.4g} to {high:.4g}"
