@@ -25,6 +25,8 @@ FEW_LEVELS = 20  # answers of so few different values are labels or votes
 CLAMPS = 4  # inputs at which limits are looked for first
 SMOOTH, STRAIGHT = 0.3, 0.6  # shares of straight places below and above which pieces are curved and straight
 INVARIANT = 0.01
+FLAT = 0.75
+LEAST_KINKS = 3
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,34 @@ class Finding:
         return f"{self.name}: {self.evidence}; {self.advice}"
 
 
-def diagnose(
-    ask: Ask, ask_again: Ask, around: Surroundings, generator: torch.Generator, spacing: float = symptoms.NOISE_SPACING
-) -> tuple[list[Finding], Sample]:
-    """All findings, those that stop a recovery first, and the measurements they rest on.
+def diagnose_answers(sample: Sample, ask_again: Ask) -> list[Finding]:
+    """What the answers themselves show; `ask_again` answers standard inputs and may not remember."""
+    findings = _answers(sample, ask_again)
+    return findings if any(found.stops for found in findings) else findings + _jumps(sample)
 
-    `ask` answers inputs x[Q, I] and may remember, `ask_again` may not.
-    """
 
-    def standard(u_QI: Tensor) -> Tensor:
-        return ask(around.inputs(u_QI))
-
-    sample = Sample.draw(standard, around.inside, around.bounded, len(around.scale_I), generator, spacing)
-    findings = _answers(sample, lambda u_QI: ask_again(around.inputs(u_QI)))
-    if not any(found.stops for found in findings):
-        findings += _function(sample, ask, around)
-    return sorted(findings, key=lambda found: not found.stops), sample
+def diagnose_function(sample: Sample, ask: Ask, around: Surroundings) -> list[Finding]:
+    """What kind of function gave the answers; `ask` answers the inputs themselves."""
+    bend = symptoms.largest_bend(sample)
+    if bend < symptoms.STRAIGHT:
+        evidence = f"second differences are at most {bend:.1f} times the rounding noise, near and far"
+        return [Finding("linear", evidence, "there are no hidden neurons: fit A x + b by least squares", True)]
+    findings = [] if sample.bounded else _far_out(sample, ask, around)
+    if any(found.stops or found.name == "clamped inputs" for found in findings):
+        return findings
+    if (sample.quantum_O > 0).any():
+        return findings  # steps of the answers hide kinks and straight pieces
+    lines = symptoms.shape(sample)
+    pieces = (
+        f"{lines.kinks} of the {lines.looked_at} sharpest bends are kinks, "
+        f"{lines.straight:.0%} of {lines.places} places are straight"
+    )
+    if lines.kinks >= LEAST_KINKS and lines.straight >= STRAIGHT:
+        findings.append(Finding("piecewise linear", pieces, "activation='relu' or 'leaky_relu'"))
+    elif lines.kinks >= LEAST_KINKS and lines.straight < SMOOTH and lines.places:
+        advice = "activations of two kinds in one network, or a function round it, cannot be recovered"
+        findings.append(Finding("kinks between curves", pieces, advice, True))
+    return findings
 
 
 def _answers(sample: Sample, ask_again: Ask) -> list[Finding]:
@@ -84,7 +98,7 @@ def _answers(sample: Sample, ask_again: Ask) -> list[Finding]:
         )
         advice = "labels tell no weights: ask for scores, logits, or probabilities"
         return [Finding("labels only", evidence, advice, True)]
-    if constant_O.any():
+    if constant_O.any() and not constant_O.all():
         which = [int(o) for o in constant_O.nonzero()[:, 0]]
         findings.append(
             Finding("constant outputs", f"outputs {which}", "the others are recovered", values={"outputs": which})
@@ -120,53 +134,26 @@ def _answers(sample: Sample, ask_again: Ask) -> list[Finding]:
     return findings
 
 
-def _function(sample: Sample, ask: Ask, around: Surroundings) -> list[Finding]:
-    """What kind of function gave the answers."""
-    bend = symptoms.largest_bend(sample)
-    if bend < symptoms.STRAIGHT:
-        evidence = f"second differences are at most {bend:.1f} times the rounding noise, near and far"
-        return [Finding("linear", evidence, "there are no hidden neurons: fit A x + b by least squares", True)]
+def _jumps(sample: Sample) -> list[Finding]:
+    """Whether the answers jump."""
+    if not (sample.y_QO != sample.y_QO[:1]).any():
+        return []
     jump_PO = symptoms.jumps(sample)
-    jumping_P = (
-        jump_PO > torch.maximum(1.5 * sample.quantum_O, torch.maximum(100 * sample.noise_O, 1e-6 * sample.scale_O))
-    ).any(1)
-    few = bool((sample.quantum_O > 0).all()) and bool(
-        ((sample.y_QO.amax(0) - sample.y_QO.amin(0)) <= FEW_LEVELS * sample.quantum_O).all()
-    )
-    flat = symptoms.constant_share(sample)
-    if int(jumping_P.sum()) >= symptoms.PAIRS // 2 or few:
-        size = float((jump_PO / sample.scale_O).amax())
-        evidence = f"answers jump by {size:.2g} standard deviations between queries 1e-13 apart"
-        if flat > 0.75:
-            evidence += f" and are constant round {flat:.0%} of the queries"
-            return [
-                Finding(
-                    "piecewise constant", evidence, "trees, nearest neighbours or votes: no network to recover", True
-                )
-            ]
+    continuous_O = torch.maximum(1.5 * sample.quantum_O, torch.maximum(100 * sample.noise_O, 1e-6 * sample.scale_O))
+    range_O = sample.y_QO.amax(0) - sample.y_QO.amin(0)
+    votes = bool(((sample.quantum_O > 0) & (range_O <= FEW_LEVELS * sample.quantum_O)).all())
+    if int((jump_PO > continuous_O).any(1).sum()) < symptoms.PAIRS // 2 and not votes:
+        return []
+    size, flat = float((jump_PO / sample.scale_O).amax()), symptoms.constant_share(sample)
+    evidence = f"answers jump by {size:.2g} standard deviations between queries 1e-12 apart"
+    if flat > FLAT:
+        evidence += f" and are constant round {flat:.0%} of the queries"
         return [
-            Finding(
-                "discontinuous", evidence, "no dense network does this: thresholds, or a choice between models", True
-            )
+            Finding("piecewise constant", evidence, "trees, nearest neighbours or votes: no network to recover", True)
         ]
-    findings: list[Finding] = []
-    if not sample.bounded:
-        findings = _far_out(sample, ask, around)
-        if any(found.stops or found.name == "clamped inputs" for found in findings):
-            return findings
-    if (sample.quantum_O > 0).any():
-        return findings  # steps of the answers hide kinks and straight pieces
-    lines = symptoms.shape(sample)
-    pieces = (
-        f"{lines.kinks} of the {lines.looked_at} sharpest bends are kinks, "
-        f"{lines.straight:.0%} of {lines.places} places are straight"
-    )
-    if lines.kinks >= 3 and lines.straight >= STRAIGHT:
-        findings.append(Finding("piecewise linear", pieces, "activation='relu' or 'leaky_relu'"))
-    elif lines.kinks >= 3 and lines.straight < SMOOTH and lines.places:
-        advice = "activations of two kinds in one network, or a function round it, cannot be recovered"
-        findings.append(Finding("kinks between curves", pieces, advice, True))
-    return findings
+    return [
+        Finding("discontinuous", evidence, "no dense network does this: thresholds, or a choice between models", True)
+    ]
 
 
 def _far_out(sample: Sample, ask: Ask, around: Surroundings) -> list[Finding]:

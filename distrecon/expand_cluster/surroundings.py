@@ -28,6 +28,7 @@ SCALES = tuple(10.0**k for k in range(-5, 6))
 FINER_SCALES = tuple(10.0 ** (k / 2) for k in range(-4, 4))
 VISIBLE = 1e-5  # of the answers: second differences below this may be rounding
 ORDINARY = 10.0  # the scale of ordinary inputs is 1 to within this factor, and their hyperplanes pass as near 0
+POINTS = 100  # times inputs that are moved one by one
 SPREAD = 100.0  # of the inputs' strengths: more means that they have scales of their own
 AFAR = 30.0  # length of the lines, in units of the scale at which the black box bends
 WITNESSES = 6  # transitions that are looked at first
@@ -123,14 +124,17 @@ def from_domain(low_I: Tensor, high_I: Tensor) -> Surroundings:
     return Surroundings(middle_I, scale_I, low_I, high_I)
 
 
-def by_asking(ask: Ask, inputs: int, generator: torch.Generator, visible: float = VISIBLE) -> Surroundings:
+def by_asking(
+    ask: Ask, inputs: int, generator: torch.Generator, visible: float = VISIBLE, largest: float = torch.inf
+) -> Surroundings:
     """Centre 0 and scale 1 where that is ordinary, else what transitions tell.
 
-    `visible`: second differences below this share of the answers may be rounding.
+    `visible`: second differences below this share of the answers may be rounding. `largest`: inputs whose answers do
+    not overflow.
     """
     zero_I, limits = torch.zeros(inputs, dtype=torch.float64), unbounded(inputs)
     standard = Surroundings(zero_I, zero_I + 1, *limits)
-    reach = _reach(ask, standard, generator, SCALES, visible)
+    reach = _reach(ask, standard, generator, tuple(s for s in SCALES if AFAR * s < largest), visible)
     if reach is None:
         return standard
     found = _Transitions.look(ask, AFAR * reach, WITNESSES, inputs, generator, visible)
@@ -140,6 +144,8 @@ def by_asking(ask: Ask, inputs: int, generator: torch.Generator, visible: float 
     if not len(found.at_KI):
         return Surroundings(zero_I, zero_I + reach, *limits)
     scale_I = found.scales(ask)
+    if scale_I is None:
+        return standard
     around = Surroundings(zero_I, scale_I, *limits)
     reach = float((reach / scale_I).max())
     if not found.scaled(scale_I).pass_within(lambda u_QI: ask(scale_I * u_QI), None, generator):
@@ -189,13 +195,15 @@ def _reach(
 
 def _strength_spread(ask: Ask, around: Surroundings, generator: torch.Generator) -> float:
     """Ratio of the strongest to the weakest input's action, those that do nothing visible aside."""
-    inputs, points = len(around.scale_I), 2 if len(around.scale_I) <= 100 else 1
+    inputs = len(around.scale_I)
+    points = max(1, min(8, POINTS // inputs))
     u_QI = torch.randn(points, inputs, generator=generator, dtype=torch.float64)
     moved_QI = (u_QI[:, None] + 0.3 * torch.eye(inputs, dtype=torch.float64)).flatten(0, 1)
     change_QIO = ask(around.inputs(moved_QI)).unflatten(0, (points, -1)) - ask(around.inputs(u_QI))[:, None]
     strength_IO = change_QIO.square().mean(0).sqrt()
     strength_I = (strength_IO / strength_IO.amax(0).clamp(min=1e-300)).amax(1)
-    return float(strength_I.max() / strength_I[strength_I > VISIBLE].min())
+    seen_I = strength_I[strength_I > VISIBLE]
+    return float(seen_I.max() / seen_I.min()) if len(seen_I) else 1.0
 
 
 @dataclass(frozen=True)
@@ -247,8 +255,11 @@ class _Transitions:
             sides.append((up_KDO - down_KDO) / (2 * move_K11))
         return sides[0] - sides[1]
 
-    def scales(self, ask: Ask) -> Tensor:
-        """How far each input moves to change the answer as the transition does, up to one factor, [I]."""
+    def scales(self, ask: Ask) -> Tensor | None:
+        """How far each input moves to change the answer as the transition does, up to one factor, [I].
+
+        None where no single input changes it.
+        """
         inputs = self.at_KI.shape[1]
         at_WI, step_WI = self.at_KI[:3], self.step_KI[:3]
         here_WO = ask(at_WI)
@@ -264,6 +275,8 @@ class _Transitions:
             move_WI = move_WI * torch.where((share_WI > 0.01) & (share_WI < 0.5), torch.ones_like(move_WI), factor_WI)
         strength_I = strength_WI.square().mean(0).sqrt()
         alive_I = strength_I > 1e-9 * strength_I.max()
+        if not alive_I.any():
+            return None
         return 1 / torch.where(alive_I, strength_I, strength_I[alive_I].median())
 
     def centre(self, ask: Ask) -> Tensor:

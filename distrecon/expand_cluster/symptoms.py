@@ -15,16 +15,19 @@ from torch import Tensor
 
 Ask = Callable[[Tensor], Tensor]
 POINTS = 200  # standard draws that the answers' means and deviations are taken from
-NOISE_LINES, NOISE_SPACING = 24, 1e-4  # sixth differences: h^6 is far below rounding, h above the rounding of inputs
+NOISE_LINES, NOISE_SPACING = 16, 1e-4  # sixth differences: h^6 is far below rounding, h above the rounding of inputs
 LATTICE = 0.01  # of a quantum: answers this near its multiples are rounded to it
-LEVELS = 1e9  # a range of more quanta than this is floating-point rounding
-PAIRS, HALVINGS = 8, 46
-LINES, LONG, SHORT = 4, 0.05, 0.005  # lines of standard length, steps of long and of short differences
+FORMAT_STEPS = 4.0  # steps of the numbers' own format that a quantum must exceed
+LEVELS = 1e9  # a range of more quanta than this is no rounding
+PAIRS, HALVINGS = 8, 40
+LINES, GRID = 3, 40  # lines, and points to either side of their middles
+LONG, SHORT = 0.05, 0.005  # steps of long and of short differences on them
 ZOOMS = 8
 STRAIGHT = 30.0  # second differences below this many times the noise are none
 RESOLVED = 1e4  # first differences this many times larger would show a curve
 FAR = 1e6  # where bounded activations are constant to the last digit
 TURN = 1e-4
+BEYOND, LIMIT_HALVINGS = 1e3, 50  # where limits of the inputs are behind one, halvings of the way to them
 
 
 @dataclass(frozen=True)
@@ -90,17 +93,26 @@ def quantum(y_Q: Tensor) -> float:
     if not len(steps_Q):
         return 0.0
     span = float(y_Q.max() - y_Q.min())
+    least = max(span / LEVELS, FORMAT_STEPS * number_format(y_Q).eps * float(y_Q.abs().max()))
     rest_Q, step = steps_Q.sort().values, 0.0
-    while len(rest_Q) and float(rest_Q[-1]) > span / LEVELS:  # Euclid's algorithm on all differences at once
-        step = float(rest_Q[rest_Q > span / LEVELS][0])
+    while len(rest_Q) and float(rest_Q[-1]) > least:  # Euclid's algorithm on all differences at once
+        step = float(rest_Q[rest_Q > least][0])
         rest_Q = (rest_Q - step * (rest_Q / step).round()).abs().unique()
         rest_Q = rest_Q[rest_Q > LATTICE * step]
-    if not step or span > LEVELS * step:
+    if not step or len(rest_Q):
         return 0.0
     count_Q = ((y_Q - y_Q.min()) / step).round()
     step = float((count_Q * (y_Q - y_Q.min())).sum() / count_Q.square().sum())  # least squares: all digits of it
     off = float((y_Q - y_Q.min() - count_Q * step).abs().max())
     return step if off <= LATTICE * step else 0.0
+
+
+def number_format(y_Q: Tensor) -> torch.finfo:
+    """The coarsest floating-point format that holds all numbers to the last digit."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.equal(y_Q.to(dtype).double(), y_Q):
+            return torch.finfo(dtype)
+    return torch.finfo(torch.float64)
 
 
 def repetition(ask_again: Ask, sample: Sample) -> tuple[float, float]:
@@ -166,14 +178,14 @@ def shape(sample: Sample) -> Shape:
     A kink's change of slope stays the same as one looks closer, a curve's shrinks with the distance. Straight places
     are those whose second difference is rounding though a curve's would be seen.
     """
-    times_T1 = torch.arange(-60, 61, dtype=torch.float64)[:, None]
+    times_T1 = torch.arange(-GRID, GRID + 1, dtype=torch.float64)[:, None]
     start_LI, direction_LI = sample.normal(2 * LINES), sample.normal(2 * LINES)
     noise = float((sample.noise_O / sample.scale_O).median())
     short = min(max(SHORT, math.sqrt(STRAIGHT * RESOLVED * noise)), LONG)
     straight, places, sharpest = 0, 0, []
     for step, rows in ((short, slice(0, LINES)), (LONG, slice(LINES, None))):
-        ends_2LI = [sample.inside(start_LI[rows] + sign * 60 * step * direction_LI[rows], 0.0) for sign in (-1, 1)]
-        middle_LI, half_LI = (ends_2LI[0] + ends_2LI[1]) / 2, (ends_2LI[1] - ends_2LI[0]) / 120
+        ends_2LI = [sample.inside(start_LI[rows] + sign * GRID * step * direction_LI[rows], 0.0) for sign in (-1, 1)]
+        middle_LI, half_LI = (ends_2LI[0] + ends_2LI[1]) / 2, (ends_2LI[1] - ends_2LI[0]) / (2 * GRID)
         line_LTI = middle_LI[:, None] + times_T1 * half_LI[:, None]
         y_LTO = sample.ask(line_LTI.flatten(0, 1)).unflatten(0, (-1, len(times_T1)))
         noise_LTO = sample.noise(y_LTO)[:, 1:-1]
@@ -276,22 +288,21 @@ def clamp(sample: Sample, coordinate: int) -> tuple[float, float] | None:
 def _limit(sample: Sample, base_I: Tensor, coordinate: int, sign: float) -> float | None:
     """Where the answers become constant along a coordinate, if they do so from one moment to the next."""
 
-    def at(*values: float) -> Tensor:
-        u_QI = base_I.repeat(len(values), 1)
-        u_QI[:, coordinate] = torch.tensor(values, dtype=torch.float64)
-        return sample.ask(u_QI)
+    def differ(*values: float) -> Tensor:
+        """How far the answers there are from those far out, relative to the outputs' deviations."""
+        u_QI = base_I.repeat(len(values) + 1, 1)
+        u_QI[:, coordinate] = torch.tensor([far, *values], dtype=torch.float64)
+        y_QO = sample.ask(u_QI)
+        change_QO = (y_QO[1:] - y_QO[0]).abs()
+        return ((change_QO - STRAIGHT * sample.noise(y_QO[1:])).clamp(min=0) / sample.scale_O).amax(1)
 
-    far = sign * 1e3
-    out_QO = at(far, 3 * far, 1e3 * far)
-    if not torch.equal(out_QO[0].expand(2, -1), out_QO[1:]):
+    far = sign * BEYOND
+    beyond = differ(3 * far, 1e3 * far, -far, float(base_I[coordinate]))
+    if beyond[:2].any() or not beyond[2:].any():
         return None
-    inner, outer = -far, far  # inside something changes, outside nothing does
-    if torch.equal(at(inner)[0], out_QO[0]) and torch.equal(at(float(base_I[coordinate]))[0], out_QO[0]):
-        return None
-    for _ in range(60):
+    inner, outer = -far if beyond[2] else float(base_I[coordinate]), far
+    for _ in range(LIMIT_HALVINGS):
         middle = (inner + outer) / 2
-        inner, outer = (inner, middle) if torch.equal(at(middle)[0], out_QO[0]) else (middle, outer)
-    before_QO = at(outer - sign * 0.02, outer - sign * 0.01)
-    slope_2O = (before_QO - out_QO[:1]).abs() / sample.scale_O
-    steady = float(slope_2O[0].max()) > 1.5 * float(slope_2O[1].max()) > 1e-6
-    return outer if steady else None
+        inner, outer = (middle, outer) if differ(middle)[0] else (inner, middle)
+    twice, once = differ(outer - sign * 2 * LONG, outer - sign * LONG)
+    return outer if twice > 1.5 * once > 1e-6 else None
