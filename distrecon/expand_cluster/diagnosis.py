@@ -16,13 +16,12 @@ from torch import Tensor
 
 from distrecon.expand_cluster import symptoms
 from distrecon.expand_cluster.odds import are_probabilities
-from distrecon.expand_cluster.surroundings import Surroundings
 from distrecon.expand_cluster.symptoms import Sample
 
 Ask = Callable[[Tensor], Tensor]
 REPEATABLE = 1e-5  # relative difference of repeated answers that can still be rounding
 FEW_LEVELS = 20  # answers of so few different values are labels or votes
-CLAMPS = 4  # inputs at which limits are looked for first
+CLAMPS, PLACES = 3, 3  # inputs at which limits are looked for at several places
 SMOOTH, STRAIGHT = 0.3, 0.6  # shares of straight places below and above which pieces are curved and straight
 INVARIANT = 0.01
 FLAT = 0.75
@@ -49,14 +48,14 @@ def diagnose_answers(sample: Sample, ask_again: Ask) -> list[Finding]:
     return findings if any(found.stops for found in findings) else findings + _jumps(sample)
 
 
-def diagnose_function(sample: Sample, ask: Ask, around: Surroundings) -> list[Finding]:
-    """What kind of function gave the answers; `ask` answers the inputs themselves."""
+def diagnose_function(sample: Sample) -> list[Finding]:
+    """What kind of function gave the answers."""
     bend = symptoms.largest_bend(sample)
     if bend < symptoms.STRAIGHT:
         evidence = f"second differences are at most {bend:.1f} times the rounding noise, near and far"
         return [Finding("linear", evidence, "there are no hidden neurons: fit A x + b by least squares", True)]
-    findings = [] if sample.bounded else _far_out(sample, ask, around)
-    if any(found.stops or found.name == "clamped inputs" for found in findings):
+    findings = [] if sample.around.bounded else _linear_path(sample)
+    if findings:
         return findings
     if (sample.quantum_O > 0).any():
         return findings  # steps of the answers hide kinks and straight pieces
@@ -142,7 +141,9 @@ def _jumps(sample: Sample) -> list[Finding]:
     continuous_O = torch.maximum(1.5 * sample.quantum_O, torch.maximum(100 * sample.noise_O, 1e-6 * sample.scale_O))
     range_O = sample.y_QO.amax(0) - sample.y_QO.amin(0)
     votes = bool(((sample.quantum_O > 0) & (range_O <= FEW_LEVELS * sample.quantum_O)).all())
-    if int((jump_PO > continuous_O).any(1).sum()) < symptoms.PAIRS // 2 and not votes:
+    together_P = (jump_PO > 0.5 * sample.quantum_O).sum(1) > 1  # rounding moves one output at a time
+    jumps_P = (jump_PO > continuous_O).any(1) | (together_P & (sample.quantum_O > 0).all())
+    if int(jumps_P.sum()) < symptoms.PAIRS // 2 and not votes:
         return []
     size, flat = float((jump_PO / sample.scale_O).amax()), symptoms.constant_share(sample)
     evidence = f"answers jump by {size:.2g} standard deviations between queries 1e-12 apart"
@@ -156,45 +157,55 @@ def _jumps(sample: Sample) -> list[Finding]:
     ]
 
 
-def _far_out(sample: Sample, ask: Ask, around: Surroundings) -> list[Finding]:
-    """What shows far from the centre, where the inputs have no limits."""
-    same = symptoms.invariances(ask, around.centre_I, around.scale_I, sample.generator)
-    if same and same["scaling"] < INVARIANT:
-        shift = " or shifted" if same["shift"] < INVARIANT else ""
-        evidence = (
-            f"far out, answers stay the same when all inputs are scaled{shift} together, but not when they are turned"
-        )
-        advice = "inputs are normalised inside: ask behind the normalisation, if you can"
-        return [Finding("normalised inputs", evidence, advice, True)]
-    limits = _limits(sample)
-    if limits is not None:
-        low_I, high_I = around.inputs(limits[0]), around.inputs(limits[1])
-        evidence = f"beyond {_range(low_I)} and {_range(high_I)} inputs change nothing"
-        return [
-            Finding("clamped inputs", evidence, "queries stay inside: domain=", values={"low": low_I, "high": high_I})
-        ]
+def normalised(sample: Sample, ask: Ask) -> list[Finding]:
+    """Whether inputs are normalised inside; `ask` answers the inputs themselves."""
+    same = symptoms.invariances(ask, sample.around.centre_I, sample.around.scale_I, sample.generator)
+    if not same or same["scaling"] > INVARIANT:
+        return []
+    shift = " or shifted" if same["shift"] < INVARIANT else ""
+    evidence = (
+        f"far out, answers stay the same when all inputs are scaled{shift} together, but not when they are turned"
+    )
+    advice = "inputs are normalised inside: ask behind the normalisation, if you can"
+    return [Finding("normalised inputs", evidence, advice, True)]
+
+
+def _linear_path(sample: Sample) -> list[Finding]:
+    """Whether there is a linear path round a network of bounded activations."""
     slope_DO, odd, additive = symptoms.far_slopes(sample)
     growing = (slope_DO.abs().amax(0) > 1e-6 * sample.scale_O).any()
-    if growing and odd < 1e-3 and additive < 1e-3:
-        matrix_OI = symptoms.linear_path(sample) / around.scale_I
-        evidence = (
-            f"far out, answers grow linearly in every direction, by up to {float(matrix_OI.abs().max()):.3g} an input"
-        )
-        advice = "a linear path round the network: subtract values['matrix'] @ x from the answers and recover the rest"
-        return [Finding("linear skip", evidence, advice, True, {"matrix": matrix_OI})]
-    return []
+    if not growing or odd > 1e-3 or additive > 1e-3:
+        return []
+    matrix_OI = symptoms.linear_path(sample) / sample.around.scale_I
+    evidence = (
+        f"far out, answers grow linearly in every direction, by up to {float(matrix_OI.abs().max()):.3g} an input"
+    )
+    advice = "a linear path round the network: subtract values['matrix'] @ x from the answers and recover the rest"
+    return [Finding("linear skip", evidence, advice, True, {"matrix": matrix_OI})]
+
+
+def clamped(sample: Sample) -> list[Finding]:
+    """Whether inputs are clamped to limits, which the finding's values are (the inputs themselves, not standard)."""
+    limits = _limits(sample)
+    if limits is None:
+        return []
+    low_I, high_I = sample.around.inputs(torch.stack(limits))
+    evidence = f"beyond {_range(low_I)} and {_range(high_I)} inputs change nothing"
+    return [Finding("clamped inputs", evidence, "queries stay inside: domain=", values={"low": low_I, "high": high_I})]
 
 
 def _limits(sample: Sample) -> tuple[Tensor, Tensor] | None:
     """Low and high [I], in standard inputs, of a black box that clamps every input; None for any other."""
-    first = {i: symptoms.clamp(sample, i) for i in range(min(CLAMPS, sample.inputs))}
-    if sample.inputs < 2 or None in first.values():
-        return None
-    found = [first[i] if i in first else symptoms.clamp(sample, i) for i in range(sample.inputs)]
-    if None in found:
+    found: list[tuple[float, float]] = []
+    for i in range(sample.inputs if sample.inputs > 1 else 0):
+        limits = symptoms.clamp(sample, i, PLACES if i < CLAMPS else 1)
+        if limits is None:
+            return None
+        found.append(limits)
+    if not found:
         return None
     limits_2I = torch.tensor(found, dtype=torch.float64).T
-    return limits_2I[0], limits_2I[1]
+    return limits_2I[0] + symptoms.RESOLUTION, limits_2I[1] - symptoms.RESOLUTION  # inside, as near as they are known
 
 
 def _range(values_I: Tensor) -> str:

@@ -66,6 +66,12 @@ class Surroundings:
         """u of x."""
         return (x_QI - self.centre_I) / self.scale_I
 
+    def pulled(self, u_QI: Tensor) -> Tensor:
+        """The same u moved straight towards the centre until they lie inside the domain; straight lines stay so."""
+        low_I, high_I = self.standard(self.low_I), self.standard(self.high_I)
+        beyond_Q = torch.maximum(u_QI / high_I, u_QI / low_I).nan_to_num(0.0).amax(1)
+        return u_QI / beyond_Q.clamp(min=1.0)[:, None]
+
     def inside(self, u_QI: Tensor, margin: float = 0.0) -> Tensor:
         """The same u reflected at the domain's boundary until they lie inside it, by a margin in standard inputs.
 
@@ -124,17 +130,14 @@ def from_domain(low_I: Tensor, high_I: Tensor) -> Surroundings:
     return Surroundings(middle_I, scale_I, low_I, high_I)
 
 
-def by_asking(
-    ask: Ask, inputs: int, generator: torch.Generator, visible: float = VISIBLE, largest: float = torch.inf
-) -> Surroundings:
-    """Centre 0 and scale 1 where that is ordinary, else what transitions tell.
+def by_asking(ask: Ask, standard: Surroundings, generator: torch.Generator, visible: float = VISIBLE) -> Surroundings:
+    """The same surroundings, of centre 0 and scale 1, where they are ordinary, else what transitions tell.
 
-    `visible`: second differences below this share of the answers may be rounding. `largest`: inputs whose answers do
-    not overflow.
+    `visible`: second differences below this share of the answers may be rounding.
     """
-    zero_I, limits = torch.zeros(inputs, dtype=torch.float64), unbounded(inputs)
-    standard = Surroundings(zero_I, zero_I + 1, *limits)
-    reach = _reach(ask, standard, generator, tuple(s for s in SCALES if AFAR * s < largest), visible)
+    zero_I, inputs = standard.centre_I, len(standard.scale_I)
+    limits = standard.low_I, standard.high_I
+    reach = _reach(ask, standard, generator, SCALES, visible)
     if reach is None:
         return standard
     found = _Transitions.look(ask, AFAR * reach, WITNESSES, inputs, generator, visible)

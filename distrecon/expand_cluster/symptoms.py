@@ -13,13 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distrecon.expand_cluster.surroundings import Surroundings
+
 Ask = Callable[[Tensor], Tensor]
-POINTS = 200  # standard draws that the answers' means and deviations are taken from
+POINTS = 160  # standard draws that the answers' means and deviations are taken from
+COARSE = 8.0  # steps of the answers' format, taken for the inputs' too, between the points of sixth differences
 NOISE_LINES, NOISE_SPACING = 16, 1e-4  # sixth differences: h^6 is far below rounding, h above the rounding of inputs
 LATTICE = 0.01  # of a quantum: answers this near its multiples are rounded to it
 FORMAT_STEPS = 4.0  # steps of the numbers' own format that a quantum must exceed
 LEVELS = 1e9  # a range of more quanta than this is no rounding
-PAIRS, HALVINGS = 8, 40
+PAIRS, HALVINGS = 8, 36
 LINES, GRID = 3, 40  # lines, and points to either side of their middles
 LONG, SHORT = 0.05, 0.005  # steps of long and of short differences on them
 ZOOMS = 8
@@ -27,7 +30,7 @@ STRAIGHT = 30.0  # second differences below this many times the noise are none
 RESOLVED = 1e4  # first differences this many times larger would show a curve
 FAR = 1e6  # where bounded activations are constant to the last digit
 TURN = 1e-4
-BEYOND, LIMIT_HALVINGS = 1e3, 50  # where limits of the inputs are behind one, halvings of the way to them
+BEYOND, RESOLUTION = 1e3, 1e-6  # where limits of the inputs are behind one, and to what they are found
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,7 @@ class Sample:
     """A black box in standard inputs: how to ask it, inside which domain, its answers' scale and noise per output."""
 
     ask: Ask
-    inside: Callable[[Tensor, float], Tensor]
-    bounded: bool
-    inputs: int
+    around: Surroundings
     generator: torch.Generator
     u_QI: Tensor
     y_QO: Tensor
@@ -46,22 +47,22 @@ class Sample:
     quantum_O: Tensor
 
     @staticmethod
-    def draw(
-        ask: Ask,
-        inside: Callable[[Tensor, float], Tensor],
-        bounded: bool,
-        inputs: int,
-        generator: torch.Generator,
-        spacing: float = NOISE_SPACING,
-    ) -> "Sample":
-        """Standard draws, then the noise of the answers; `spacing` is that of the sixth differences."""
+    def draw(ask: Ask, around: Surroundings, generator: torch.Generator) -> "Sample":
+        """Standard draws, then the noise of the answers."""
+        inputs, inside = len(around.scale_I), around.inside
         u_QI = inside(torch.randn(POINTS, inputs, generator=generator, dtype=torch.float64), 0.0)
         y_QO = ask(u_QI)
         scale_O = y_QO.std(0, correction=0)
         scale_O = torch.where(scale_O > 0, scale_O, torch.ones_like(scale_O))
         quantum_O = torch.tensor([quantum(y_Q) for y_Q in y_QO.T], dtype=torch.float64)
+        coarse_O = torch.tensor([number_format(y_Q).eps for y_Q in y_QO.T], dtype=torch.float64)
+        spacing = max(NOISE_SPACING, COARSE * float(coarse_O.max()))
         noise_O = torch.maximum(rounding(ask, inside, inputs, generator, spacing), quantum_O / 12**0.5)
-        return Sample(ask, inside, bounded, inputs, generator, u_QI, y_QO, scale_O, noise_O, quantum_O)
+        return Sample(ask, around, generator, u_QI, y_QO, scale_O, noise_O, quantum_O)
+
+    @property
+    def inputs(self) -> int:
+        return len(self.around.scale_I)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, self.inputs, generator=self.generator, dtype=torch.float64)
@@ -130,7 +131,7 @@ def largest_bend(sample: Sample, scales: tuple[float, ...] = (0.1, 1.0, 10.0, 10
     largest = 0.0
     for scale in scales:
         u_QI, d_QI = scale * sample.normal(12), scale * sample.normal(12)
-        a_QI, b_QI = sample.inside(u_QI - d_QI, 0.0), sample.inside(u_QI + d_QI, 0.0)
+        a_QI, b_QI = sample.around.inside(u_QI - d_QI, 0.0), sample.around.inside(u_QI + d_QI, 0.0)
         a_QO, m_QO, b_QO = sample.ask(torch.cat([a_QI, (a_QI + b_QI) / 2, b_QI])).chunk(3)
         size_QO = torch.maximum(sample.noise(a_QO) + sample.noise(b_QO) + sample.noise(m_QO), sample.quantum_O)
         largest = max(largest, float(((a_QO + b_QO - 2 * m_QO).abs() / size_QO.clamp(min=1e-300)).max()))
@@ -157,7 +158,7 @@ def jumps(sample: Sample) -> Tensor:
 
 def constant_share(sample: Sample, step: float = 1e-4) -> float:
     """Share of standard points round which the answers do not change at all."""
-    u_QI = sample.inside(sample.u_QI[:32], step * 4)
+    u_QI = sample.around.inside(sample.u_QI[:32], step * 4)
     moved_QI = u_QI + step * torch.nn.functional.normalize(sample.normal(32), dim=1)
     return float((sample.ask(u_QI) == sample.ask(moved_QI)).all(1).double().mean())
 
@@ -184,7 +185,9 @@ def shape(sample: Sample) -> Shape:
     short = min(max(SHORT, math.sqrt(STRAIGHT * RESOLVED * noise)), LONG)
     straight, places, sharpest = 0, 0, []
     for step, rows in ((short, slice(0, LINES)), (LONG, slice(LINES, None))):
-        ends_2LI = [sample.inside(start_LI[rows] + sign * GRID * step * direction_LI[rows], 0.0) for sign in (-1, 1)]
+        ends_2LI = [
+            sample.around.inside(start_LI[rows] + sign * GRID * step * direction_LI[rows], 0.0) for sign in (-1, 1)
+        ]
         middle_LI, half_LI = (ends_2LI[0] + ends_2LI[1]) / 2, (ends_2LI[1] - ends_2LI[0]) / (2 * GRID)
         line_LTI = middle_LI[:, None] + times_T1 * half_LI[:, None]
         y_LTO = sample.ask(line_LTI.flatten(0, 1)).unflatten(0, (-1, len(times_T1)))
@@ -269,20 +272,22 @@ def invariances(ask: Ask, centre_I: Tensor, scale_I: Tensor, generator: torch.Ge
     return {"scaling": change(twice_QO) / turn, "shift": change(shifted_QO) / turn}
 
 
-def clamp(sample: Sample, coordinate: int) -> tuple[float, float] | None:
+def clamp(sample: Sample, coordinate: int, places: int) -> tuple[float, float] | None:
     """The standard inputs beyond which a coordinate no longer matters, if it does right up to them; None: no such.
 
-    The limits must be the same at two places: a neuron's bend would move.
+    Most places must show the same limits: a neuron's bend would move, and a piecewise linear function may be constant
+    before them at some.
     """
-    limits: list[list[float]] = []
-    for base_I in sample.u_QI[:2]:
-        low, high = (_limit(sample, base_I, coordinate, sign) for sign in (-1.0, 1.0))
-        if low is None or high is None:
+    found: list[float] = []
+    for sign in (-1.0, 1.0):
+        limits = [_limit(sample, base_I, coordinate, sign) for base_I in sample.u_QI[:places]]
+        outermost = max((sign * limit for limit in limits if limit is not None), default=math.nan)
+        agree = [limit for limit in limits if limit is not None and abs(sign * limit - outermost) < 4 * RESOLUTION]
+        if None in limits or 2 * len(agree) <= places:
             return None
-        limits.append([low, high])
-    (low, high), other = limits
-    same = all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in zip((low, high), other, strict=True))
-    return (low, high) if same and low < high else None
+        found.append(sign * outermost)
+    low, high = found
+    return (low, high) if low < high else None
 
 
 def _limit(sample: Sample, base_I: Tensor, coordinate: int, sign: float) -> float | None:
@@ -301,7 +306,7 @@ def _limit(sample: Sample, base_I: Tensor, coordinate: int, sign: float) -> floa
     if beyond[:2].any() or not beyond[2:].any():
         return None
     inner, outer = -far if beyond[2] else float(base_I[coordinate]), far
-    for _ in range(LIMIT_HALVINGS):
+    while abs(outer - inner) > RESOLUTION:
         middle = (inner + outer) / 2
         inner, outer = (middle, outer) if differ(middle)[0] else (inner, middle)
     twice, once = differ(outer - sign * 2 * LONG, outer - sign * LONG)
