@@ -17,7 +17,8 @@ from distrecon.expand_cluster.symptoms import NOISE_SPACING, rounding
 
 Function = Callable[[Tensor], Tensor]  # [Q, I] -> [Q, O], float64 tensors (see answers.py)
 CLOSER = 8  # times that a query is moved half way to the centre because its answer tells no scores
-LEAST_ROOM = 1024  # rows of memory at first
+LEAST_ROWS = 1024  # of memory at first
+ROOM = 0.99  # share of the domain in which lines end, so that differences round them stay inside
 
 
 class OutOfQueries(UserError):
@@ -61,7 +62,7 @@ class Memory:
     def _keep(self, x_QI: np.ndarray, y_QO: np.ndarray) -> None:
         end = self.queries + len(x_QI)
         if end > len(self._x_QI):
-            room = max(2 * len(self._x_QI), end, LEAST_ROOM)
+            room = max(2 * len(self._x_QI), end, LEAST_ROWS)
             more_x, more_y = np.empty((room, x_QI.shape[1])), np.empty((room, y_QO.shape[1]))
             if self.queries:
                 more_x[: self.queries], more_y[: self.queries] = self._x_QI[: self.queries], self._y_QO[: self.queries]
@@ -109,6 +110,10 @@ class BlackBox:
                 break
             u_QI = torch.where(unknown_Q[:, None], u_QI / 2, u_QI)
         return u_QI
+
+    def pulled(self, u_QI: Tensor) -> Tensor:
+        """The same queries moved straight towards the centre until they lie inside the domain, with room round them."""
+        return u_QI if self.standard is None else self.standard.around.pulled(u_QI, ROOM)
 
     def everything(self) -> tuple[Tensor, Tensor]:
         """All queries u[Q, I] and answers y[Q, O] so far that tell scores."""

@@ -27,6 +27,7 @@ from distrecon.expand_cluster.thresholds import (
 from distrecon.nets.activations import Activation
 
 GRADIENT_POINTS = 8
+ROOM = 0.1  # round the points, for the differences
 KINK_STEP = 1e-3  # longer differences straddle a kink too often
 SCALES = tuple(2.0**k for k in range(-4, 7))
 SCALE_QUERIES = 300
@@ -116,6 +117,7 @@ def _blind_points(box: BlackBox, coordinates: Coordinates, generator: torch.Gene
     size_Q1 = (x_QI @ coordinates.to_RI.T).norm(dim=1, keepdim=True) / coordinates.rank**0.5
     noise_QI = torch.randn(x_QI.shape, generator=generator, dtype=torch.float64)
     moved_QI = x_QI + coordinates.scale * size_Q1 * noise_QI @ coordinates.outside_II
+    x_QI, moved_QI = box.place(x_QI), box.place(moved_QI)
     here_QO, there_QO = box(x_QI), box(moved_QI)
     change_Q = (there_QO - here_QO).abs().amax(1) / here_QO.std()
     seen_Q = change_Q > max(BLIND, GAP * coordinates.error, GAP * box.noise / float(here_QO.std()))
@@ -128,6 +130,7 @@ def input_gradients(box: BlackBox, activation: Activation | None, x_SI: Tensor) 
     Five-point differences where the activation is smooth. Where it has kinks, two-point ones, and a point with a kink
     between its differences (its second difference is not zero) is left out. Unknown activations count as kinked.
     """
+    x_SI = box.place(x_SI, ROOM)
     center_SO = box(x_SI)
     spread = float(center_SO.std())
     if spread == 0:
@@ -186,7 +189,8 @@ def _scaled(
 
 
 def _nonlinear_share(box: BlackBox, z_QR: Tensor, back_IR: Tensor) -> float:
-    y_QO = box(z_QR @ back_IR.T)
+    x_QI = box.place(z_QR @ back_IR.T)
+    y_QO, z_QR = box(x_QI), x_QI @ torch.linalg.pinv(back_IR).T
     design = torch.cat([z_QR, z_QR.new_ones(len(z_QR), 1)], dim=1)
     rest = y_QO - design @ torch.linalg.lstsq(design, y_QO).solution
     return float(rest.square().sum() / (y_QO - y_QO.mean(0)).square().sum().clamp(min=1e-300))

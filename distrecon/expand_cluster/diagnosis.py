@@ -209,5 +209,5 @@ def _limits(sample: Sample) -> tuple[Tensor, Tensor] | None:
 
 
 def _range(values_I: Tensor) -> str:
-    low, high = float(values_I.min()), float(values_I.max())
-    return f"{low:.4g}" if abs(high - low) <= 1e-6 * max(abs(low), abs(high)) else f"{low:.4g} to {high:.4g}"
+    low, high = round(float(values_I.min()), 5), round(float(values_I.max()), 5)
+    return f"{low:.5g}" if high - low < 1e-4 else f"{low:.5g} to {high:.5g}"

@@ -52,6 +52,11 @@ class Examined:
     findings: list[Finding]
 
     @property
+    def around(self) -> Surroundings:
+        """Centre, scale and domain of the inputs."""
+        return self.sample.around
+
+    @property
     def stopped(self) -> Finding | None:
         """The finding that stops the recovery, if one does."""
         return next((found for found in self.findings if found.stops), None)

@@ -60,7 +60,11 @@ class _Scans:
 
     def add(self, from_LR: Tensor, to_LR: Tensor) -> None:
         if self.run.box.left() - self.reserved > SPARE * len(from_LR) * GRID:
-            self.parts.append(scan(self._answer, from_LR, to_LR, self.run.box.noise))
+            self.parts.append(scan(self._answer, self._inside(from_LR), self._inside(to_LR), self.run.box.noise))
+
+    def _inside(self, z_LR: Tensor) -> Tensor:
+        """Ends of lines pulled inside the domain, where there is one."""
+        return self.run.box.pulled(z_LR @ self.coordinates.back_IR.T) @ self.coordinates.to_RI.T
 
     def _answer(self, z: Tensor) -> Tensor:
         x_QI = z.reshape(-1, self.coordinates.rank) @ self.coordinates.back_IR.T

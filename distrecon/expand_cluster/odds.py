@@ -91,14 +91,14 @@ class Odds:
         parts = (scores_QO[:, : self.reference], zero_Q1, scores_QO[:, self.reference :])
         return torch.cat(parts, dim=1)
 
-    def probabilities(self, scores_QO: Tensor) -> Tensor:
-        """The answers [Q, C] that belong to scores: the inverse."""
+    def of_classes(self, scores_QC: Tensor) -> Tensor:
+        """The answers [Q, C] that belong to scores of all classes, or to the one of a sigmoid: the inverse."""
         if self.reference is not None:
-            return torch.softmax(self.all_classes(scores_QO), dim=1)
-        p_Q1 = torch.sigmoid(scores_QO)
+            return torch.softmax(scores_QC, dim=1)
+        p_Q1 = torch.sigmoid(scores_QC)
         if self.columns == 1:
             return p_Q1
-        both = [torch.sigmoid(-scores_QO), p_Q1]
+        both = [torch.sigmoid(-scores_QC), p_Q1]
         return torch.cat(both if self.column else both[::-1], dim=1)
 
     def _others(self) -> list[int]:

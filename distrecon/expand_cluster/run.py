@@ -16,6 +16,7 @@ from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.problem import Problem, TrainingData
+from distrecon.expand_cluster.result import Recovery
 from distrecon.expand_cluster.stages import Stages
 from distrecon.expand_cluster.thresholds import DIRECTION_MARGIN, NOISE_MARGIN
 from distrecon.nets.activations import Activation
@@ -28,7 +29,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage of one recovery shares; `history` and `seconds` (by stage) grow as it goes."""
+    """What every stage of one recovery shares; `history`, `seconds` (by stage) and `candidates` grow as it goes."""
 
     box: BlackBox
     activation: Activation
@@ -41,6 +42,7 @@ class Run:
     stages: Stages | None
     history: list[tuple[str, int, list[float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    candidates: list[Recovery] = field(default_factory=list)  # all networks so far, those not yet verified too
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -65,7 +67,7 @@ class Run:
             )
         with self.timed("queries"):
             count = patience * (settings.count or max(LEAST_QUERIES, EQUATIONS * unknowns // outputs))
-            x_QI = probes.training(count, settings, self.data_QI, self.generator)
+            x_QI = self.box.place(probes.training(count, settings, self.data_QI, self.generator))
             data = TrainingData.of(x_QI, x_QI @ probes.coordinates.to_RI.T, self.box(x_QI))
         exact = max(self.config.solver.floor, (NOISE_MARGIN * self.box.noise / data.scale) ** 2)
         floor = max(exact, (DIRECTION_MARGIN * probes.coordinates.error) ** 2)

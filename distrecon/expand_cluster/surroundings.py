@@ -66,11 +66,11 @@ class Surroundings:
         """u of x."""
         return (x_QI - self.centre_I) / self.scale_I
 
-    def pulled(self, u_QI: Tensor) -> Tensor:
-        """The same u moved straight towards the centre until they lie inside the domain; straight lines stay so."""
+    def pulled(self, u_QI: Tensor, share: float = 1.0) -> Tensor:
+        """The same u moved straight towards the centre until they lie inside a share of the domain."""
         low_I, high_I = self.standard(self.low_I), self.standard(self.high_I)
         beyond_Q = torch.maximum(u_QI / high_I, u_QI / low_I).nan_to_num(0.0).amax(1)
-        return u_QI / beyond_Q.clamp(min=1.0)[:, None]
+        return u_QI / (beyond_Q / share).clamp(min=1.0)[:, None]
 
     def inside(self, u_QI: Tensor, margin: float = 0.0) -> Tensor:
         """The same u reflected at the domain's boundary until they lie inside it, by a margin in standard inputs.

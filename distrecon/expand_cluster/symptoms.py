@@ -119,10 +119,9 @@ def number_format(y_Q: Tensor) -> torch.finfo:
 def repetition(ask_again: Ask, sample: Sample) -> tuple[float, float]:
     """How far answers differ, relatively, when queries are asked again, and when they are asked with other ones."""
     rows_QI, first_QO = sample.u_QI[:16], sample.y_QO[:16]
-    again_QO = ask_again(rows_QI)
-    other_QO = torch.cat([ask_again(rows_QI[:8]), ask_again(rows_QI[8:].flip(0)).flip(0)])
+    again_QO, once_more_QO = ask_again(rows_QI), ask_again(rows_QI)
     scale_O = torch.maximum(sample.scale_O, first_QO.abs().amax(0))
-    again, other = (float(((y_QO - first_QO).abs() / scale_O).max()) for y_QO in (again_QO, other_QO))
+    again, other = (float(((y_QO - again_QO).abs() / scale_O).max()) for y_QO in (once_more_QO, first_QO))
     return again, other
 
 

@@ -39,6 +39,9 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
         metrics = {**metrics, "recover/train_loss": 1.0}
         return Recovery(weights, run.activation.name, False, "no student has neurons that contribute", [], metrics)
     weights = from_theta(found.net, found.theta_1P[0], data.mean_O, data.scale, coordinates.to_RI)
+    run.candidates.append(
+        Recovery(weights, run.activation.name, False, "", found.linkage, {**metrics, "recover/train_loss": found.loss})
+    )
     polished = found.loss <= problem.floor and _polishable(run, problem, weights)
     if polished:
         with run.timed("polish"):
@@ -66,7 +69,7 @@ def _verify(run: Run, problem: Problem, weights: Weights, floor: float, train_lo
     """Whether all of the rule holds, and what was measured or which part fails."""
     activation, probes = run.activation, problem.probes
     with run.timed("queries"):
-        x_QI = probes.draw(run.config.probes.fresh, run.generator, FRESH_SCALES)
+        x_QI = run.box.place(probes.draw(run.config.probes.fresh, run.generator, FRESH_SCALES))
         if run.data_QI is not None:
             x_QI = torch.cat([x_QI, run.data_QI[: run.config.probes.fresh]])
         answers_QO = run.box(x_QI)

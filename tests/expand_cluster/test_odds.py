@@ -23,7 +23,7 @@ def test_softmax_gives_the_scores_relative_to_one_class(columns):
     assert odds.known(p_QC).all()
     error_QO = (odds.all_classes(odds(p_QC)) - expected_QC).abs()
     assert (error_QO <= 4 * odds.all_classes(odds.error(p_QC)) + 1e-14).all()
-    torch.testing.assert_close(odds.probabilities(odds(p_QC)), p_QC, rtol=1e-12, atol=0)
+    torch.testing.assert_close(odds.of_classes(odds.all_classes(odds(p_QC))), p_QC, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("layout", ["p", "1 - p, p", "p, 1 - p"])
@@ -43,7 +43,7 @@ def test_a_sigmoid_has_one_score_that_fades_towards_one(layout, dtype):
     limit = 16 if dtype == torch.float64 else 6
     assert known_Q[(z_Q1[:, 0] < limit) & (z_Q1[:, 0] > -80)].all()
     assert not known_Q[z_Q1[:, 0] > 19].any()
-    torch.testing.assert_close(odds.probabilities(odds(p_QC))[known_Q], p_QC[known_Q], rtol=0, atol=1e-6)
+    torch.testing.assert_close(odds.of_classes(odds.all_classes(odds(p_QC)))[known_Q], p_QC[known_Q], rtol=0, atol=1e-6)
 
 
 def test_zero_one_and_underflow_are_not_known():
