@@ -51,7 +51,7 @@ class Memory:
             self.queries += len(fresh)
         return torch.from_numpy(self._y_QO[[self._rows[key] for key in keys]])
 
-    def everything(self) -> tuple[Tensor, Tensor]:
+    def asked(self) -> tuple[Tensor, Tensor]:
         """All queries x[Q, I] and answers y[Q, O] so far, in the order in which they were asked."""
         return torch.from_numpy(self._x_QI[: self.queries]), torch.from_numpy(self._y_QO[: self.queries])
 
@@ -115,9 +115,9 @@ class BlackBox:
         """The same queries moved straight towards the centre until they lie inside the domain, with room round them."""
         return u_QI if self.standard is None else self.standard.around.pulled(u_QI, ROOM)
 
-    def everything(self) -> tuple[Tensor, Tensor]:
+    def asked(self) -> tuple[Tensor, Tensor]:
         """All queries u[Q, I] and answers y[Q, O] so far that tell scores."""
-        x_QI, y_QO = self.memory.everything()
+        x_QI, y_QO = self.memory.asked()
         if self.standard is None:
             return x_QI, y_QO
         known_Q = self.standard.known(y_QO)
