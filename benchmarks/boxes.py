@@ -1,16 +1,15 @@
 """Black boxes as people have them: what is answered, whether it is right, and what it costs.
 
-    python -m benchmarks.boxes                       # all of benchmarks/black_boxes.py, each in a process of its own
-    python -m benchmarks.boxes "relu 8-20-1" wine    # those whose names contain one of these
-    python -m benchmarks.boxes --small
+    python -m benchmarks boxes                              # all of benchmarks/black_boxes.py
+    python -m benchmarks boxes --only "relu 8-20-1" wine    # those whose names contain one of these
+    python -m benchmarks boxes --quick                      # those that take seconds
 
-Rows are kept in --rows as JSON lines and not measured again; `--fresh` begins anew. An answer is judged against the
-truth, output by output, near and far and round every bend, at queries of which the recovery knows nothing. *Verified
-wrongly* is what was verified and is not so: answers inside the certificate's range that are off by more than it allows
-to be missed, or neurons too many or too few. Exit code 1 if there is any.
+Each is recovered in a process of its own, within a time. An answer is judged against the truth, output by output,
+near and far and round every bend, at queries of which the recovery knows nothing. *Verified wrongly* is what was
+verified and is not so: answers inside the certificate's range that are off by more than it allows to be missed, or
+neurons too many or too few.
 """
 
-import argparse
 import json
 import math
 import resource
@@ -18,14 +17,16 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.black_boxes import CASES, Case, Problem
+from benchmarks.harness import Cell, Column, Part, Row, Table, extremes
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, recover_network
 
@@ -108,13 +109,13 @@ def _seen(result: Recovery, problem: Problem) -> float:
     return max(s / d for s, d in zip(certificate.smallest_seen, certificate.spread, strict=True) if d > 0)
 
 
-def solve(case: Case) -> dict[str, Any]:
+def solve(case: Case) -> Row:
     """Recovers one black box and judges the answer, in this process."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     problem = case.make()
     started, cpu = time.monotonic(), time.process_time()
-    row: dict[str, Any] = {"name": case.name, "should": case.should, "verified": False, "right": False}
+    row: Row = {"verified": False, "right": False, "wrongly": False}
     try:
         result = recover_network(problem.black_box, problem.inputs, **problem.arguments)
     except UserError as error:
@@ -142,85 +143,56 @@ def solve(case: Case) -> dict[str, Any]:
     return row | {"as_should": as_should(case.should, row)}
 
 
-def as_should(should: str, row: dict[str, Any]) -> bool:
+def as_should(should: str, row: Row) -> bool:
     """Whether the answer is what is due."""
     if should == "exact":
         return bool(row["verified"] and row["right"])
     if should == "unverified":
-        return row["answer"] != "error" and not row.get("wrongly", False)
+        return row["answer"] != "error" and not row["wrongly"]
     return should in row["answer"] or should in row["said"]
 
 
-def in_a_process(case: Case) -> dict[str, Any]:
+def in_a_process(case: Case) -> list[Row]:
     """One row, from a process that is ended after the case's time."""
-    command = [sys.executable, "-m", "benchmarks.boxes", "--row", case.name]
+    command = [sys.executable, "-m", "benchmarks.boxes", case.name]
+    row: Row = {"verified": False, "right": False, "as_should": False, "wrongly": False}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=case.seconds, check=False)
     except subprocess.TimeoutExpired:
-        said = f"nothing in {case.seconds} s"
-        return {"name": case.name, "should": case.should, "answer": "none", "said": said, "as_should": False}
+        return [row | {"answer": "none", "said": f"nothing in {case.seconds} s"}]
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["ended"])[-1]
-        return {"name": case.name, "should": case.should, "answer": "broke off", "said": said, "as_should": False}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        return [row | {"answer": "broke off", "said": (done.stderr.strip().splitlines() or ["ended"])[-1]}]
+    return [row | json.loads(done.stdout.splitlines()[-1])]
 
 
-def line(row: dict[str, Any]) -> str:
-    """A row as one line of text."""
-    numbers = ""
-    if row.get("cpu_seconds") is not None:
-        numbers = f"{row['cpu_seconds']:6.1f} s {row['queries'] or 0:8,} queries {row['gib']:4.2f} GiB"
-    right = "VERIFIED WRONGLY" if row.get("wrongly") else ("right" if row.get("right") else "")
-    mark = "ok" if row["as_should"] else "--"
-    return f"{mark} {row['name']:<38} {row['answer']:<28} {right:<8} {numbers}  {row['said'][:80]}"
+def cells(args: Namespace) -> Iterator[Cell]:
+    """One black box a cell."""
+    for case in CASES:
+        if case.small or not args.quick:
+            yield Cell({"box": case.name, "should": case.should}, partial(in_a_process, case))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown, and the totals."""
-    lines = [
-        "| black box | answer | right | as it should | CPU seconds | queries | peak GiB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        numbers = ["", "", ""]
-        if row.get("cpu_seconds") is not None:
-            numbers = [f"{row['cpu_seconds']:.1f}", f"{row['queries'] or 0:,}", f"{row['gib']:.2f}"]
-        cells = [row["name"], row["answer"], "yes" if row.get("right") else "", "yes" if row["as_should"] else "**no**"]
-        lines.append("| " + " | ".join([*cells, *numbers]) + " |")
-    wrongly = sum(bool(row.get("wrongly")) for row in rows)
-    due = sum(row["as_should"] for row in rows)
-    return "\n".join([*lines, "", f"{due} of {len(rows)} as they should be; **verified wrongly: {wrongly}**"])
+def count(heading: str, key: str) -> Column:
+    """How many rows of a line, where there are several; yes or nothing of one."""
+    return Column(heading, lambda rows: str(sum(row[key] for row in rows)) if len(rows) > 1 else "yes" * rows[0][key])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="parts of the names of black boxes")
-    parser.add_argument("--small", action="store_true", help="those that take seconds")
-    parser.add_argument("--rows", type=Path, default=Path("runs/benchmarks/boxes.jsonl"))
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.row:
-        print(json.dumps(solve(next(case for case in CASES if case.name == args.row))))
-        return 0
-    chosen = [case for case in CASES if not args.names or any(name in case.name for name in args.names)]
-    chosen = [case for case in chosen if case.small or not args.small]
-    args.rows.parent.mkdir(parents=True, exist_ok=True)
-    known = {}
-    if args.rows.exists() and not args.fresh:
-        known = {row["name"]: row for row in map(json.loads, args.rows.read_text().splitlines())}
-    rows = []
-    for case in chosen:
-        row = known.get(case.name)
-        if row is None:
-            row = in_a_process(case)
-            with args.rows.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        rows.append(row)
-        print(line(row), flush=True)
-    print("\n" + table(rows))
-    return int(any(row.get("wrongly") for row in rows))
+TABLE = Table(
+    (
+        Column("answer", lambda rows: rows[0]["answer"] if len(rows) == 1 else "", True),
+        count("right", "right"),
+        count("as it should be", "as_should"),
+        count("verified wrongly", "wrongly"),
+        extremes("CPU seconds", "cpu_seconds", "{:.1f}".format, max),
+        extremes("queries", "queries", "{:,}".format, max),
+        extremes("peak GiB", "gib", "{:.2f}".format, max),
+    ),
+    by=lambda row: str(row["box"]),
+    heading="black box",
+    total=True,
+)
+PARTS = {"boxes": Part(cells, (TABLE,))}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(json.dumps(solve(next(case for case in CASES if case.name == sys.argv[1]))))

@@ -13,6 +13,7 @@ from distrecon import config as configuration
 from distrecon import console, recording
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover_network, score, synthetic_teacher
+from distrecon.expand_cluster.examination import OUTPUTS
 from distrecon.expand_cluster.sources import Source, load_black_box
 from distrecon.kinds.expand_cluster import KIND, clustering_arrays
 from distrecon.record.artifacts import ARRAYS
@@ -44,6 +45,15 @@ def parser() -> console.Parser:
     parser.add_argument("--hidden-layers", type=int, default=1, metavar="L", help="how many it has (default: 1)")
     parser.add_argument("--input-size", type=int, metavar="I", help="needed for MODULE:CALLABLE")
     parser.add_argument("--data", type=Path, metavar="FILE.npy", help="inputs of interest [Q, I]; verified there too")
+    parser.add_argument(
+        "--domain", type=float, nargs=2, metavar=("LOW", "HIGH"), help="no query leaves it (default: no limits)"
+    )
+    parser.add_argument(
+        "--outputs", choices=OUTPUTS, default=OUTPUTS[0], help="what the answers are (default: %(default)s)"
+    )
+    parser.add_argument("--max-rows", type=int, metavar="Q", help="of one call (default: no limit)")
+    parser.add_argument("--retries", type=int, default=0, help="of a call that raises, with growing waits (default: 0)")
+    parser.add_argument("--answers", type=Path, metavar="FOLDER", help="keeps every answer; none is asked for twice")
     parser.add_argument("--students", type=int, metavar="N", help="a fixed number (default: as many as are needed)")
     parser.add_argument("--queries", type=int, metavar="Q", help="query budget (default: no limit)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted setting")
@@ -73,6 +83,11 @@ def run(args: argparse.Namespace) -> console.Answer:
             args.hidden_layers,
             args.seed,
             data_QI,
+            args.domain and tuple(args.domain),
+            args.outputs,
+            args.max_rows,
+            args.retries,
+            args.answers,
             config=config,
             progress=lambda part, value: stage.show(f"{part} {value:.3g}"),
             stages=folder.stages,
@@ -115,6 +130,7 @@ def _write(folder: RunFolder, config: RecoveryConfig, seed: int, recovery: Recov
         "activation": recovery.activation,
         "verified": recovery.verified,
         "reason": recovery.reason,
+        "findings": [str(finding) for finding in recovery.findings],
         "weights": f"models/{NETWORK}",
         "config": configuration.flatten(config),
         "seed": seed,

@@ -25,7 +25,7 @@ Bound = float | Sequence[float] | np.ndarray | Tensor
 
 TRIPLES = 8  # x - d, x, x + d: their second difference tells how the black box bends at the scale of x and d
 SCALES = tuple(10.0**k for k in range(-5, 6))
-FINER_SCALES = tuple(10.0 ** (k / 2) for k in range(-4, 4))
+FINER_SCALES = tuple(10.0 ** (k / 2) for k in range(-8, 4))
 VISIBLE = 1e-5  # of the answers: second differences below this may be rounding
 ORDINARY = 10.0  # the scale of ordinary inputs is 1 to within this factor, and their hyperplanes pass as near 0
 POINTS = 100  # times inputs that are moved one by one
