@@ -92,6 +92,7 @@ def _answer(args: argparse.Namespace, folder: Path, config: RecoveryConfig, reco
         "activation": recovery.activation,
         "verified": recovery.verified,
         "reason": recovery.reason,
+        "certificate": dataclasses.asdict(recovery.certificate) if recovery.certificate else None,
         "config": configuration.flatten(config),
         "seed": args.seed,
         "metrics": recovery.metrics,

@@ -35,7 +35,7 @@ from distrecon.expand_cluster.scores import compare
 from distrecon.expand_cluster.stages import Stages
 from distrecon.expand_cluster.students import solved, train, train_on
 from distrecon.expand_cluster.thresholds import UNDERFIT, UNDERFIT_SOLVED
-from distrecon.expand_cluster.verdict import conclude
+from distrecon.expand_cluster.verdict import conclude, confirm
 from distrecon.nets.activations import ACTIVATIONS
 from distrecon.nets.activations import activation as find_activation
 
@@ -92,10 +92,7 @@ def recover_network(
         stages=Stages(stages, [input_size, activation, hidden_layers, seed, flatten(config)]) if stages else None,
         seconds={"queries": time.monotonic() - started},
     )
-    with run.timed("queries"):
-        coordinates = find_coordinates(run.box, act, config.probes.subspace, run.generator)
-    run.progress("directions", coordinates.rank)
-    return _with_totals(run, *_attempts(run, coordinates))
+    return _with_totals(run, *_attempts(run))
 
 
 def _try_all(
@@ -147,24 +144,42 @@ def _better(new: Recovery, old: Recovery | None) -> Recovery:
     return new if new.metrics["recover/train_loss"] < old.metrics["recover/train_loss"] else old
 
 
-def _attempts(run: Run, coordinates: Coordinates) -> tuple[Recovery, Coordinates]:
+def _coordinates(run: Run, contradictions_QI: Tensor | None = None) -> Coordinates:
+    """The relevant directions, also those that show only where answers contradict what was found without them."""
+    with run.timed("queries"):
+        subspace, generator = run.config.probes.subspace, run.generator
+        coordinates = find_coordinates(run.box, run.activation, subspace, generator, contradictions_QI)
+    run.progress("directions", coordinates.rank)
+    return coordinates
+
+
+def _attempts(run: Run) -> tuple[Recovery, Coordinates]:
     """From the bends of a piecewise linear black box, or rounds of students until one is verified.
 
-    Each round takes fresh probes of another scale. After an underfit the next students are wider; else, now and again,
-    they train longer on more probes. Returns the best recovery and the coordinates that were used last.
+    Each round takes fresh probes of another scale, a share of them round inputs whose answers contradicted an exact fit
+    before; these may show directions that were not seen. After an underfit the next students are wider; else, now and
+    again, they train longer on more probes. Returns the best recovery and the coordinates that were used last.
     """
-    guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
-    patience, committee = 1, None
+    coordinates = _coordinates(run)
     bends = recover_from_bends(run, coordinates)
+    contradictions_QI = bends.recovery.contradictions_QI if bends is not None else None
+    if contradictions_QI is not None:
+        coordinates = _coordinates(run, contradictions_QI)
+        bends = recover_from_bends(run, coordinates) or bends
     if bends is not None and bends.recovery.verified:
         return bends.recovery, bends.problem.probes.coordinates
     best = bends.recovery if bends is not None else None
+    guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
+    patience, committee = 1, None
     for attempt in range(run.config.budget.attempts):
         used = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
-        outcome = _round(run, Probes(used, committee=committee), guess, patience, attempt)
+        outcome = _round(run, Probes(used, contradictions_QI, committee), guess, patience, attempt)
         best, committee = _better(outcome.recovery, best), outcome.committee
         if outcome.recovery.verified or run.out_of_time():
             break
+        if outcome.recovery.contradictions_QI is not None:
+            contradictions_QI = outcome.recovery.contradictions_QI
+            coordinates = _coordinates(run, contradictions_QI)
         loss = outcome.recovery.metrics["recover/student_loss_best"]
         if outcome.underfit and not run.config.students.width and (loss > UNDERFIT or attempt % 2 == 0):
             guess *= 2
@@ -246,11 +261,14 @@ def _collapse(run: Run, problem: Problem, net: DenseNet, theta_NP: Tensor) -> Re
 def _with_totals(run: Run, recovery: Recovery, coordinates: Coordinates) -> Recovery:
     """The recovery with the run's totals among its metrics, and how it compares on the data or on probes."""
     x_QI = coordinates.draw(run.config.probes.fresh, run.generator) if run.data_QI is None else run.data_QI
+    answers_QO = run.box(x_QI)
+    with run.timed("verdict"):
+        recovery = confirm(run, recovery)
     metrics = {
         **recovery.metrics,
         "recover/layer_sizes": recovery.layer_sizes,
         **{f"recover/size_layer{i + 1}": size for i, size in enumerate(recovery.layer_sizes)},
-        **compare(recovery, run.box(x_QI), x_QI),
+        **compare(recovery, answers_QO, x_QI),
         "recover/verified": int(recovery.verified),
         "recover/noise": run.box.noise,
         "recover/queries": run.box.queries,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distrecon.expand_cluster.certificate import Certificate
 from distrecon.expand_cluster.neurons import LayerClustering
 from distrecon.expand_cluster.weights import Weights, layer_sizes, network, write_weights
 
@@ -16,8 +17,10 @@ class Recovery:
     """A recovered network and how it was found.
 
     `weights` is [(W[out, in], b[out]), ...] in float64; `verified` is the verdict (the rule is in verdict.py), `reason`
-    why it is so. `linkage` has the LayerClustering of every hidden layer that was clustered.
-    `metrics` are named as in summary.json; `history` has the students' loss curves as (stage, step, [losses]).
+    why it is so, and `certificate` what it rests on (None where no network was found). `contradictions_QI` are some
+    inputs at which the black box's answers contradict a fit that was exact elsewhere. `linkage` has the LayerClustering
+    of every hidden layer that was clustered. `metrics` are named as in summary.json; `history` has the students' loss
+    curves as (stage, step, [losses]).
     """
 
     weights: Weights
@@ -28,6 +31,8 @@ class Recovery:
     metrics: dict[str, Any] = field(default_factory=dict)
     history: list[tuple[str, int, list[float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    certificate: Certificate | None = None
+    contradictions_QI: Tensor | None = None
 
     @property
     def layer_sizes(self) -> list[int]:
@@ -44,6 +49,7 @@ class Recovery:
             f"network      {'-'.join(map(str, layer_sizes(self.weights)))} {self.activation}",
             f"verdict      {'verified' if self.verified else 'UNVERIFIED'}: {self.reason}",
         ]
+        lines += self.certificate.lines() if self.certificate is not None else []
         labels = {
             "recover/output_rmse": "output RMSE on fresh queries (relative)",
             "recover/agreement": "argmax agreement on the given inputs",
