@@ -73,7 +73,8 @@ def recover_network(
     """
     config = config or RecoveryConfig()
     if activation == UNKNOWN:
-        return _try_all(black_box, input_size, hidden_layers, seed, data, config, progress, stages)
+        box = BlackBox(black_box, input_size, config.budget.queries)
+        return _try_all(box, hidden_layers, seed, data, config, progress, stages)
     act = find_activation(activation)
     if hidden_layers < 1:
         raise UserError(f"hidden_layers must be at least 1, not {hidden_layers}")
@@ -81,7 +82,7 @@ def recover_network(
         raise UserError(f"data has shape {list(data.shape)}, not [Q, {input_size}]")
     started = time.monotonic()
     run = Run(
-        box=BlackBox(black_box, input_size, config.budget.queries),
+        box=black_box if isinstance(black_box, BlackBox) else BlackBox(black_box, input_size, config.budget.queries),
         activation=act,
         hidden_layers=hidden_layers,
         config=config,
@@ -96,8 +97,7 @@ def recover_network(
 
 
 def _try_all(
-    black_box: Function,
-    input_size: int,
+    box: BlackBox,
     hidden_layers: int,
     seed: int,
     data: Tensor | None,
@@ -105,7 +105,10 @@ def _try_all(
     progress: Progress | None,
     stages: Path | None,
 ) -> Recovery:
-    """A few students a short fit with every activation, then all rounds with the best of them, best first."""
+    """A few students a short fit with every activation, then all rounds with the best of them, best first.
+
+    All share the box: its answers are paid for once, and the verdict counts those to every trial.
+    """
     brief = dataclasses.replace(
         config,
         students=dataclasses.replace(config.students, count=BRIEF_STUDENTS),
@@ -116,23 +119,20 @@ def _try_all(
     def recover_as(name: str, config: RecoveryConfig, folder: str) -> Recovery:
         kept = stages / folder if stages else None
         return recover_network(
-            black_box, input_size, name, hidden_layers, seed, data, config=config, progress=progress, stages=kept
+            box, box.inputs, name, hidden_layers, seed, data, config=config, progress=progress, stages=kept
         )
 
-    losses, queries = {}, 0
+    losses = {}
     for name in ACTIVATIONS:
         trial = recover_as(name, brief, f"{name}-brief")
         losses[name] = trial.metrics["recover/train_loss"]
-        queries += trial.metrics["recover/queries"]
     best: Recovery | None = None
     for name in sorted(losses, key=losses.__getitem__)[:CANDIDATES]:
-        recovery = recover_as(name, config, name)
-        queries += recovery.metrics["recover/queries"]
-        best = _better(recovery, best)
+        best = _better(recover_as(name, config, name), best)
         if best.verified:
             break
     assert best is not None
-    return dataclasses.replace(best, metrics={**best.metrics, "recover/queries": queries})
+    return dataclasses.replace(best, metrics={**best.metrics, "recover/queries": box.queries})
 
 
 def _better(new: Recovery, old: Recovery | None) -> Recovery:

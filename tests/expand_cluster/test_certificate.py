@@ -73,6 +73,7 @@ def test_what_is_not_finite_never_agrees():
     found = compare(weights, "tanh", x_QI, y_QO, tolerance)
     assert not found.agrees_O.any()
     assert found.contradicted_Q.all()
+    assert found.largest_O.isinf().all()
 
 
 @pytest.mark.parametrize(("errors", "agrees"), [((9.0, 9.0), True), ((11.0, 11.0), False)])

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from distrecon import config as configuration
-from distrecon.expand_cluster import BlackBox, Recovery, RecoveryConfig, network, recover_network, score
+from distrecon.expand_cluster import (
+    BlackBox,
+    Recovery,
+    RecoveryConfig,
+    network,
+    recover_network,
+    score,
+    synthetic_teacher,
+)
 from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.run import Run
@@ -182,6 +190,15 @@ def test_a_neuron_that_never_bends_is_refused():
     assert "one side of their kink" in verdict(weights, name="relu")[1].objection
 
 
+def test_a_weight_that_no_answer_shows_is_refused():
+    weights = [
+        (torch.tensor([[1.0], [-1.0]]).double(), torch.zeros(2).double()),
+        (torch.tensor([[1.0, -100.0]]).double(), torch.tensor([-0.1]).double()),
+        (torch.ones(1, 1).double(), torch.zeros(1).double()),
+    ]
+    assert "respond to an input at none" in verdict(weights, name="relu")[1].objection
+
+
 def test_an_inexact_fit_is_called_that():
     right, wrong = teacher(), teacher()
     wrong[1][0][0, 0] += 1e-3
@@ -214,6 +231,22 @@ def test_answers_given_after_a_verdict_count_too():
     assert not confirm(run, dataclasses.replace(recovery, verified=False)).verified
 
 
+def test_a_recovery_ends_with_all_answers():
+    """The last rows of the user's data are asked after the verdict; one of them contradicts."""
+    weights, data_QI = synthetic_teacher(3, 2, "tanh", seed=1), torch.zeros(20, 3, dtype=torch.float64)
+    data_QI[:, 0] = torch.arange(20) / 10
+
+    def black_box(x_QI):
+        return network(weights, "tanh")(x_QI) + (x_QI == data_QI[19]).all(1, keepdim=True)
+
+    config = settings(probes__fresh=10, students__count=3, budget__attempts=1)
+    result = recover_network(black_box, 3, "tanh", data=data_QI, config=config)
+    assert result.layer_sizes == [2]
+    assert not result.verified
+    assert "1 of " in result.reason
+    assert result.certificate.given + result.certificate.fresh == result.metrics["recover/queries"]
+
+
 def settings(**values):
     return configuration.replace(RecoveryConfig(), {k.replace("__", "."): v for k, v in values.items()})
 
@@ -229,6 +262,44 @@ def test_a_kink_that_only_far_scans_meet_is_recovered():
     assert result.layer_sizes == [5]
     assert score(result, [(w, b), last])["recover/max_cosine_distance"] < 1e-12
     assert result.certificate.farthest > 60
+
+
+def round_fifty(seed):
+    """tanh 4-6-2 in inputs that lie round 50: two neurons show near 0, four are constant there to the last digit."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        w, c = torch.randn(6, 4, generator=generator).double(), torch.randn(6, generator=generator).double() / 2
+        b = c - 50 * w.sum(1)
+        if int((b.abs() < 6).sum()) == 2 and int((b.abs() > 40).sum()) == 4:
+            last = torch.randn(2, 6, generator=generator).double(), torch.randn(2, generator=generator).double()
+            return [(w, b), last]
+
+
+def test_neurons_that_only_contradicting_answers_show_are_found_in_the_next_round():
+    weights = round_fifty(0)
+    config = settings(budget__attempts=3, students__count=5)
+    result = recover_network(network(weights, "tanh"), 4, "tanh", config=config)
+    assert result.verified, result.reason
+    assert score(result, weights)["recover/max_cosine_distance"] < 1e-12
+
+
+def test_two_neurons_of_six_are_not_called_verified():
+    """By fresh queries within 30 times the training ones, and by a mean over them, they were."""
+    config = settings(budget__attempts=1, students__count=5)
+    result = recover_network(network(round_fifty(1), "tanh"), 4, "tanh", config=config)
+    assert not result.verified
+    assert "answers contradict it" in result.reason
+    assert result.contradictions_QI is not None
+
+
+def test_a_neuron_near_the_noise_is_found_or_missed_honestly():
+    weights = synthetic_teacher(8, 5, "tanh", seed=1)
+    weights[1][0][0, 2] = 3e-6  # some 30 times the noise
+    rounded = network([(w.float(), b.float()) for w, b in weights], "tanh")
+    config = settings(budget__attempts=1, students__count=5)
+    result = recover_network(lambda x_QI: rounded(x_QI.float()), 8, "tanh", config=config)
+    assert not result.verified or result.layer_sizes == [5]
+    assert 1e-7 < result.certificate.smallest_seen[0] < 3e-6
 
 
 def test_an_output_that_is_no_network_is_seen_beside_a_much_larger_one():
