@@ -131,6 +131,7 @@ def _write(folder: RunFolder, config: RecoveryConfig, seed: int, recovery: Recov
         "verified": recovery.verified,
         "reason": recovery.reason,
         "findings": [str(finding) for finding in recovery.findings],
+        "certificate": dataclasses.asdict(recovery.certificate) if recovery.certificate else None,
         "weights": f"models/{NETWORK}",
         "config": configuration.flatten(config),
         "seed": seed,

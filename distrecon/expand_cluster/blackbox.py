@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distrecon.errors import UserError
 from distrecon.expand_cluster.standard import Standard
-from distrecon.expand_cluster.symptoms import NOISE_SPACING, rounding
+from distrecon.expand_cluster.symptoms import NOISE_LINES, NOISE_SPACING, rounding
 
 Function = Callable[[Tensor], Tensor]  # [Q, I] -> [Q, O], float64 tensors (see answers.py)
 CLOSER = 8  # times that a query is moved half way to the centre because its answer tells no scores
@@ -75,7 +75,8 @@ class BlackBox:
 
     Without `standard` these are the black box's own inputs and answers, else standard ones (see standard.py). `noise_O`
     is the standard deviation of each output's rounding noise, measured unless it is given: about 1e-16 of the answers
-    of a float64 function and 1e-7 of a float32 one; it bounds what can be recovered. Raises OutOfQueries.
+    of a float64 function and 1e-7 of a float32 one; it bounds what can be recovered. It is that of inputs such as
+    `noise_QI`. Raises OutOfQueries.
     """
 
     def __init__(
@@ -88,6 +89,8 @@ class BlackBox:
     ) -> None:
         self.memory = function if isinstance(function, Memory) else Memory(function, budget)
         self.inputs, self.standard = input_size, standard
+        generator = torch.Generator().manual_seed(1)
+        self.noise_QI = self.place(torch.randn(NOISE_LINES, input_size, generator=generator, dtype=torch.float64))
         if noise_O is None:
             noise_O = rounding(self, self.place, input_size, torch.Generator().manual_seed(1), NOISE_SPACING)
         self.outputs, self.noise_O, self.noise = len(noise_O), noise_O, float(noise_O.square().mean().sqrt())
@@ -116,12 +119,13 @@ class BlackBox:
         return u_QI if self.standard is None else self.standard.around.pulled(u_QI, ROOM)
 
     def asked(self) -> tuple[Tensor, Tensor]:
-        """All queries u[Q, I] and answers y[Q, O] so far that tell scores."""
+        """All queries u[Q, I] inside the domain and their answers y[Q, O] so far that tell scores."""
         x_QI, y_QO = self.memory.asked()
         if self.standard is None:
             return x_QI, y_QO
-        known_Q = self.standard.known(y_QO)
-        return self.standard.around.standard(x_QI[known_Q]), self.standard.scores(y_QO[known_Q])
+        around = self.standard.around
+        told_Q = self.standard.known(y_QO) & ((x_QI >= around.low_I) & (x_QI <= around.high_I)).all(1)
+        return around.standard(x_QI[told_Q]), self.standard.scores(y_QO[told_Q])
 
     @property
     def queries(self) -> int:

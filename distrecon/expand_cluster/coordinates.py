@@ -73,17 +73,24 @@ class Coordinates:
 
 
 def find_coordinates(
-    box: BlackBox, activation: Activation | None, subspace: bool, generator: torch.Generator
+    box: BlackBox,
+    activation: Activation | None,
+    subspace: bool,
+    generator: torch.Generator,
+    also_SI: Tensor | None = None,
 ) -> Coordinates:
     """Coordinates from the black box's gradients, or the inputs themselves, with probes scaled to excite it.
 
-    The inputs themselves, taken to be standardised, if not `subspace` or if all directions matter.
+    The inputs themselves, taken to be standardised, if not `subspace` or if all directions matter. Gradients are taken
+    at standard normal points and at some of `also_SI`.
 
     `activation` None: unknown. Raises UserError when the answers do not depend on the inputs.
     """
     if not subspace:
         return _inputs_themselves(box.inputs)
     points_SI = torch.randn(GRADIENT_POINTS, box.inputs, generator=generator, dtype=torch.float64)
+    if also_SI is not None:
+        points_SI = torch.cat([points_SI, also_SI[:: max(1, len(also_SI) // (2 * GRADIENT_POINTS))]])
     gradients_GI = torch.empty(0, box.inputs, dtype=torch.float64)
     before = 0
     while len(points_SI):

@@ -111,13 +111,19 @@ def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
 def _towards_misfits(
     found: FromBends, coordinates: Coordinates, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Lines from probes that are fitted well to those fitted worst: what is missing bends in between."""
+    """Lines from probes that are fitted well to those fitted worst: what is missing bends in between.
+
+    Where an exact fit is contradicted by answers elsewhere, the lines run to these.
+    """
     data = found.problem.data
     answers_QO = data.y_QO * data.scale + data.mean_O
     order_Q = (found.recovery(data.x_QI) - answers_QO).square().sum(1).argsort()
     count = min(count, len(order_Q) // 2)  # so that no line has the same probe at both ends
     z_QR = data.x_QI @ coordinates.to_RI.T
     good = torch.randint(len(order_Q) // 2, (count,), generator=generator)
+    if found.recovery.contradictions_QI is not None:
+        there_SR = found.recovery.contradictions_QI @ coordinates.to_RI.T
+        return z_QR[order_Q[good]], there_SR[torch.randint(len(there_SR), (count,), generator=generator)]
     return z_QR[order_Q[good]], z_QR[order_Q[-count:]]
 
 

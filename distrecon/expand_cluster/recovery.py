@@ -41,7 +41,7 @@ from distrecon.expand_cluster.stages import Stages
 from distrecon.expand_cluster.students import solved, train, train_on
 from distrecon.expand_cluster.surroundings import Bound
 from distrecon.expand_cluster.thresholds import UNDERFIT, UNDERFIT_SOLVED
-from distrecon.expand_cluster.verdict import conclude
+from distrecon.expand_cluster.verdict import conclude, confirm
 from distrecon.nets.activations import ACTIVATIONS
 from distrecon.nets.activations import activation as find_activation
 
@@ -150,10 +150,7 @@ def _possible(examined: Examined, names: list[str]) -> list[str]:
 def _recover(run: Run) -> Recovery:
     """The best recovery with one activation, in standard inputs and scores; what there is when the queries run out."""
     try:
-        with run.timed("queries"):
-            coordinates = find_coordinates(run.box, run.activation, run.config.probes.subspace, run.generator)
-        run.progress("directions", coordinates.rank)
-        recovery = _attempts(run, coordinates)
+        recovery = _attempts(run)
     except OutOfQueries as error:
         best: Recovery | None = None
         for candidate in run.candidates:
@@ -202,24 +199,42 @@ def _better(new: Recovery, old: Recovery | None) -> Recovery:
     return new if new.metrics["recover/train_loss"] < old.metrics["recover/train_loss"] else old
 
 
-def _attempts(run: Run, coordinates: Coordinates) -> Recovery:
+def _coordinates(run: Run, contradictions_QI: Tensor | None = None) -> Coordinates:
+    """The relevant directions, also those that show only where answers contradict what was found without them."""
+    with run.timed("queries"):
+        subspace, generator = run.config.probes.subspace, run.generator
+        coordinates = find_coordinates(run.box, run.activation, subspace, generator, contradictions_QI)
+    run.progress("directions", coordinates.rank)
+    return coordinates
+
+
+def _attempts(run: Run) -> Recovery:
     """From the bends of a piecewise linear black box, or rounds of students until one is verified.
 
-    Each round takes fresh probes of another scale. After an underfit the next students are wider; else, now and again,
-    they train longer on more probes.
+    Each round takes fresh probes of another scale, a share of them round inputs whose answers contradicted an exact fit
+    before; these may show directions that were not seen. After an underfit the next students are wider; else, now and
+    again, they train longer on more probes.
     """
-    guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
-    patience, committee = 1, None
+    coordinates = _coordinates(run)
     bends = recover_from_bends(run, coordinates)
+    contradictions_QI = bends.recovery.contradictions_QI if bends is not None else None
+    if contradictions_QI is not None:
+        coordinates = _coordinates(run, contradictions_QI)
+        bends = recover_from_bends(run, coordinates) or bends
     if bends is not None and bends.recovery.verified:
         return bends.recovery
     best = bends.recovery if bends is not None else None
+    guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
+    patience, committee = 1, None
     for attempt in range(run.config.budget.attempts):
         used = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
-        outcome = _round(run, Probes(used, committee=committee), guess, patience, attempt)
+        outcome = _round(run, Probes(used, contradictions_QI, committee), guess, patience, attempt)
         best, committee = _better(outcome.recovery, best), outcome.committee
         if outcome.recovery.verified or run.out_of_time():
             break
+        if outcome.recovery.contradictions_QI is not None:
+            contradictions_QI = outcome.recovery.contradictions_QI
+            coordinates = _coordinates(run, contradictions_QI)
         loss = outcome.recovery.metrics["recover/student_loss_best"]
         if outcome.underfit and not run.config.students.width and (loss > UNDERFIT or attempt % 2 == 0):
             guess *= 2
@@ -303,14 +318,22 @@ def _finish(examined: Examined, recovery: Recovery, own_QI: Tensor | None) -> Re
     box, standard = examined.box, examined.box.standard
     assert standard is not None
     x_QI = standard.inputs(examined.sample.u_QI) if own_QI is None or len(own_QI) > box.left() else own_QI
+    answers_QO = box.memory(x_QI)
+    recovery = confirm(box, recovery)
+    certificate, contradictions_QI = recovery.certificate, recovery.contradictions_QI
     own = dataclasses.replace(
-        recovery, weights=standard.own(recovery.weights), odds=standard.odds, findings=examined.findings
+        recovery,
+        weights=standard.own(recovery.weights),
+        odds=standard.odds,
+        findings=examined.findings,
+        certificate=certificate.own(standard) if certificate is not None else None,
+        contradictions_QI=standard.inputs(contradictions_QI) if contradictions_QI is not None else None,
     )
     own.metrics = {
         **recovery.metrics,
         "recover/layer_sizes": recovery.layer_sizes,
         **{f"recover/size_layer{i + 1}": size for i, size in enumerate(recovery.layer_sizes)},
-        **compare(own, box.memory(x_QI), x_QI),
+        **compare(own, answers_QO, x_QI),
         "recover/verified": int(recovery.verified),
         "recover/noise": box.noise,
         "recover/queries": box.queries,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distrecon.expand_cluster.certificate import Certificate
 from distrecon.expand_cluster.diagnosis import Finding
 from distrecon.expand_cluster.neurons import LayerClustering
 from distrecon.expand_cluster.odds import Odds
@@ -18,10 +19,11 @@ class Recovery:
     """A recovered network and how it was found.
 
     `weights` is [(W[out, in], b[out]), ...] in float64; `verified` is the verdict (the rule is in verdict.py), `reason`
-    why it is so. `linkage` has the LayerClustering of every hidden layer that was clustered.
-    `metrics` are named as in summary.json; `history` has the students' loss curves as (stage, step, [losses]).
-    `findings` say what the black box was found to be. Where its answers are probabilities, `odds` tells how scores,
-    which the weights give, become probabilities.
+    why it is so, and `certificate` what it rests on (None where no network was found). `contradictions_QI` are some
+    inputs at which the black box's answers contradict a fit that was exact elsewhere. `findings` say what the black box
+    was found to be. Where its answers are probabilities, `odds` tells how scores, which the weights give, become
+    probabilities. `linkage` has the LayerClustering of every hidden layer that was clustered. `metrics` are named as in
+    summary.json; `history` has the students' loss curves as (stage, step, [losses]).
     """
 
     weights: Weights
@@ -34,6 +36,8 @@ class Recovery:
     seconds: dict[str, float] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     odds: Odds | None = None
+    certificate: Certificate | None = None
+    contradictions_QI: Tensor | None = None
 
     @property
     def layer_sizes(self) -> list[int]:
@@ -52,6 +56,7 @@ class Recovery:
             f"verdict      {'verified' if self.verified else 'UNVERIFIED'}: {self.reason}",
         ]
         lines += [f"found        {finding}" for finding in self.findings]
+        lines += self.certificate.lines() if self.certificate is not None else []
         labels = {
             "recover/output_rmse": "output RMSE on fresh queries (relative)",
             "recover/agreement": "argmax agreement on the given inputs",

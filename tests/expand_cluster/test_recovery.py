@@ -18,6 +18,7 @@ from distrecon.expand_cluster import (
     score,
     synthetic_teacher,
 )
+from distrecon.expand_cluster.teachers import synthetic_problem
 from distrecon.nets.activations import ACTIVATIONS
 
 
@@ -59,6 +60,15 @@ def test_a_float32_teacher_is_recovered_to_its_own_precision():
     assert result.verified, result.reason
     assert result.layer_sizes == [3]
     assert 1e-20 < score(result, weights)["recover/max_cosine_distance"] < 1e-8
+
+
+def test_two_neurons_that_noise_lets_do_the_work_of_one_become_one():
+    weights = synthetic_problem(8, 3, "sigmoid", 70)
+    rounded = network([(w.float(), b.float()) for w, b in weights], "sigmoid")
+    config = settings(budget__attempts=1, students__count=5)
+    result = recover_network(lambda x: rounded(x.float()), 8, "sigmoid", config=config)
+    assert result.verified, result.reason
+    assert result.layer_sizes == [3]
 
 
 def test_the_automatic_rule_wants_two_batches_that_agree():
