@@ -196,15 +196,16 @@ def test_a_trial_that_ran_out_of_memory_says_what_to_lower(line):
     assert innermost(f"Traceback (most recent call last):\n  File x\n{line}\n").startswith("out of memory: lower optim")
 
 
-def test_an_interrupted_evaluation_leaves_nothing(here, capsys, monkeypatch):
+@pytest.mark.parametrize(("command", "work"), [(evaluate, "score"), (generate, "generate")])
+def test_interrupted_work_leaves_nothing(here, capsys, monkeypatch, command, work):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "score", stop)
+    monkeypatch.setattr(command, work, stop)
     before = listing(here)
-    refused("interrupted", evaluate.main, [*ON_ZOO, "--out", "evaluation"], capsys, INTERRUPTED)
+    refused("interrupted", command.main, [*ON_ZOO, "--out", "stopped"], capsys, INTERRUPTED)
     assert listing(here) == before
-    assert not (here / "evaluation").exists()
+    assert not (here / "stopped").exists()
 
 
 def test_an_interrupted_zoo_says_how_to_go_on(here, capsys, monkeypatch, ray_session):
@@ -222,8 +223,8 @@ def test_a_stale_run_is_not_resumed(here, tmp_path, capsys, ray_session):
     space = tmp_path / "space.yaml"
     space.write_text(f"{{name: train, kind: autoencoder, space: {{zoo: {{grid: [[{zoo_folder}]]}}}}}}")
     job.prepare(job.Request(spaces=(str(space),)), str(run), "train")
-    path, request = job.reopen(str(run), "train", None)
-    assert (path, request.spaces) == (run, (str(run / "spaces/train.yaml"),))
+    folder, request = job.reopen(str(run), "train", None)
+    assert (folder.path, request.spaces) == (run, (str(run / "spaces/train.yaml"),))
     with open(run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused("another process still works on it", train.main, ["--resume", str(run)], capsys)

@@ -17,13 +17,12 @@ from distrecon.autoencoder.predict import predict
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
-from distrecon.images.queries import inputs_for
-from distrecon.nets import Architecture
+from distrecon.nets import Architecture, inputs_for
 from distrecon.zoos.models import Models
 
 GRADIENT_MODELS, GRADIENT_QUERIES = 32, 64
 
-Show = Callable[[str, int, int], None]  # told of each stage that begins: its name, how many are done, of how many
+Show = Callable[[str, int, int], None]  # called when a stage begins, with its name, how many are done, of how many
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,13 @@
   workers, with any split of the batch, gives the same losses and gradients up to rounding.
 - Contrastive negatives span the global batch (`distributed.global_rows`); gradients are summed once (no DDP wrapper).
 - The originals' outputs on the query pool are computed once a row: a permutation of units never changes them.
-- Each loss is divided by its value at its zoo's first step, as in "Structure Is Not Enough" (arXiv 2503.17138).
+- The losses and how they are weighted and scaled: `losses.py`.
 
 Legend: B models of this worker, G of the global batch, P parameters, Q queries, C classes, J projection size.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,25 +25,10 @@ from distrecon.autoencoder.rows import RowCache
 from distrecon.errors import UserError
 from distrecon.images.queries import query_pool
 from distrecon.nets import Architecture, outputs, permute, random_permutation
+from distrecon.zoos.models import Batch
 
 SMALLEST_SCALE = {"cycle": 0.01}  # the Fisher coders' latents, of unit variance, start with no cycle loss at all
 TARGET_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This worker's rows of one global batch: models [offset, offset + b) of `global_size`, all of one zoo.
-
-    `step` counts within the epoch; `row_b` are rows of the zoo (keys of the cached outputs).
-    """
-
-    epoch: int
-    step: int
-    zoo: int
-    row_b: Tensor
-    theta_bP: Tensor
-    global_size: int
-    offset: int
 
 
 def generator(seed: int, epoch: int, step: int, stream: int) -> torch.Generator:
@@ -69,7 +52,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 def views(
     config: AutoencoderConfig, arch: Architecture, theta_BP: Tensor, batch: Batch, std_P: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Two looks at the same models (the second is None for `none`); with `align` the first stays as it is."""
+    """Two views of the same models (the second is None for `none`); with `align` the first stays as it is."""
     kind, b = config.data.views, slice(batch.offset, batch.offset + len(theta_BP))
     if kind == "none":
         return theta_BP, None
@@ -85,7 +68,7 @@ def views(
 class Training:
     """`step(batch)` until the caller has had enough; `autoencoder` is the result.
 
-    `total_steps` sets the learning-rate schedule. `cache_folder` holds the originals' outputs where memory would not.
+    `total_steps` sets the learning-rate schedule.
     """
 
     def __init__(
@@ -94,7 +77,6 @@ class Training:
         zoos: Sequence[ZooSample],
         total_steps: int,
         device: torch.device | str = "cpu",
-        cache_folder: Path | None = None,
     ) -> None:
         self.config, self.total_steps, self.device = config, total_steps, torch.device(device)
         self.zoos = list(zoos)
@@ -113,15 +95,11 @@ class Training:
         self.scales: list[dict[str, float]] = [{} for _ in zoos]  # per zoo, each loss at its first step
         self.pools = [self._pool(zoo) for zoo in zoos]
         self.targets = [
-            RowCache(
-                (len(pool), zoo.architecture.num_outputs), TARGET_DTYPES[config.data.target_precision], cache_folder
-            )
+            RowCache((len(pool), zoo.architecture.num_outputs), TARGET_DTYPES[config.data.target_precision])
             for zoo, pool in zip(zoos, self.pools, strict=True)
         ]
         self.partners: dict[int, Tensor] = {}
-        self.aligned = [
-            RowCache((zoo.architecture.num_parameters,), self.autoencoder.dtype, cache_folder) for zoo in zoos
-        ]
+        self.aligned = [RowCache((zoo.architecture.num_parameters,), self.autoencoder.dtype) for zoo in zoos]
 
     def _pool(self, zoo: ZooSample) -> Tensor:
         data = self.config.data
@@ -164,14 +142,14 @@ class Training:
         theta_BP, mixed_B = self._mixed(self._models(batch), batch)
         first_BP, second_BP = views(config, arch, theta_BP, batch, autoencoder.fitted(zoo, "std_P"))
         both = [autoencoder.standardise(v, zoo) for v in (first_BP, second_BP) if v is not None]
-        z = coder.encode(torch.cat(both), zoo)  # type: ignore[operator]
+        z = coder.encode(torch.cat(both), zoo)
         values: dict[str, Tensor] = {}
         if "contrastive" in in_use:
             values["contrastive"] = self._contrastive(z, batch)
         # noise is not to be learnt, and with alignment the second view only serves contrast
         decoded = len(both) if config.data.views == "permutation" and not config.data.align else 1
         z = z[: decoded * len(theta_BP)]
-        x_hat = coder.decode(z, zoo)  # type: ignore[operator]
+        x_hat = coder.decode(z, zoo)
         if "structural" in in_use:
             per_view = self._structural(x_hat, torch.cat(both[:decoded]), zoo)
             values["structural"] = per_view.view(decoded, -1).mean(0)
@@ -179,7 +157,7 @@ class Training:
             theta_hat_BP = autoencoder.unstandardise(x_hat[: len(theta_BP)].to(autoencoder.dtype), zoo)
             values["behavioral"] = self._behavioral(theta_hat_BP, first_BP, mixed_B, batch)
         if "cycle" in in_use:
-            again = coder.encode(x_hat, zoo)  # type: ignore[operator]
+            again = coder.encode(x_hat, zoo)
             values["cycle"] = losses.cycle(z, again).view(decoded, -1).mean(0)
         return values
 
@@ -216,7 +194,7 @@ class Training:
         return self.partners[zoo]
 
     def _contrastive(self, z: Tensor, batch: Batch) -> Tensor:
-        local_BJ = self.autoencoder.coder.project(z, batch.zoo)  # type: ignore[operator]
+        local_BJ = self.autoencoder.coder.project(z, batch.zoo)
         local_2BJ = local_BJ.to(self.autoencoder.dtype).unflatten(0, (2, -1))
         everyone_2GJ = distributed.global_rows(local_2BJ, batch.offset, batch.global_size)
         return losses.contrastive(local_2BJ, everyone_2GJ, batch.offset, self.config.loss.temperature)
@@ -227,7 +205,7 @@ class Training:
             return losses.structural(x_hat - x)
         theta, difference = autoencoder.unstandardise(x, zoo), (x_hat - x) * autoencoder.fitted(zoo, "std_P")
         if kind == "fisher":
-            return fisher.weighted(autoencoder.statistics[zoo].tensors, x_hat - x)  # type: ignore[arg-type]
+            return fisher.weighted(autoencoder.coder.fitted[zoo], x_hat - x)
         if kind == "token":
             return losses.structural_per_token(self.zoos[zoo].architecture, difference, theta)
         return losses.structural(difference)

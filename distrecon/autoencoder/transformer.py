@@ -8,13 +8,13 @@ whose tokens are padded to the longest.
 Legend: B models, T tokens, D token size, W width, Z latent per token, H heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distrecon.autoencoder.config import ModelConfig
+from distrecon.autoencoder.coder import Coder, CoderConfig
 from distrecon.nets import Architecture
 
 
@@ -45,9 +45,10 @@ class Positions(nn.Module):
     def __init__(self, architectures: Sequence[Architecture], width: int) -> None:
         super().__init__()
         sizes_3 = torch.stack([a.token_positions_T3.amax(0) + 1 for a in architectures]).amax(0)
-        self.embeddings = nn.ModuleList(nn.Embedding(int(size), width) for size in sizes_3)
-        for embedding in self.embeddings:
-            nn.init.normal_(embedding.weight, std=0.02)  # type: ignore[arg-type]
+        embeddings = [nn.Embedding(int(size), width) for size in sizes_3]
+        for embedding in embeddings:
+            nn.init.normal_(embedding.weight, std=0.02)
+        self.embeddings = nn.ModuleList(embeddings)
         for i, arch in enumerate(architectures):
             self.register_buffer(f"index{i}", arch.token_positions_T3, persistent=False)
 
@@ -57,12 +58,13 @@ class Positions(nn.Module):
         return torch.stack([embedding(index_T3[:, i]) for i, embedding in enumerate(self.embeddings)]).sum(0)
 
 
-class PlainTransformer(nn.Module):
-    """Standardised weights [B, P] -> latents [B, T, Z] -> standardised weights."""
+class TransformerCoder(Coder):
+    """Standardised weights [B, P] -> latents [B, T, Z] -> standardised weights; one set of weights for all zoos."""
 
-    def __init__(self, config: ModelConfig, architectures: Sequence[Architecture]) -> None:
-        super().__init__()
-        self.architectures = tuple(architectures)
+    def __init__(
+        self, config: CoderConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        super().__init__(config, architectures, fitted)
         self.token_size = max(a.token_size for a in architectures)
         width, blocks = config.width, range(config.layers)
         self.tokeniser = nn.Linear(self.token_size, width)
@@ -72,21 +74,12 @@ class PlainTransformer(nn.Module):
         self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
         self.detokeniser = nn.Linear(width, self.token_size)
         self.projection = Projection(config.latent, config.projection)
-        self.latent = config.latent
 
     def latent_shape(self, zoo: int) -> tuple[int, ...]:
-        return (self.architectures[zoo].num_tokens, self.latent)
-
-    def behavioral_scale(self, zoo: int) -> Tensor:
-        """Ones: nothing is known about how the latents change the outputs."""
-        return self.to_latent.weight.new_ones(())
-
-    def flat_noise(self, noise_BF: Tensor, zoo: int) -> Tensor:
-        """The noise as it is, for the same reason."""
-        return noise_BF
+        return (self.architectures[zoo].num_tokens, self.config.latent)
 
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
-        """z[B, T, Z]. Padding enters as zeros, whatever it held."""
+        """z[B, T, Z]. Padding enters as zeros."""
         tokens_BTD = self.architectures[zoo].tokenize(x_BP)
         tokens_BTD = F.pad(tokens_BTD, (0, self.token_size - tokens_BTD.shape[2]))
         return self.to_latent(self.encoder(self.tokeniser(tokens_BTD) + self.encoder_positions(zoo)))

@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -53,7 +54,7 @@ def connect(address: str | None, *, verbose: bool = False) -> None:
             raise UserError(f"--address {address}: cannot join a Ray cluster there ({reason})") from None
     if not verbose:
         for name in ("ray", "ray.data", "ray.tune", "ray.train"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told by the journal
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are in the journal
 
 
 @contextlib.contextmanager
@@ -79,6 +80,11 @@ def _check_reachable(address: str) -> None:
         raise UserError(f"--address {address}: nothing answers there ({error})") from None
 
 
+def connected() -> bool:
+    """Whether this process has joined Ray; asking does not load it."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
 def available() -> dict[str, float]:
     """What the whole cluster has: {"CPU": ..., "GPU": ...}."""
     import ray
@@ -99,16 +105,14 @@ def largest() -> dict[str, float]:
 
 def memory() -> float:
     """Bytes that a process may use: those of the cluster's largest node for work, or this machine's without Ray."""
+    if not connected():
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     import ray
 
-    if not ray.is_initialized():
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return max(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"])
 
 
 def machine() -> str:
     """What the work runs on, for people: the cluster's CPUs and GPUs, or this process's without Ray."""
-    import ray
-
-    has = available() if ray.is_initialized() else {"CPU": float(os.cpu_count() or 1), "GPU": 0.0}
+    has = available() if connected() else {"CPU": float(os.cpu_count() or 1), "GPU": 0.0}
     return f"{has['CPU']:g} CPUs, {has['GPU']:g} GPUs, {platform.system()} {platform.machine()}"

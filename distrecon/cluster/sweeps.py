@@ -8,7 +8,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,25 @@ from ray.tune import Callback
 
 from distrecon import config as configuration
 from distrecon.cluster import session
-from distrecon.cluster.artifacts import FINISHED
-from distrecon.cluster.journal import Journal, read_sweep
-from distrecon.cluster.kinds import ResourcesConfig
 from distrecon.cluster.space import Dimension, Sweep
-from distrecon.cluster.trials import RUNNERS, reserved
+from distrecon.cluster.trial import run_trial
 from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory
+from distrecon.record.artifacts import FINISHED
+from distrecon.record.folder import RunFolder
+from distrecon.record.journal import Journal
 from distrecon.zoos import Zoo
 from distrecon.zoos.storage import store
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a run lives: its folder on the driver, and the storage that every node reaches (the same by default)."""
-
-    folder: Path
-    storage: str
-
-    def journal(self, name: str) -> Journal:
-        return Journal(self.folder / "sweeps" / name / "journal.jsonl")
-
-
 class JournalCallback(Callback):
-    """Tells Tune's events to the journal."""
+    """Writes Tune's events to the journal."""
 
     def __init__(self, sweep: Sweep, journal: Journal) -> None:
         self.sweep, self.journal = sweep, journal
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         s = self.sweep
-        self.journal.write("sweep", name=s.name, kind=s.kind, metric=s.metric, mode=s.mode, trials=s.trials)
+        self.journal.write("sweep", name=s.name, kind=s.kind.name, metric=s.metric, mode=s.mode, trials=s.trials)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.journal.write("started", trial=trial.trial_id, config=trial.config)
@@ -87,7 +75,7 @@ def innermost(text: str) -> str:
 
 def run_sweeps(
     sweeps: Sequence[Sweep],
-    place: Place,
+    folder: RunFolder,
     zoos: Mapping[str, Zoo],
     seed: int,
     watch: Callable[[], None],
@@ -99,13 +87,13 @@ def run_sweeps(
     threads = []
     failures: list[str] = []
     for sweep in sweeps:
-        journal = place.journal(sweep.name)
+        journal = folder.journal(sweep.name)
         events, offset = journal.read()
-        failed = any(t.status == "failed" for t in read_sweep(journal.path).trials.values())
+        failed = any(t.status == "failed" for t in folder.read(sweep.name).trials.values())
         if events and events[-1]["event"] == "done" and not failed:
             continue
         thread = threading.Thread(
-            target=_run_sweep, args=(sweep, place, zoos, seed, journal, failures), name=sweep.name, daemon=True
+            target=_run_sweep, args=(sweep, folder, zoos, seed, journal, failures), name=sweep.name, daemon=True
         )
         thread.start()
         threads.append(thread)
@@ -121,28 +109,20 @@ def run_sweeps(
 
 
 def _run_sweep(
-    sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal, failures: list[str]
+    sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo], seed: int, journal: Journal, failures: list[str]
 ) -> None:
     try:
-        _tuner(sweep, place, zoos, seed, journal).fit()
+        _tuner(sweep, folder, zoos, seed, journal).fit()
         journal.write("done")
     except Exception as error:  # handed to the main thread, which raises it
-        told = [event["error"] for event in journal.read()[0] if event.get("error")]
-        failures.append(f"sweep {sweep.name} broke off: {(told or [innermost(str(error))])[-1]}")
+        errors = [event["error"] for event in journal.read()[0] if event.get("error")] or [innermost(str(error))]
+        failures.append(f"sweep {sweep.name} broke off: {errors[-1]}")
 
 
-def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal) -> tune.Tuner:
-    storage = f"{place.storage}/tune"
-    used = {name: zoos[name] for name in sweep.zoos}
-    trainable = tune.with_parameters(
-        RUNNERS[sweep.kind],
-        base=configuration.flatten(sweep.base),
-        zoos=used,
-        storage=f"{place.storage}/trials/{sweep.name}",
-    )
-    trainable = tune.with_resources(trainable, reserved(sweep.kind, sweep.base.resources))
-    path = f"{storage}/{sweep.name}"
-    if tune.Tuner.can_restore(path) and _has_state(storage, sweep.name):
+def _tuner(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo], seed: int, journal: Journal) -> tune.Tuner:
+    trainable = _trainable(sweep, folder, zoos)
+    path = f"{folder.tune}/{sweep.name}"
+    if tune.Tuner.can_restore(path) and _has_state(folder.tune, sweep.name):
         return tune.Tuner.restore(
             path, trainable=trainable, resume_unfinished=True, resume_errored=True, param_space=_param_space(sweep)
         )
@@ -155,13 +135,33 @@ def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journ
             num_samples=sweep.samples,
             scheduler=_scheduler(sweep),
             search_alg=tune.search.BasicVariantGenerator(
-                max_concurrent=sweep.max_concurrent or concurrent(sweep.kind, sweep.base.resources), random_state=seed
+                max_concurrent=sweep.max_concurrent or concurrent(sweep), random_state=seed
             ),
         ),
         run_config=tune.RunConfig(
-            name=sweep.name, storage_path=storage, callbacks=[JournalCallback(sweep, journal)], verbose=0
+            name=sweep.name, storage_path=folder.tune, callbacks=[JournalCallback(sweep, journal)], verbose=0
         ),
     )
+
+
+def _trainable(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo]) -> Any:
+    """What Tune runs for this sweep: a function of its own, named as the sweep.
+
+    Tune keeps functions and their parameters by name; under one name a sweep would run another's trials.
+    """
+
+    def trial(values: Mapping[str, Any], **fixed: Any) -> None:
+        run_trial(values, **fixed)
+
+    trial.__name__ = trial.__qualname__ = sweep.name
+    function = tune.with_parameters(
+        trial,
+        kind=sweep.kind,
+        base=configuration.flatten(sweep.base),
+        zoos={name: zoos[name] for name in sweep.zoos},
+        storage=folder.trials(sweep.name),
+    )
+    return tune.with_resources(function, dict(sweep.kind.needs(sweep.base).process))
 
 
 def _has_state(storage: str, name: str) -> bool:
@@ -174,31 +174,26 @@ def _has_state(storage: str, name: str) -> bool:
 def check_resources(sweeps: Sequence[Sweep]) -> None:
     """UserError when the cluster could never run one trial of a sweep."""
     for sweep in sweeps:
-        concurrent(sweep.kind, sweep.base.resources)
+        concurrent(sweep)
 
 
-def concurrent(kind: str, resources: ResourcesConfig) -> int:
-    """How many trials the cluster holds at once; UserError when not even one fits."""
-    has = session.largest()
-    workers = max(1, resources.num_workers) if kind == "autoencoder" else 1
-    needs = {"CPU": workers * resources.cpus_per_worker}
-    if resources.use_gpu:
-        needs["GPU"] = workers * resources.gpus_per_worker
-    for name, amount in needs.items():
-        least = amount * (resources.min_workers or workers) / workers
+def concurrent(sweep: Sweep) -> int:
+    """How many of the sweep's trials the cluster holds at once; UserError when not even one fits."""
+    has, needs = session.largest(), sweep.kind.needs(sweep.base)
+    for name, least in needs.least.items():
         if least > has[name]:
             raise UserError(
                 f"a trial needs {least:g} {name}s and the whole cluster has at most {has[name]:g}: "
                 f"lower resources.num_workers or resources.{name.lower()}s_per_worker"
                 + (", or leave out --use-gpu" if name == "GPU" else "")
             )
-    return max(1, int(min(has[name] // amount for name, amount in needs.items())))
+    return max(1, int(min(has[name] // amount for name, amount in needs.whole.items())))
 
 
 def _scheduler(sweep: Sweep) -> Any:
     if sweep.scheduler == "fifo":
         return None
-    epochs = sweep.base.optim.epochs
+    epochs = sweep.kind.epochs(sweep.base) or 1
     # counted in epochs: Tune's own count of reports starts again when a sweep is restored
     return tune.schedulers.ASHAScheduler(
         time_attr="epoch", metric=sweep.metric, mode=sweep.mode, max_t=epochs + 1, grace_period=max(1, epochs // 4)

@@ -8,17 +8,21 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distrecon import config as configuration
+from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
-from distrecon.autoencoder.training import Batch, Training
-from distrecon.cluster.artifacts import FINISHED, upload
-from distrecon.cluster.kinds import AutoencoderRun
-from distrecon.cluster.scoring import score
+from distrecon.autoencoder.scoring import score
+from distrecon.autoencoder.training import Training
+from distrecon.cluster.resources import ResourcesConfig
+from distrecon.config import setting
+from distrecon.errors import UserError
+from distrecon.record.artifacts import FINISHED, upload
 from distrecon.zoos import Zoo
 from distrecon.zoos.stream import plan, stream
 
@@ -28,16 +32,34 @@ SAMPLE = 4096  # training states that statistics and the linear start are comput
 RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
 
 
-def train_autoencoder(
-    run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, name: str, callbacks: Sequence[Any] = ()
-) -> Any:
-    """Trains and scores one autoencoder; returns Ray's Result.
+@dataclass(frozen=True)
+class AutoencoderRun(AutoencoderConfig):
+    """One autoencoder trial: which zoos (shipped names or folders), the autoencoder, what it takes."""
+
+    zoo: tuple[str, ...] = setting(("digits",), "shipped names or folders", filled=True)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shards, workers = self.data.shards, self.resources.num_workers
+        if shards < workers:
+            raise UserError(f"data.shards ({shards}) must be at least resources.num_workers ({workers})")
+
+    @property
+    def autoencoder(self) -> AutoencoderConfig:
+        """What of the run belongs to the autoencoder itself, and is stored with it."""
+        return AutoencoderConfig(**{f.name: getattr(self, f.name) for f in fields(AutoencoderConfig)})
+
+
+def train_autoencoder(run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, name: str, in_trial: bool = False) -> Any:
+    """Trains and scores one autoencoder; returns Ray's Result. `in_trial` of Ray Tune its reports are the trial's too.
 
     Everything lies under `storage`/`name`: each epoch's checkpoint, and with the last report the autoencoder, the
     tasks' arrays and the generated models. A training of the same name continues from its last checkpoint.
     """
     from ray import train
     from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
 
     resources = run.resources
     per_worker = {"CPU": max(0.1, resources.cpus_per_worker - RESERVE)}
@@ -50,6 +72,7 @@ def train_autoencoder(
         "resources_per_worker": per_worker,
         "elastic_resize_monitor_interval_s": RESIZE_SECONDS,
     }
+    callbacks: list[Any] = [TuneReportCallback()] if in_trial else []
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
@@ -63,7 +86,7 @@ def train_autoencoder(
             storage_path=storage,
             failure_config=train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=2),
-            callbacks=list(callbacks),
+            callbacks=callbacks,
         ),
     )
     return trainer.fit()
@@ -103,14 +126,11 @@ def train_epochs(
     asked = started
     for batch in batches:
         waited += time.monotonic() - asked
-        step = Batch(
-            batch.epoch, batch.step, batch.zoo_index, batch.row_b, batch.theta_bP, batch.global_size, batch.offset
-        )
-        for key, value in training.step(step).items():
+        for key, value in training.step(batch).items():
             sums[key] += value * batch.global_size
         seen += batch.global_size
         asked = time.monotonic()
-        if batch.step + 1 == batch.steps:
+        if batch.last:
             spent = asked - started
             means = {key: value / seen for key, value in sums.items()}
             yield (

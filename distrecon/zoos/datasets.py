@@ -1,10 +1,11 @@
-"""The images that published zoos bring along: `dataset.pt`, where it holds tensors or torch's own TensorDataset.
+"""Images stored in a zoo's own folder: a published zoo's `dataset.pt`, or an image set given with the weights.
 
-Files that hold anything else (datasets of somebody's classes) are refused.
+`dataset.pt` is read where it holds tensors or torch's own TensorDataset; anything else (datasets of other classes) is
+refused.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from distrecon.errors import UserError
+from distrecon.images import ImageSet
 from distrecon.zoos.checkpoints import load
 from distrecon.zoos.storage import Store
 
@@ -41,13 +43,25 @@ def copy_images(source: Store, where: Store) -> dict[str, Any]:
                 parts[part] = pair
     if not {"train", "test"} <= parts.keys():
         raise UserError(f"{FILE}: no training and test images as plain tensors in it")
-    for part, (images, labels) in parts.items():
-        for name, tensor in (("images", images), ("labels", labels)):
+    classes = [str(i) for i in range(int(parts["train"][1].max()) + 1)]
+    return _write(where, parts, "as in dataset.pt", classes)
+
+
+def write_images(where: Store, images: ImageSet) -> dict[str, Any]:
+    """Writes an image set into the zoo's folder `images`; its entry in `zoo.json`."""
+    parts = {part: (getattr(images, part).images, getattr(images, part).labels_Q) for part in PARTS}
+    return _write(where, parts, images.preprocessing, images.classes)
+
+
+def _write(
+    where: Store, parts: Mapping[str, tuple[Tensor, Tensor]], preprocessing: str, classes: Sequence[str]
+) -> dict[str, Any]:
+    for part, (images, labels_Q) in parts.items():
+        for name, tensor in (("images", images), ("labels", labels_Q)):
             buffer = io.BytesIO()
             np.save(buffer, tensor.numpy())
             where.write(f"{FOLDER}/{part}_{name}.npy", buffer.getvalue())
-    classes = [str(i) for i in range(int(parts["train"][1].max()) + 1)]
-    return {"name": "arrays", "directory": FOLDER, "preprocessing": "as in dataset.pt", "classes": classes}
+    return {"name": "arrays", "directory": FOLDER, "preprocessing": preprocessing, "classes": list(classes)}
 
 
 def _pair(value: Any) -> tuple[Tensor, Tensor] | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from distrecon import config as configuration
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, load
-from distrecon.nets import Architecture, evaluate, fit, initialise
+from distrecon.nets import Architecture, evaluate, fit, initialise, inputs_for
 from distrecon.zoos import build
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.settings import ModelPlan, ZooConfig, groups
@@ -95,12 +95,7 @@ def _train(
         where,
         name=config.name,
         arch=arch,
-        image_set={
-            "name": images.name,
-            "directory": config.images.directory,
-            "preprocessing": images.preprocessing,
-            "classes": list(images.classes),
-        },
+        image_set=zoo_format.image_entry(images, config.images.directory),
         parts=parts,
         origin=_origin(config),
         excluded=[excluded for report in reports for excluded in report["excluded"]],
@@ -135,10 +130,8 @@ def _fit_group(
     """The states at the checkpoint epochs, and every epoch's metrics."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def inputs(labelled: Any) -> tuple[Tensor, Tensor]:
-        return labelled.images.view(len(labelled), *arch.input_shape).to(device), labelled.labels_Q.to(device)
-
-    train, validation, test = (inputs(part) for part in (images.train, images.validation, images.test))
+    parts = (images.train, images.validation, images.test)
+    train, validation, test = ((inputs_for(arch, p.images).to(device), p.labels_Q.to(device)) for p in parts)
     models = group.models
     theta_BP = initialise(arch, [m.initialisation for m in models], [m.seed for m in models], [m.scale for m in models])
     checkpoints, history = [], []

@@ -65,15 +65,13 @@ class Zoo:
 
     @property
     def image_set(self) -> str | None:
-        """Name of the image set its models were trained on; None where an imported zoo does not tell."""
+        """Name of the image set its models were trained on; None where it is not known."""
         return self.info["image_set"]["name"]
 
     def images(self, directory: str | Path | None = None) -> ImageSet:
         """The images its models were trained on, from `directory` or where they were when it was trained."""
         if self.image_set is None:
-            raise UserError(
-                f"{self.store} does not tell which images its models were trained on: import it with --images"
-            )
+            raise UserError(f"{self.store} names no image set that its models were trained on: import it with --images")
         own = self.info["image_set"]["directory"]
         if own is not None and self.store.exists(own):  # brought along with the zoo
             own = self.store.path(own)
