@@ -68,8 +68,8 @@ class Certificate:
 
     `lowest`, `highest` [I] and `farthest` (a bound of the Euclidean norm) say where the answers compared were asked.
     `given` of them are all earlier ones of the run (0: the fit was not exact, and only fresh ones were compared);
-    `fresh` had no part in the fit. What differs from the network on more than `hidden_share` of the inputs from which fresh queries are
-    drawn has been met, with a confidence of 95 % (rule of three).
+    `fresh` had no part in the fit. What differs from the network on more than `hidden_share` of the inputs from which
+    fresh queries are drawn has been met, with a confidence of 95 % (rule of three).
 
     Of each output [O], in the answers' own unit: `noise` is the standard deviation of its rounding, `spread` its own
     standard deviation at the training queries, `terms` the size of its terms there; `allowed` is the largest

@@ -205,7 +205,21 @@ METRICS = (
     Metric("recover/mean_cosine_distance", "", scientific, "mean cosine distance to the teacher's neurons"),
     Metric("recover/output_rmse", "", scientific, "difference of the outputs on fresh queries (relative RMSE)"),
     Metric("recover/agreement", "agree", percent, "% of test images on which it predicts as the teacher"),
-    Metric("recover/verified", "verified", yes_or_no, "fresh queries agree to the numerical floor", objective=False),
+    Metric(
+        "recover/verified",
+        "verified",
+        yes_or_no,
+        "agrees with every answer, fresh ones too, and these determine it",
+        objective=False,
+    ),
+    Metric("recover/answers_compared", "", str, "answers that the verdict compared", objective=False),
+    Metric(
+        "recover/worst_disagreement", "", scientific, "largest difference, of its output's deviation", objective=False
+    ),
+    Metric(
+        "recover/smallest_seen", "", scientific, "contribution from which on a missing neuron shows", objective=False
+    ),
+    Metric("recover/hidden_share", "", percent, "% of the inputs drawn that may hide something", objective=False),
     Metric("recover/queries", "queries", str, "inputs the teacher was asked about"),
     Metric("time/seconds", "s", whole, "seconds, teacher's training included"),
 )
