@@ -42,6 +42,9 @@ class CoderConfig:
         choices=("global", "layer", "token"),
     )
 
+    activation_queries: int = setting(200, "on which each model's own activations are taken", least=1)
+    activation_shared: float = setting(0.03, "share of the zoo's mean activations in each model's", least=0, most=1)
+
     def __post_init__(self) -> None:
         check(self, "model")
         if self.width % self.heads:
