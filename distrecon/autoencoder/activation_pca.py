@@ -93,27 +93,29 @@ class Walk:
 
     def encode(self, theta_BP: Tensor) -> Tensor:
         """z[B, Z] of models in canonical order."""
-        parts = []
-        for part_BP in theta_BP.split(models_at_once(self.arch, len(self.queries))):
-            matrices, latents = layer_matrices(self.arch, part_BP.to(self.queries)), []
+        parts = theta_BP.split(models_at_once(self.arch, len(self.queries)))
+        return torch.cat([self._encode(part) for part in parts])
 
-            def project(i: int, basis: Tensor, matrices: list[Tensor] = matrices, z: list[Tensor] = latents) -> Tensor:
-                z.append((matrices[i] - self.centers[i]) @ basis)
-                return z[-1]
+    def _encode(self, theta_BP: Tensor) -> Tensor:
+        matrices, latents = layer_matrices(self.arch, theta_BP.to(self.queries)), []
 
-            self._bases(project)
-            parts.append(torch.cat([z_BOK.flatten(1) for z_BOK in latents], dim=1))
-        return torch.cat(parts)
+        def project(i: int, basis: Tensor) -> Tensor:
+            latents.append((matrices[i] - self.centers[i]) @ basis)
+            return latents[i]
+
+        self._bases(project)
+        return torch.cat([z_BOK.flatten(1) for z_BOK in latents], dim=1)
 
     def decode(self, z_BZ: Tensor) -> Tensor:
         """theta[B, P]; to the gradient, the components are constants."""
-        parts = []
-        for part_BZ in z_BZ.split(models_at_once(self.arch, len(self.queries))):
-            pieces = part_BZ.split(self.sizes, dim=1)
-            latents = [z.unflatten(1, (len(c), -1)) for z, c in zip(pieces, self.centers, strict=True)]
-            bases = self._bases(lambda i, _, latents=latents: latents[i].detach())
-            parts.append(from_layer_matrices([self._matrix(i, z, bases[i]) for i, z in enumerate(latents)]))
-        return torch.cat(parts)
+        parts = z_BZ.split(models_at_once(self.arch, len(self.queries)))
+        return torch.cat([self._decode(part) for part in parts])
+
+    def _decode(self, z_BZ: Tensor) -> Tensor:
+        pieces = zip(z_BZ.split(self.sizes, dim=1), self.centers, strict=True)
+        latents = [z.unflatten(1, (len(center), -1)) for z, center in pieces]
+        bases = self._bases(lambda i, basis: latents[i].detach())
+        return from_layer_matrices([self._matrix(i, z, bases[i]) for i, z in enumerate(latents)])
 
     def _bases(self, latent: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Each layer's components [B or 1, F, K], from `latent(index, components)` [B, O, K] of the layers below."""
