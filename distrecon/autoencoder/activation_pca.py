@@ -30,6 +30,7 @@ from distrecon.nets import Architecture
 from distrecon.nets.kronecker import factors, from_layer_matrices, layer_by_layer, layer_matrices, models_at_once
 
 SMALLEST_DEVIATION = 1e-6  # of a latent number, relative to the largest
+SMALLEST_SCALE = 1e-3  # of a latent number in the behavioural metric: some change no output of the sample at all
 
 
 def fit(
@@ -59,7 +60,8 @@ def fit(
     rms_Z = Walk(config, arch, tensors | {"queries": queries}).encode(few_BP).square().mean(0).sqrt()
     tensors["deviation_Z"] = rms_Z.clamp_min(SMALLEST_DEVIATION * float(rms_Z.max()))
     effect = [(s[:, None] * e[:k]).sqrt().flatten() for s, e, k in zip(sensitivity, eigenvalues, counts, strict=True)]
-    tensors["scale_Z"] = tensors["deviation_Z"] * torch.cat(effect).to(center_P)
+    scale_Z = tensors["deviation_Z"] * torch.cat(effect).to(center_P)
+    tensors["scale_Z"] = scale_Z.clamp_min(SMALLEST_SCALE * float(scale_Z.max()))
     return tensors
 
 
@@ -112,10 +114,27 @@ class Walk:
         return torch.cat([self._decode(part) for part in parts])
 
     def _decode(self, z_BZ: Tensor) -> Tensor:
+        return self._weights(z_BZ, self._found(z_BZ))
+
+    def move(self, z_BZ: Tensor, change_BZ: Tensor) -> Tensor:
+        """Latents of the weights that a change leads to while the components stay as they are."""
+        parts = zip(
+            *(rows.split(models_at_once(self.arch, len(self.queries))) for rows in (z_BZ, change_BZ)), strict=True
+        )
+        return torch.cat([self._encode(self._weights(z + change, self._found(z))) for z, change in parts])
+
+    def _found(self, z_BZ: Tensor) -> list[Tensor]:
+        """The components of decoded layers."""
+        latents = self._latents(z_BZ.detach())
+        return self._bases(lambda i, basis: latents[i])
+
+    def _latents(self, z_BZ: Tensor) -> list[Tensor]:
+        """Of each layer [B, O, K]."""
         pieces = zip(z_BZ.split(self.sizes, dim=1), self.centers, strict=True)
-        latents = [z.unflatten(1, (len(center), -1)) for z, center in pieces]
-        bases = self._bases(lambda i, basis: latents[i].detach())
-        return from_layer_matrices([self._matrix(i, z, bases[i]) for i, z in enumerate(latents)])
+        return [z.unflatten(1, (len(center), -1)) for z, center in pieces]
+
+    def _weights(self, z_BZ: Tensor, bases: Sequence[Tensor]) -> Tensor:
+        return from_layer_matrices([self._matrix(i, z, bases[i]) for i, z in enumerate(self._latents(z_BZ))])
 
     def _bases(self, latent: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Each layer's components [B or 1, F, K], from `latent(index, components)` [B, O, K] of the layers below."""
@@ -131,7 +150,9 @@ class Walk:
     def _components(self, index: int, moment: Tensor) -> Tensor:
         """The leading eigenspace of second moments [B or 1, F, F], in the basis nearest the zoo's."""
         zoo_FK = self.bases[index]
-        own = torch.lerp(moment, self.moments[index], self.shared)
+        # latents so far off that outputs overflow still mean some weights; eigh would reject the models beside them too
+        finite_B11 = moment.isfinite().all(2, keepdim=True).all(1, keepdim=True)
+        own = torch.lerp(torch.where(finite_B11, moment, self.moments[index]), self.moments[index], self.shared)
         space = leading(own)[1][:, :, : zoo_FK.shape[1]]
         left, _, right = torch.linalg.svd(space.transpose(1, 2) @ zoo_FK, full_matrices=False)
         return space @ (left @ right)
@@ -171,6 +192,11 @@ class ActivationPCA(Coder):
         with torch.autocast(z_BZ.device.type, enabled=False):
             theta_BP = self._walk(zoo).decode(z_BZ.to(stats["std_P"]) * stats["deviation_Z"])
             return (theta_BP - stats["mean_P"]) / stats["std_P"]
+
+    def move(self, z: Tensor, change: Tensor, zoo: int) -> Tensor:
+        """Latents of the weights that the change leads to while the components stay as they are."""
+        deviation_Z = self.fitted[zoo]["deviation_Z"]
+        return self._walk(zoo).move(z * deviation_Z, change * deviation_Z) / deviation_Z
 
     def project(self, z_BZ: Tensor, zoo: int) -> Tensor:
         """[B, J] for the contrastive loss."""
