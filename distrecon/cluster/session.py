@@ -1,6 +1,7 @@
 """Connecting to Ray: a private local session, or a running cluster by address. Once per process."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -101,9 +102,17 @@ def grows() -> bool:
     Ray reports every node's type. Without an autoscaler each node is a type of its own, named after it.
     """
     import ray
+
+    return _grows(ray.get_runtime_context().gcs_address)
+
+
+@functools.cache  # a cluster gets no autoscaler later
+def _grows(cluster: str) -> bool:
+    import ray
     from ray.autoscaler.v2.utils import is_autoscaler_v2
 
-    if ray._private.worker._global_node.is_head():  # a session of this process: nothing adds nodes to it
+    node: Any = ray._private.worker._global_node
+    if node is not None and node.is_head():  # a session of this process: nothing adds nodes to it
         return False
     types = _node_types_v2() if is_autoscaler_v2() else _node_types()
     return any(kind and not kind.startswith("node_") for kind in types)
