@@ -26,6 +26,7 @@ def parser() -> console.Parser:
     )
     parser.add_argument("--autoencoder", required=True, metavar="RUN", help="a run folder, or an autoencoder's own")
     parser.add_argument("--zoo", required=True, help="the zoo's folder")
+    parser.add_argument("--images", metavar="DIR", help="where the zoo's images lie, if not in the zoo")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="settings, such as tasks.samples=50"
     )
@@ -35,7 +36,7 @@ def parser() -> console.Parser:
 
 def run(args: argparse.Namespace) -> console.Answer:
     check_absent(args.out)
-    autoencoder, zoo = load_autoencoder(args.autoencoder), open_zoo(args.zoo)
+    autoencoder, zoo = load_autoencoder(args.autoencoder), open_zoo(args.zoo, images=args.images)
     zoo_index(autoencoder, zoo)
     check_memory(zoo, session.memory())
     small = {"tasks.samples": 4, "tasks.pairs": 4} if args.smoke else {}

@@ -37,6 +37,7 @@ def parser() -> console.Parser:
     )
     parser.add_argument("--autoencoder", required=True, metavar="RUN", help="a run folder, or an autoencoder's own")
     parser.add_argument("--zoo", help="zoo whose good training models are sampled around (default: the run's)")
+    parser.add_argument("--images", metavar="DIR", help="where the zoo's images lie, if not in the zoo")
     parser.add_argument("--count", type=int, default=10, help="models to make (default: 10)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the one the autoencoder was configured with")
     parser.add_argument(
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> console.Answer:
     if args.count < 1:
         raise UserError(f"--count must be at least 1, not {args.count}")
     autoencoder = load_autoencoder(args.autoencoder)
-    zoo = open_zoo(args.zoo or zoo_folder(args.autoencoder))
+    zoo = open_zoo(args.zoo or zoo_folder(args.autoencoder), images=args.images)
     index, arch = zoo_index(autoencoder, zoo), zoo.architecture
     changes = {"samples": max(2, args.count), "bandwidth": args.bandwidth, "generate_refine": args.refine}
     tasks = dataclasses.replace(autoencoder.config.tasks, **{k: v for k, v in changes.items() if v is not None})

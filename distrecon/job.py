@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from distrecon.recording import Outcome, Provenance, finish
 from distrecon.report import tables
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos.settings import ZOOS
+from distrecon.zoos.storage import store
 from distrecon.zoos.train import ensure
 
 DEFAULT_SPACES = ("tune_spaces/loss_weights.yaml", "tune_spaces/student_counts.yaml")
@@ -44,6 +45,7 @@ class Request:
     smoke: bool = False
     address: str | None = None
     storage: str | None = None
+    images: str | None = None  # the directory of the images of zoos that have them not inside
 
 
 def shipped_spaces() -> list[str]:
@@ -98,7 +100,7 @@ def reopen(path: str, command: str, address: str | None) -> tuple[RunFolder, Req
     Raises UserError when the run is stale: a zoo changed since it began, or its request is not one of this version.
     """
     folder, saved = RunFolder.reopen(path, command)
-    saved = {"zoo": [], **saved}  # runs made before `train` stood without a space file
+    saved = {"zoo": [], "images": None, **saved}  # runs of earlier versions, which had neither
     names = [f.name for f in dataclasses.fields(Request)]
     if missing := [name for name in [*names, "zoos"] if name not in saved]:
         raise UserError(f"--resume {path}: {REQUEST} has no {missing[0]!r}; start anew with another --out")
@@ -123,6 +125,7 @@ def run(request: Request, folder: RunFolder, verbose: bool = False) -> Outcome:
     names = [sweep.name for sweep in sweeps]
     session.connect(request.address, verbose=verbose)
     check_resources(sweeps)
+    _check_shared(folder, _folders(sweeps, request.images).values())
     zoos = _zoos(sweeps, request)
     provenance = Provenance(request.seed, request.smoke, request.overrides, zoos)
     tracker = Tracker(folder, names, provenance.tags())
@@ -147,7 +150,7 @@ def _zoos(sweeps: Sequence[Sweep], request: Request) -> dict[str, Zoo]:
     zoos = {}
     for name in sorted(_zoo_names(sweeps)):
         if name not in ZOOS:
-            zoos[name] = open_zoo(name)
+            zoos[name] = open_zoo(name, images=request.images)
             continue
         config = dataclasses.replace(ZOOS[name], seed=request.seed)
         flat = json.dumps(configuration.flatten(config), sort_keys=True)
@@ -164,13 +167,22 @@ def _zoos(sweeps: Sequence[Sweep], request: Request) -> dict[str, Zoo]:
     return zoos
 
 
-def _folders(sweeps: Sequence[Sweep]) -> dict[str, Zoo]:
+def _check_shared(folder: RunFolder, zoos: Iterable[Zoo]) -> None:
+    """UserError when what every node must read or write lies on a disk that another node does not see."""
+    if (place := store(folder.storage or folder.path)).local:
+        Path(place.root).mkdir(parents=True, exist_ok=True)
+    zoos = list(zoos)
+    own = [where.root for where in (place, *(zoo.store for zoo in zoos)) if where.local]
+    session.check_shared([*own, *(zoo.image_folder for zoo in zoos if zoo.image_folder is not None)])
+
+
+def _folders(sweeps: Sequence[Sweep], images: str | None = None) -> dict[str, Zoo]:
     """The zoos that the sweeps name by folder; the shipped ones are trained when they are missing."""
     names = sorted(_zoo_names(sweeps) - set(ZOOS))
     for name in names:
         if "/" not in name and not Path(name).exists():
             raise UserError(f"no zoo {name!r} here{nearest(name, ZOOS)} (or a folder)")
-    return {name: open_zoo(name) for name in names}
+    return {name: open_zoo(name, images=images) for name in names}
 
 
 def _zoo_names(sweeps: Sequence[Sweep]) -> set[str]:

@@ -16,6 +16,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage", metavar="URI", help="where zoos and trials lie; on a cluster s3://... or a shared disk"
     )
+    parser.add_argument("--images", metavar="DIR", help="where the images of the zoos lie that have them not inside")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted setting laid over the configuration"
     )
@@ -49,6 +50,7 @@ def launch(args: argparse.Namespace, command: str, **what: Any) -> console.Answe
             smoke=args.smoke,
             address=args.address,
             storage=args.storage,
+            images=args.images,
         )
         folder = job.prepare(request, args.out, command, args.verbose)
     try:

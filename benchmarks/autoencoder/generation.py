@@ -103,7 +103,7 @@ class Maker:
 
         def make() -> Tensor:
             targets_MQC = generate.teacher_targets(plain, self.good_NP, count, TEACHERS, self.seed, 0)
-            return decode_latents(plain, plain.refine(first, targets_MQC, steps, 0, self.seed, rate))
+            return decode_latents(plain, plain.refine(first, targets_MQC, steps, 0, "adam", self.seed, rate))
 
         return make
 

@@ -52,7 +52,7 @@ def coder(zoo: Bench, case: str, seed: int) -> list[Row]:
     original_BP = autoencoder.canonical(zoo.test.theta_BP, 0)
     for k in steps:
         start = time.process_time()
-        hat_BP = decode_latents(autoencoder, encode_models(autoencoder, zoo.test, refine=k))
+        hat_BP = decode_latents(autoencoder, encode_models(autoencoder, zoo.test, refine=k, refiner="adam"))
         rows.append(compared(zoo, original_BP, hat_BP, case, k, start) | {"training_seconds": seconds})
     return rows
 
@@ -122,7 +122,7 @@ def _control(zoo: Bench, autoencoder: Autoencoder, start: dict[int, Tensor], nam
         z = start[id(theta_BP)][:count]
         for z_part, theta_part in zip(z.split(CHUNK), theta_BP[:count].split(CHUNK), strict=True):
             targets_BQC = outputs(zoo.arch, theta_part, queries).softmax(2)
-            parts.append(autoencoder.refine(z_part, targets_BQC, k, 0, learning_rate=rate))
+            parts.append(autoencoder.refine(z_part, targets_BQC, k, 0, "adam", learning_rate=rate))
         return decode_latents(autoencoder, torch.cat(parts))
 
     def agreement(rate: float) -> float:

@@ -2,7 +2,8 @@
 
 A new coder is a class in a file of its own and an entry in `coders.CODERS`; a setting that only it reads is a field of
 `CoderConfig`. It gives `latent_shape`, `encode`, `decode` and `project`; `fit`, where it starts from a sample of the
-zoo; `behavioral_scale` and `flat_noise`, where it knows how its latents change the outputs.
+zoo; `move`, where the gradient of `decode` takes for constant what is not; `behavioral_scale` and `flat_noise`, where
+it knows how its latents change the outputs.
 
 Legend: B models, P parameters, T tokens, Z latent numbers of a token or of a model, Q queries, J projection size.
 """
@@ -41,6 +42,9 @@ class CoderConfig:
         "one linear map for all weights, one a layer or one for a layer's tokens; latents split by eigenvalue",
         choices=("global", "layer", "token"),
     )
+
+    activation_queries: int = setting(200, "on which each model's own activations are taken", least=1)
+    activation_shared: float = setting(0.03, "share of the zoo's mean activations in each model's", least=0, most=1)
 
     def __post_init__(self) -> None:
         check(self, "model")
@@ -85,6 +89,10 @@ class Coder(nn.Module, ABC):
     @abstractmethod
     def decode(self, z: Tensor, zoo: int) -> Tensor:
         """Standardised weights [B, P] of latents; differentiable in them, for refinement."""
+
+    def move(self, z: Tensor, change: Tensor, zoo: int) -> Tensor:
+        """Latents after a small change of them, as the gradient of `decode` understands it."""
+        return z + change
 
     @abstractmethod
     def project(self, z: Tensor, zoo: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The coders by the name that `model.kind` gives them. Adding one: see `coder.py`."""
 
+from distrecon.autoencoder.activation_pca import ActivationPCA
 from distrecon.autoencoder.coder import Coder
 from distrecon.autoencoder.fisher_coders import FisherPCA, FisherResidual
 from distrecon.autoencoder.transformer import TransformerCoder
@@ -8,4 +9,5 @@ CODERS: dict[str, type[Coder]] = {
     "transformer": TransformerCoder,
     "fisher_residual": FisherResidual,
     "fisher_pca": FisherPCA,
+    "activation_pca": ActivationPCA,
 }

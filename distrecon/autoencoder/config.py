@@ -10,6 +10,7 @@ from typing import Any
 from distrecon.autoencoder.coder import CoderConfig
 from distrecon.autoencoder.coders import CODERS
 from distrecon.autoencoder.losses import BEHAVIORAL
+from distrecon.autoencoder.refine import REFINERS
 from distrecon.autoencoder.samplers import SAMPLERS
 from distrecon.config import check, setting
 from distrecon.errors import UserError, nearest
@@ -125,6 +126,7 @@ class TasksConfig:
     select: int = setting(1, "samples drawn for each one kept; the best on validation images are", least=1)
     refine: int = setting(0, "steps on the latent of reconstructions (reported under refined/)", least=0)
     generate_refine: int = setting(0, "steps on the latent of generated models", least=0)
+    refiner: str = setting("gauss_newton", "how latents are refined; Adam's steps cost a tenth", choices=REFINERS)
     teachers: int = setting(10, "good models whose averaged outputs a generated model is refined towards", least=1)
     finetune_epochs: int = setting(0, "of generated models, on training images", least=0)
     pairs: int = setting(24, "generated models compared with each other for diversity_l2", least=2)

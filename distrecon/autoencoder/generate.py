@@ -111,7 +111,7 @@ def generate_models(
     drawn = drawn.to(autoencoder.fitted(zoo, "queries"))
     if config.generate_refine:
         targets_BQC = teacher_targets(autoencoder, good_NP, len(drawn), config.teachers, seed, zoo)
-        drawn = autoencoder.refine(drawn, targets_BQC, config.generate_refine, zoo, seed)
+        drawn = autoencoder.refine(drawn, targets_BQC, config.generate_refine, zoo, config.refiner, seed)
     with torch.no_grad():
         theta_MP = autoencoder.decode(drawn, zoo=zoo).float().cpu()
     if config.select > 1:

@@ -19,6 +19,7 @@ from distrecon.autoencoder import fisher
 from distrecon.autoencoder.coder import Coder
 from distrecon.autoencoder.coders import CODERS
 from distrecon.autoencoder.config import AutoencoderConfig
+from distrecon.autoencoder.goal import Goal
 from distrecon.autoencoder.refine import LEARNING_RATE, refine
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
@@ -30,7 +31,8 @@ DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.floa
 REFINE_QUERIES = 512
 REFERENCE_MODELS, REFERENCE_ROUNDS = 1000, 10
 CHUNK = 256  # models encoded or decoded at once
-REFINE_CHUNK = 128  # models refined at once
+REFINE_CHUNK = 128  # models refined at once, and fewer of a network whose parameters times queries exceed this:
+REFINE_NUMBERS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,12 @@ class Autoencoder(nn.Module):
     def unstandardise(self, x_BP: Tensor, zoo: int) -> Tensor:
         return x_BP * self.fitted(zoo, "std_P") + self.fitted(zoo, "mean_P")
 
-    def encode(self, theta_BP: Tensor, refine: int = 0, zoo: int | Architecture | None = None) -> Tensor:
-        """Latents of models theta[B, P]; `refine` steps on the latent bring it closer to their outputs.
+    def encode(
+        self, theta_BP: Tensor, refine: int = 0, zoo: int | Architecture | None = None, refiner: str = "gauss_newton"
+    ) -> Tensor:
+        """Latents of models theta[B, P]; `refine` steps on the latent bring it closer to their outputs (`refine.py`).
 
-        The transformer's are [B, T, Z], one vector a token; the Fisher coders' [B, Z], one vector a model.
+        The transformer's are [B, T, Z], one vector a token; the other coders' [B, Z], one vector a model.
         Raises UserError that names a model whose weights are not finite.
         """
         index = self._zoo_by_weights(theta_BP, zoo)
@@ -199,11 +203,7 @@ class Autoencoder(nn.Module):
         if not refine:
             return z
         arch, queries = self.architectures[index], self.fitted(index, "queries")
-        chunks = [
-            self.refine(z_part, outputs(arch, theta_part, queries).softmax(2), refine, index)
-            for z_part, theta_part in zip(z.split(REFINE_CHUNK), theta_BP.split(REFINE_CHUNK), strict=True)
-        ]
-        return torch.cat(chunks)
+        return self.refine(z, outputs(arch, theta_BP, queries).softmax(2), refine, index, refiner)
 
     def refine(
         self,
@@ -211,21 +211,17 @@ class Autoencoder(nn.Module):
         targets_BQC: Tensor,
         steps: int,
         zoo: int = 0,
+        refiner: str = "gauss_newton",
         seed: int = 0,
         learning_rate: float = LEARNING_RATE,
     ) -> Tensor:
         """Latents moved by `steps` steps towards networks with these probabilities on the zoo's `queries`."""
-        return refine(
-            self.architectures[zoo],
-            partial(self.decode, zoo=zoo),
-            z,
-            self.coder.behavioral_scale(zoo),
-            self.fitted(zoo, "queries"),
-            targets_BQC,
-            steps,
-            seed,
-            learning_rate,
-        )
+        arch, queries, scale = self.architectures[zoo], self.fitted(zoo, "queries"), self.coder.behavioral_scale(zoo)
+        decode, move = partial(self.decode, zoo=zoo), partial(self.coder.move, zoo=zoo)
+        size = min(REFINE_CHUNK, max(1, REFINE_NUMBERS // (len(queries) * arch.num_parameters)))
+        parts = zip(z.split(size), targets_BQC.split(size), strict=True)
+        goals = ((z_part, Goal(arch, decode, move, scale, queries, targets)) for z_part, targets in parts)
+        return torch.cat([refine(refiner, goal, z_part, steps, seed, learning_rate) for z_part, goal in goals])
 
     def decode(self, z: Tensor, zoo: int | Architecture | None = None) -> Tensor:
         """Weights [B, P] of latents [B, *latent_shape]."""
@@ -252,11 +248,13 @@ def pooled(z_BTZ: Tensor, arch: Architecture) -> Tensor:
 
 
 @torch.no_grad()
-def encode_models(autoencoder: Autoencoder, models: Models, zoo: int = 0, refine: int = 0) -> Tensor:
+def encode_models(
+    autoencoder: Autoencoder, models: Models, zoo: int = 0, refine: int = 0, refiner: str = "gauss_newton"
+) -> Tensor:
     """Latents of all models, in chunks, on the CPU; UserError names a model whose weights are not finite."""
     check_finite(models.theta_BP, "zoo", models.model_id)
     chunks = models.theta_BP.split(CHUNK)
-    return torch.cat([autoencoder.encode(chunk, refine=refine, zoo=zoo).cpu() for chunk in chunks])
+    return torch.cat([autoencoder.encode(chunk, refine, zoo, refiner).cpu() for chunk in chunks])
 
 
 @torch.no_grad()

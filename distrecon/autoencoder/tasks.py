@@ -96,7 +96,7 @@ def run_tasks(
     add(*_gradients(arch, originals_BP[:GRADIENT_MODELS], rebuilt_BP[:GRADIENT_MODELS], images))
     if config.tasks.refine:
         begin("refine")
-        refined = encode_models(autoencoder, test, zoo, config.tasks.refine)
+        refined = encode_models(autoencoder, test, zoo, config.tasks.refine, config.tasks.refiner)
         add(*compare(arch, originals_BP, decode_latents(autoencoder, refined, zoo), images.test, "reconstruct/refined"))
     begin("generate")
     found, made, theta_MP = generate(autoencoder, train, test, latents[0], images, config.tasks, config.seed, zoo)

@@ -4,6 +4,7 @@ Ctrl-C, a killed driver or a lost node leave the journals and Tune's own state b
 goes on from there: trials that failed run again, those that had finished never do.
 """
 
+import math
 import re
 import threading
 import time
@@ -25,6 +26,12 @@ from distrecon.record.journal import Journal
 from distrecon.zoos import Zoo
 from distrecon.zoos.storage import store
 
+ASK_SECONDS = 5.0  # how often a sweep looks whether the cluster has grown
+WAITING = 8  # trials that wait for nodes an autoscaler may bring; each is a small process on the head
+
+# What Tune writes of an actor that ended because its node or process did
+LOST = ("its node has died", "ActorDiedError", "ActorUnavailableError", "The actor died unexpectedly", "actor is dead")
+
 
 class JournalCallback(Callback):
     """Writes Tune's events to the journal."""
@@ -45,6 +52,11 @@ class JournalCallback(Callback):
         metrics = {key: value for key, value in result.items() if "/" in key and not key.startswith("config/")}
         self.journal.write("metrics", trial=trial.trial_id, epoch=result.get("epoch", 0), metrics=metrics)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune begins the trial again; one that failed by itself, not with its node, only once."""
+        if not _lost(trial):
+            trial.max_failures = min(trial.max_failures, trial.num_failures)
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         finished = (trial.last_result or {}).get(FINISHED, False)
         self.journal.write(
@@ -53,6 +65,12 @@ class JournalCallback(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.journal.write("finished", trial=trial.trial_id, status="failed", error=root_cause(trial))
+
+
+def _lost(trial: Any) -> bool:
+    """Whether the trial's last failure was the loss of its process or node."""
+    text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
+    return any(sign in text.rpartition("Failure # ")[2] for sign in LOST)
 
 
 def root_cause(trial: Any) -> str:
@@ -134,14 +152,38 @@ def _tuner(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo], seed: int, 
         tune_config=tune.TuneConfig(
             num_samples=sweep.samples,
             scheduler=_scheduler(sweep),
-            search_alg=tune.search.BasicVariantGenerator(
-                max_concurrent=sweep.max_concurrent or concurrent(sweep), random_state=seed
-            ),
+            search_alg=Variants(sweep, seed),
         ),
         run_config=tune.RunConfig(
-            name=sweep.name, storage_path=folder.tune, callbacks=[JournalCallback(sweep, journal)], verbose=0
+            name=sweep.name,
+            storage_path=folder.tune,
+            callbacks=[JournalCallback(sweep, journal)],
+            failure_config=tune.FailureConfig(max_failures=_restarts(sweep)),
+            verbose=0,
         ),
     )
+
+
+def _restarts(sweep: Sweep) -> int:
+    resources = getattr(sweep.base, "resources", None)
+    return resources.max_failures if resources is not None else 0
+
+
+class Variants(tune.search.BasicVariantGenerator):
+    """The sweep's trials, as many at once as the cluster holds, asked anew as it grows."""
+
+    def __init__(self, sweep: Sweep, seed: int) -> None:
+        super().__init__(random_state=seed)
+        self.sweep, self.asked = sweep, -math.inf
+
+    def next_trial(self) -> Any:
+        if time.monotonic() - self.asked > ASK_SECONDS:
+            self.max_concurrent, self.asked = self.sweep.max_concurrent or concurrent(self.sweep), time.monotonic()
+        return super().next_trial()
+
+    def get_state(self) -> Any:
+        state = super().get_state()
+        return {key: value for key, value in state.items() if key not in ("sweep", "asked")} if state else state
 
 
 def _trainable(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo]) -> Any:
@@ -161,7 +203,10 @@ def _trainable(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo]) -> Any:
         zoos={name: zoos[name] for name in sweep.zoos},
         storage=folder.trials(sweep.name),
     )
-    return tune.with_resources(function, dict(sweep.kind.needs(sweep.base).process))
+    needs = sweep.kind.needs(sweep.base)
+    # a process that only waits for workers of its own is safest on the head
+    place = session.on_head() if needs.process != needs.whole else {}
+    return tune.with_resources(function, {**needs.process, **place})
 
 
 def _has_state(storage: str, name: str) -> bool:
@@ -172,22 +217,26 @@ def _has_state(storage: str, name: str) -> bool:
 
 
 def check_resources(sweeps: Sequence[Sweep]) -> None:
-    """UserError when the cluster could never run one trial of a sweep."""
+    """UserError when the cluster could never run one trial of a sweep; where it grows by itself, nobody knows."""
+    if session.grows():
+        return
+    has = session.available()
     for sweep in sweeps:
-        concurrent(sweep)
+        for name, least in sweep.kind.needs(sweep.base).least.items():
+            if least > has[name]:
+                raise UserError(
+                    f"a trial needs {least:g} {name}s and the whole cluster has at most {has[name]:g}: "
+                    f"lower resources.num_workers or resources.{name.lower()}s_per_worker"
+                    + (", or leave out --use-gpu" if name == "GPU" else "")
+                )
 
 
 def concurrent(sweep: Sweep) -> int:
-    """How many of the sweep's trials the cluster holds at once; UserError when not even one fits."""
-    has, needs = session.largest(), sweep.kind.needs(sweep.base)
-    for name, least in needs.least.items():
-        if least > has[name]:
-            raise UserError(
-                f"a trial needs {least:g} {name}s and the whole cluster has at most {has[name]:g}: "
-                f"lower resources.num_workers or resources.{name.lower()}s_per_worker"
-                + (", or leave out --use-gpu" if name == "GPU" else "")
-            )
-    return max(1, int(min(has[name] // amount for name, amount in needs.whole.items())))
+    """How many of the sweep's trials are begun at once: what the cluster holds now, and where it grows by itself some
+    more, for which it then starts nodes."""
+    has, needs = session.available(), sweep.kind.needs(sweep.base)
+    fits = int(min(has[name] // amount for name, amount in needs.whole.items()))
+    return max(1, fits + (WAITING if session.grows() else 0))
 
 
 def _scheduler(sweep: Sweep) -> Any:

@@ -58,7 +58,7 @@ def train_autoencoder(run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, na
     tasks' arrays and the generated models. A training of the same name continues from its last checkpoint.
     """
     from ray import train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     resources = run.resources
@@ -81,6 +81,7 @@ def train_autoencoder(run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, na
             "artifacts": f"{storage}/{name}",
         },
         scaling_config=train.ScalingConfig(**scaling),
+        torch_config=TorchConfig(backend="gloo" if resources.device == "cpu" else None),
         run_config=train.RunConfig(
             name=name,
             storage_path=storage,
@@ -151,7 +152,7 @@ def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
     """The training, continued from Ray Train's last checkpoint where there is one, and its next epoch."""
     from ray import train
 
-    device = torch.device("cuda" if run.resources.use_gpu else "cpu")
+    device = _device(run.resources)
     samples = [ZooSample(zoo.architecture, _sample(zoo, run.seed), zoo.images()) for zoo in zoos]
     steps = plan(zoos, batch_size=run.optim.batch_size, shards=run.data.shards, seed=run.seed)
     training = Training(run.autoencoder, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
@@ -162,6 +163,21 @@ def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
         state = torch.load(Path(folder) / STATE, map_location=device, weights_only=True)
     training.load_state_dict(state["training"])
     return training, state["epoch"] + 1
+
+
+def _device(resources: ResourcesConfig) -> torch.device:
+    """The GPU that Ray gave this worker, or the CPU; UserError where a GPU was reserved and torch cannot use it."""
+    from ray.train.torch import get_device
+
+    if not resources.use_gpu or resources.device == "cpu":
+        return torch.device("cpu")
+    device = get_device()
+    if device.type != "cuda":
+        raise UserError(
+            "a GPU is reserved, but torch finds none on this node: install its CUDA build and a driver that fits, "
+            "or rehearse with resources.device=cpu"
+        )
+    return device
 
 
 def _sample(zoo: Zoo, seed: int) -> torch.Tensor:

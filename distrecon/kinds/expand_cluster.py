@@ -115,10 +115,9 @@ def clustering_arrays(recovery: Recovery) -> dict[str, np.ndarray]:
 
 
 def needs(config: RecoveryRun) -> Needs:
-    """The CPUs of one worker; a GPU is waited for where one is asked for."""
+    """The CPUs of one worker; GPUs do not help a recovery."""
     amounts = {"CPU": config.resources.cpus_per_worker}
-    gpu = {"GPU": config.resources.gpus_per_worker} if config.resources.use_gpu else {}
-    return Needs(amounts, amounts | gpu, amounts | gpu)
+    return Needs(amounts, amounts, amounts)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

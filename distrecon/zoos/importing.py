@@ -37,7 +37,8 @@ class ImportOptions:
     """What to take from a source, and what it does not say itself.
 
     `epochs`: only these; `architecture`: one of the known names, where several have the same weights; `activation`:
-    where the source's configuration does not name it; `strict`: stop at the first thing that would be skipped.
+    where the source's configuration does not name it; `store_images`: as of `write_zoo`;
+    `strict`: stop at the first thing that would be skipped.
     """
 
     epochs: tuple[int, ...] | None = None
@@ -45,6 +46,7 @@ class ImportOptions:
     activation: str | None = None
     images: str | None = None
     images_directory: str | None = None
+    store_images: bool | None = None
     name: str | None = None
     seed: int = 0
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -180,7 +182,7 @@ def _image_set(where: Store, origin: Source, options: ImportOptions) -> tuple[di
     """The zoo's entry for its images, and why `dataset.pt` is not it."""
     if options.images is not None:
         images = load(options.images, options.images_directory)
-        return zoo_format.image_entry(images, options.images_directory), []
+        return datasets.entry(where, images, options.images_directory, options.store_images), []
     unknown = zoo_format.image_entry(None)
     if not origin.store.exists(datasets.FILE):
         return unknown, []

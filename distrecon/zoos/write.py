@@ -36,6 +36,7 @@ def write_zoo(
     split: Sequence[str],
     images: str | ImageSet | None = None,
     images_directory: str | None = None,
+    store_images: bool | None = None,
     name: str | None = None,
     filesystem: Any = None,
     **properties: Sequence[Any],
@@ -46,7 +47,8 @@ def write_zoo(
     out), `train_accuracy`, `test_accuracy` (shares), `generalization_gap` (their difference where it is left out),
     `train_loss`, `config` (hyper-parameters, mappings or JSON); None where a value is not known. A model's states are
     stored side by side. `images` is the set that the models were trained on: its name, with `images_directory` where
-    its files lie, or the set itself, which is then stored in the zoo. `name` is the folder's where it is left out.
+    its files lie, or the set itself, which is then stored in the zoo; `store_images` stores named ones or does not
+    (default: if they lie in a directory and are at most 256 Mi pixels). `name` is the folder's where it is left out.
 
     Everything is checked before anything is written, and `zoo.json` is written last: a call that dies leaves no zoo,
     and can be repeated. Raises UserError that names the model or the property for weights of another size or that are
@@ -82,7 +84,7 @@ def write_zoo(
     if isinstance(images, ImageSet):
         entry = datasets.write_images(where, images)
     else:
-        entry = zoo_format.image_entry(image_set, images_directory)
+        entry = datasets.entry(where, image_set, images_directory, store_images)
     zoo_format.commit(
         where,
         name=name or where.root.rpartition("/")[2],
