@@ -106,11 +106,13 @@ class Architecture(Chain):
         expected, shape = (self.num_tokens, self.token_size), tuple(tokens_BTD.shape[1:])
         if shape != expected:
             raise UserError(f"{self.name} has tokens of shape {expected}, not {shape}")
-        parts, row = [], 0
-        for layer in self.layers:
-            rows_BOD = tokens_BTD[:, row : row + layer.out_features]
-            parts += [rows_BOD[:, :, : layer.fan_in].flatten(1), rows_BOD[:, :, layer.fan_in]]
-            row += layer.out_features
+        parts = []
+        for layer, rows_BOD in zip(
+            self.layers, tokens_BTD.split([layer.out_features for layer in self.layers], dim=1), strict=True
+        ):
+            padding = self.token_size - layer.fan_in - 1
+            weight_BOF, bias_BO1, _ = rows_BOD.split([layer.fan_in, 1, padding], dim=2)
+            parts += [weight_BOF.flatten(1), bias_BO1.flatten(1)]
         return torch.cat(parts, dim=1)
 
     # -- function ----------------------------------------------------------------------------------------------------
