@@ -26,6 +26,7 @@ from torch import Tensor
 
 from distrecon.autoencoder import distributed, fisher, losses
 from distrecon.autoencoder.config import AutoencoderConfig, OptimConfig
+from distrecon.autoencoder.flat import FlatParameters
 from distrecon.autoencoder.model import Autoencoder, ZooSample, check_finite, statistics
 from distrecon.autoencoder.rows import RowCache
 from distrecon.errors import UserError
@@ -84,20 +85,20 @@ def views(
 
 
 @contextmanager
-def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """What `optim.precision` says of products: `tf32` rounds float32's factors on GPUs, `bf16` computes in bfloat16."""
-    if device.type == "cuda":
-        switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-        before = [switch.fp32_precision for switch in switches]
+def products(device: torch.device, precision: str) -> Iterator[None]:
+    """Products of float32 matrices and convolutions on a GPU: with rounded factors for `tf32`, else exactly float32."""
+    if device.type != "cuda":
+        yield
+        return
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    try:
         for switch in switches:
             switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
+        yield
     finally:
-        if device.type == "cuda":
-            for switch, value in zip(switches, before, strict=True):
-                switch.fp32_precision = value
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,17 @@ class Training:
             fitted = [statistics(config, zoo) for zoo in zoos]
             self.autoencoder = Autoencoder(config, [zoo.architecture for zoo in zoos], fitted).to(self.device)
         distributed.broadcast([*self.autoencoder.parameters(), *self.autoencoder.buffers()])
+        self.on_cpu = self.device.type == "cpu"
+        # on the CPU a parameter is a matter of microseconds, and together they would round otherwise
+        self.flat = None if self.on_cpu else FlatParameters(self.autoencoder)
+        self.parameters = [self.flat.vector] if self.flat else [*self.autoencoder.parameters()]
         self.optimizer = torch.optim.AdamW(
-            self.autoencoder.parameters(),
+            self.parameters,
             lr=config.optim.lr,
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
         self.steps_done = 0
-        self.on_cpu = self.device.type == "cpu"
         self.scales: list[dict[str, float]] = [{} for _ in zoos]  # per zoo, each loss at its first step
         self.factors: list[Tensor | None] = [None for _ in zoos]  # per zoo, weights over scales [N], on the device
         self.pools = [self._pool(zoo) for zoo in zoos]
@@ -203,24 +207,30 @@ class Training:
     def _update(self, batch: Batch) -> Losses:
         """One update, whose losses are under way; on the CPU they are checked before anything changes."""
         self.optimizer.zero_grad(set_to_none=True)
-        with arithmetic(self.device, self.config.optim.precision):
-            values = self.losses(batch)
-            with torch.autocast(self.device.type, enabled=False):
-                sum_N = torch.stack([v.sum() for v in values.values()])
-                mean_N = distributed.total(sum_N) / batch.global_size
-                under_way = self._sent(values, mean_N, batch)
-                if self.on_cpu:
-                    under_way.means()
-                loss = (self._factors(mean_N, values, batch.zoo) * sum_N / batch.global_size).sum()
-            loss.backward()
-        distributed.sum_gradients(self.autoencoder.parameters())
+        with products(self.device, self.config.optim.precision):
+            values = self._losses_in_precision(batch)
+            sum_N = torch.stack([v.sum() for v in values.values()])
+            mean_N = distributed.total(sum_N) / batch.global_size
+            under_way = self._sent(values, mean_N, batch)
+            if self.on_cpu:
+                under_way.means()
+            (self._factors(mean_N, values, batch.zoo) * sum_N / batch.global_size).sum().backward()
+        distributed.sum_gradients(self.parameters)
         if self.config.optim.clip:
-            torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.config.optim.clip)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim_in_use, self.steps_done, self.total_steps)
         self.optimizer.step()
         self.steps_done += 1
         return under_way
+
+    def _losses_in_precision(self, batch: Batch) -> dict[str, Tensor]:
+        """`losses`, computed as `optim.precision` says, from the flat parameters where there are such."""
+        bf16 = self.config.optim.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            if self.flat is None:
+                return self.losses(batch)
+            return self.flat.call(lambda: self.losses(batch), torch.bfloat16 if bf16 else None)
 
     def _sent(self, values: Mapping[str, Tensor], mean_N: Tensor, batch: Batch) -> Losses:
         """The losses, their copy to the host begun."""
@@ -260,6 +270,8 @@ class Training:
         order_2BU, query_Q, place_B = self._on_device(order_2BU, query_Q, place_B)
         theta_BP, mixed_B = self._mixed(self._models(batch, place_B, missing), batch)
         first_BP, second_BP = views(config, arch, theta_BP, batch, autoencoder.fitted(zoo, "std_P"), order_2BU)
+        if "behavioral" in in_use:  # before anything is kept for the backward pass
+            inputs, targets_BQC = self._targets(first_BP, mixed_B, query_Q, batch)
         seen = [view for view in (first_BP, second_BP) if view is not None]
         x = autoencoder.standardise(torch.cat(seen), zoo)
         z = coder.encode(x, zoo)
@@ -275,7 +287,11 @@ class Training:
                 values["structural"] = self._structural(x_hat, x, zoo).view(decoded, -1).mean(0)
         if "behavioral" in in_use:
             theta_hat_BP = autoencoder.unstandardise(x_hat[: len(theta_BP)].to(autoencoder.dtype), zoo)
-            values["behavioral"] = self._behavioral(theta_hat_BP, first_BP, mixed_B, query_Q, batch)
+            outputs_BQC = arch.forward(theta_hat_BP, inputs).to(targets_BQC)
+            with torch.autocast(self.device.type, enabled=False):
+                values["behavioral"] = losses.behavioral(
+                    config.loss.behavioral, outputs_BQC, targets_BQC, config.loss.distillation_temperature
+                )
         if "cycle" in in_use:
             again = coder.encode(x_hat, zoo)
             with torch.autocast(self.device.type, enabled=False):
@@ -346,48 +362,44 @@ class Training:
             return losses.structural_per_token(self.zoos[zoo].architecture, difference, theta)
         return losses.structural(difference)
 
-    def _behavioral(
-        self, theta_hat_BP: Tensor, theta_BP: Tensor, mixed_B: Tensor | None, query_Q: Tensor, batch: Batch
-    ) -> Tensor:
-        loss, inputs = self.config.loss, self.pools[batch.zoo][query_Q]
-        arch = self.zoos[batch.zoo].architecture
-        outputs_BQC = arch.forward(theta_hat_BP, inputs)
-        if self.on_cpu:
-            targets_BQC = self._targets(theta_BP, mixed_B, query_Q, batch)
-        else:
-            targets_BQC = outputs(arch, theta_BP, inputs)
-        with torch.autocast(self.device.type, enabled=False):
-            logits = [logits_BQC.to(self.autoencoder.dtype) for logits_BQC in (outputs_BQC, targets_BQC)]
-            return losses.behavioral(loss.behavioral, *logits, loss.distillation_temperature)
+    def _targets(
+        self, theta_BP: Tensor, mixed_B: Tensor | None, query_Q: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """The chosen queries and the originals' outputs [B, Q, C] on them.
 
-    def _targets(self, theta_BP: Tensor, mixed_B: Tensor | None, query_Q: Tensor, batch: Batch) -> Tensor:
-        """The originals' outputs [B, Q, C]: kept for the whole pool, but for models that were mixed in this step."""
+        The CPU keeps those for the whole pool, but of models that were mixed in this step.
+        """
         arch, pool, cache = self.zoos[batch.zoo].architecture, self.pools[batch.zoo], self.targets[batch.zoo]
+        inputs = pool[query_Q]
+        if not self.on_cpu:
+            return inputs, outputs(arch, theta_BP, inputs).to(theta_BP)
         if mixed_B is None:
             kept_BQC = cache.get(batch.row_b, lambda missing: outputs(arch, theta_BP[missing], pool))
-            return kept_BQC[:, query_Q].to(theta_BP)
+            return inputs, kept_BQC[:, query_Q].to(theta_BP)
         own_BP = theta_BP[~mixed_B]
         kept_BQC = cache.get(batch.row_b[~mixed_B], lambda missing: outputs(arch, own_BP[missing], pool))
         targets_BQC = theta_BP.new_empty(len(theta_BP), len(query_Q), arch.num_outputs)
         targets_BQC[~mixed_B] = kept_BQC[:, query_Q].to(theta_BP)
         if mixed_B.any():
-            targets_BQC[mixed_B] = outputs(arch, theta_BP[mixed_B], pool[query_Q])
-        return targets_BQC
+            targets_BQC[mixed_B] = outputs(arch, theta_BP[mixed_B], inputs)
+        return inputs, targets_BQC
 
     # -- to resume ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on identically; caches are made again."""
+        """Everything needed to go on identically, on any kind of device; caches are made again."""
+        optimizer = self.optimizer.state_dict()
         return {
             "autoencoder": self.autoencoder.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.flat.optimizer_state(optimizer) if self.flat else optimizer,
             "steps_done": self.steps_done,
             "scales": self.scales,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.autoencoder.load_state_dict(state["autoencoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        self.optimizer.load_state_dict(self.flat.flat_state(optimizer) if self.flat else optimizer)
         self.steps_done = state["steps_done"]
         self.scales = [dict(s) for s in state["scales"]]
         weights = self.config.loss.weights

@@ -26,11 +26,13 @@ def forward(chain: Chain, theta_BP: Tensor, inputs: Tensor) -> Tensor:
     if not _convolutional(chain) or not len(theta_BP) or not len(inputs):
         return plain.forward(chain, theta_BP, inputs)
     on_cpu = theta_BP.device.type == inputs.device.type == "cpu"
-    if on_cpu and not _only_theta(theta_BP, inputs):
+    plainly = _only_backward(theta_BP, inputs)
+    if on_cpu and (not plainly or inputs.requires_grad):
         return plain.forward(chain, theta_BP, inputs)
     if torch.is_autocast_enabled(theta_BP.device.type) and theta_BP.dtype == torch.float32:
         theta_BP = theta_BP.to(torch.get_autocast_dtype(theta_BP.device.type))  # once, before anything is built of it
-    return (convolution if on_cpu else grouped).forward(chain, theta_BP, inputs.to(theta_BP.dtype))
+    inputs = inputs.to(theta_BP.dtype)
+    return convolution.forward(chain, theta_BP, inputs) if on_cpu else grouped.forward(chain, theta_BP, inputs, not plainly)
 
 
 def _convolutional(chain: Chain) -> bool:
@@ -38,11 +40,10 @@ def _convolutional(chain: Chain) -> bool:
     return chain.layers[0].kernel > 0 and not chain.layers[-1].kernel
 
 
-def _only_theta(theta_BP: Tensor, inputs: Tensor) -> bool:
-    """Whether nothing but a backward pass in theta can be asked for."""
+def _only_backward(theta_BP: Tensor, inputs: Tensor) -> bool:
+    """Whether no transform of autograd but backward passes can be asked for."""
     return (
-        not inputs.requires_grad
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         # private, but the question torch's own autograd.Function.apply asks; there is no public one
         and not torch._C._are_functorch_transforms_active()
         and forward_ad.unpack_dual(theta_BP).tangent is None

@@ -3,10 +3,13 @@
 - Activations are laid out [Q, B * channels, height, width], a group of channels a model; nothing is unfolded into
   columns. The first layer, whose inputs all models share, is one dense convolution to B * channels.
 - Linear layers are batched matrix products that read the same memory without a copy.
-- Ordinary torch operations: every transform of autograd works, on the CPU too, where `convolution/` is faster.
+- Of a pool only the places of its maxima are kept for the backward pass, in two bytes each, not what it read.
+- It runs on the CPU too, where `convolution/` is faster.
 
 Legend: B models, Q inputs, C classes, O output channels, F fan-in.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +19,19 @@ from distrecon.nets.activations import activation
 from distrecon.nets.layers import Chain
 
 
-def forward(chain: Chain, theta_BP: Tensor, inputs: Tensor) -> Tensor:
-    """logits[B, Q, C] of B models on shared inputs [Q, *input_shape] of theta's type; the first layer convolves."""
+def forward(chain: Chain, theta_BP: Tensor, inputs: Tensor, transformed: bool = False) -> Tensor:
+    """logits[B, Q, C] of B models on shared inputs [Q, *input_shape] of theta's type; the first layer convolves.
+
+    Backward passes work to any order; other transforms of autograd have to be told of (`transformed`).
+    """
+    pool = F.max_pool2d if transformed else _Pool.apply
     act, models = activation(chain.activation), len(theta_BP)
     hidden, features_BQF = inputs, None
     for i, (layer, (weight, bias_BO)) in enumerate(zip(chain.layers, chain.weights_and_biases(theta_BP), strict=True)):
         if layer.kernel:
             groups = models if i else 1
             hidden = F.conv2d(hidden, weight.flatten(0, 1), bias_BO.flatten(), padding=layer.padding, groups=groups)
-            hidden = act(F.max_pool2d(hidden, layer.pool) if layer.pool > 1 else hidden)
+            hidden = act(pool(hidden, layer.pool) if layer.pool > 1 else hidden)
             continue
         if features_BQF is None:
             features_BQF = hidden.reshape(len(inputs), models, -1).transpose(0, 1)
@@ -33,3 +40,21 @@ def forward(chain: Chain, theta_BP: Tensor, inputs: Tensor) -> Tensor:
             features_BQF = act(features_BQF)
     assert features_BQF is not None
     return features_BQF
+
+
+class _Pool(torch.autograd.Function):
+    """Max pooling by disjoint squares."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, size: int) -> Tensor:
+        pooled, index = F.max_pool2d(images, size, return_indices=True)
+        positions = images.shape[2] * images.shape[3]
+        ctx.save_for_backward(index.to(torch.int16) if positions <= 2**15 else index)
+        ctx.shape = images.shape
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        zeros = grad.new_zeros(*ctx.shape[:2], ctx.shape[2] * ctx.shape[3])
+        return zeros.scatter(2, index.flatten(2).long(), grad.flatten(2)).view(ctx.shape), None
