@@ -280,7 +280,8 @@ class Training:
             values["contrastive"] = self._contrastive(z, batch)
         # noise is not to be learnt, and with alignment the second view only serves contrast
         decoded = len(seen) if config.data.views == "permutation" and not config.data.align else 1
-        z, x = z[: decoded * len(theta_BP)], x[: decoded * len(theta_BP)]
+        if decoded < len(seen):
+            z, x = z[: len(theta_BP)], x[: len(theta_BP)]
         x_hat = coder.decode(z, zoo)
         with torch.autocast(self.device.type, enabled=False):
             if "structural" in in_use:

@@ -35,7 +35,8 @@ class Block(nn.Module):
         return x_BTW + self.down(F.gelu(self.up(self.norm_mlp(x_BTW))))
 
     def _attention(self, x_BTW: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BTW).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, W / H]
+        parts = self.qkv(x_BTW).unflatten(2, (3, self.heads, -1)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)  # each [B, H, T, W / H]
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -24,7 +24,7 @@ def forward(chain: Chain, theta_BP: Tensor, inputs: Tensor, transformed: bool = 
 
     Backward passes work to any order; other transforms of autograd have to be told of (`transformed`).
     """
-    pool = F.max_pool2d if transformed else _Pool.apply
+    pool = _Pool.apply if theta_BP.requires_grad and not transformed else F.max_pool2d
     act, models = activation(chain.activation), len(theta_BP)
     hidden, features_BQF = inputs, None
     for i, (layer, (weight, bias_BO)) in enumerate(zip(chain.layers, chain.weights_and_biases(theta_BP), strict=True)):
@@ -57,4 +57,4 @@ class _Pool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         zeros = grad.new_zeros(*ctx.shape[:2], ctx.shape[2] * ctx.shape[3])
-        return zeros.scatter(2, index.flatten(2).long(), grad.flatten(2)).view(ctx.shape), None
+        return zeros.scatter_(2, index.flatten(2).long(), grad.flatten(2)).view(ctx.shape), None

@@ -4,13 +4,14 @@ import json
 import sys
 from collections.abc import Callable
 
+from tests.gpu.fake_cuda import Recorder, recording  # before torch
+
 import torch
 
 from distrecon.autoencoder import PAPER, AutoencoderConfig, Batch, Training, ZooSample
 from distrecon.config import replace
 from distrecon.images import ImageSet, LabelledImages
 from distrecon.nets import Architecture, architecture, evaluate, fit, initialise
-from tests.gpu.fake_cuda import Recorder, recording
 
 MODELS = 64
 

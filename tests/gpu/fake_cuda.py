@@ -1,6 +1,6 @@
 """Counts what code would ask of a GPU, on a machine without one: tensors on `cuda` have shapes and no numbers.
 
-    with recording() as gpu:            # in a process of its own: torch cannot be told otherwise afterwards
+    with recording() as gpu:            # in a process of its own: this module, imported before torch, changes torch
         training = Training(config, zoos, steps, "cuda")
         gpu.reset()
         training.step(batch)
@@ -12,17 +12,17 @@ is on a GPU, with the memory that this one needs; a copy to the GPU that is not 
 """
 
 import ctypes
-import hashlib
 import os
-import shutil
-import subprocess
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
+
+from tests.gpu.guard import library
+
+ctypes.CDLL(str(library()))  # before torch, which asks once what devices there are
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-GUARD = Path(__file__).with_name("guard.cpp")
 PROJECT = f"{os.sep}distrecon{os.sep}"
 VIEWS = set(
     "_reshape_alias _unsafe_view alias as_strided chunk detach diagonal expand expand_as lift_fresh movedim narrow "
@@ -47,33 +46,10 @@ aten = torch.ops.aten
 fake = FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
-
-
-def library() -> Path:
-    """The compiled guard, made once for every version of it and of torch; CalledProcessError if that fails."""
-    key = hashlib.sha256(GUARD.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distrecon"
-    made = cache / f"fake-cuda-{key}.so"
-    if not made.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        torch_folder, unfinished = Path(torch.__file__).parent, made.with_suffix(f".{os.getpid()}")
-        includes = [f"-I{torch_folder / 'include'}", f"-I{torch_folder / 'include/torch/csrc/api/include'}"]
-        libraries = [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
-        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-        command = [compiler() or "g++", "-O0", "-std=c++20", "-shared", "-fPIC", abi, *includes]
-        subprocess.run([*command, str(GUARD), *libraries, "-o", str(unfinished)], check=True, capture_output=True)
-        unfinished.replace(made)
-    return made
-
-
 @contextmanager
 def recording() -> Iterator["Recorder"]:
     """Makes `cuda` a device of this process, for good, and counts what is asked of it."""
-    ctypes.CDLL(str(library()))
     torch.cuda._lazy_init = lambda: None
-    torch.cuda.is_available = lambda: True
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.autocast = _Autocast  # type: ignore[misc, assignment]
     from torch.utils import _foreach_utils
