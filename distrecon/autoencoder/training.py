@@ -159,12 +159,18 @@ class Training:
         )
         self.steps_done = 0
         self.scales: list[dict[str, float]] = [{} for _ in zoos]  # per zoo, each loss at its first step
+        weights = config.loss.weights  # in the order of what `losses` returns
+        table = [[*weights.values()], [SMALLEST_SCALE.get(name, 1e-12) for name in weights]]
+        self.weight_N, self.smallest_N = torch.tensor(table, dtype=torch.float64).to(self.device)
         self.factors: list[Tensor | None] = [None for _ in zoos]  # per zoo, weights over scales [N], on the device
         self.pools = [self._pool(zoo) for zoo in zoos]
         self.targets = [
             RowCache((len(pool), zoo.architecture.num_outputs), TARGET_DTYPES[config.data.target_precision])
             for zoo, pool in zip(zoos, self.pools, strict=True)
         ]
+        if not self.on_cpu:
+            for i, zoo in enumerate(zoos):  # brings its index maps there
+                zoo.architecture.tokenize(self.autoencoder.fitted(i, "mean_P")[None])
         self.partners: dict[int, Tensor] = {}
         self.models = [
             RowCache((zoo.architecture.num_parameters,), self.autoencoder.dtype, self.device) for zoo in zoos
@@ -214,7 +220,7 @@ class Training:
             under_way = self._sent(values, mean_N, batch)
             if self.on_cpu:
                 under_way.means()
-            (self._factors(mean_N, values, batch.zoo) * sum_N / batch.global_size).sum().backward()
+            (self._factors(mean_N, batch.zoo) * sum_N / batch.global_size).sum().backward()
         distributed.sum_gradients(self.parameters)
         if self.config.optim.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)
@@ -241,15 +247,12 @@ class Training:
         copied.record()
         return Losses(batch, detached, on_host_N, copied)
 
-    def _factors(self, mean_N: Tensor, names: Iterable[str], zoo: int) -> Tensor:
+    def _factors(self, mean_N: Tensor, zoo: int) -> Tensor:
         """What each loss is multiplied by [N]: its weight over its value at the zoo's first step, never read here."""
         factor_N = self.factors[zoo]
         if factor_N is None:
-            weights = self.config.loss.weights
-            pairs = [[weights[name], SMALLEST_SCALE.get(name, 1e-12)] for name in names]
-            weight_N, smallest_N = torch.tensor(pairs, dtype=torch.float64).to(self.device, non_blocking=True).unbind(1)
-            scale_N = torch.maximum(mean_N.double().abs(), smallest_N)
-            factor_N = self.factors[zoo] = (weight_N / scale_N).to(mean_N)
+            scale_N = torch.maximum(mean_N.double().abs(), self.smallest_N)
+            factor_N = self.factors[zoo] = (self.weight_N / scale_N).to(mean_N)
         return factor_N
 
     def _read(self, losses: Losses) -> dict[str, float]:
@@ -403,10 +406,6 @@ class Training:
         self.optimizer.load_state_dict(self.flat.flat_state(optimizer) if self.flat else optimizer)
         self.steps_done = state["steps_done"]
         self.scales = [dict(s) for s in state["scales"]]
-        weights = self.config.loss.weights
-        self.factors = [
-            torch.tensor([weights[n] / s[n] for n in s], dtype=torch.float64).to(self.device, self.autoencoder.dtype)
-            if s
-            else None
-            for s in self.scales
-        ]
+        for zoo, scales in enumerate(self.scales):
+            scale_N = torch.tensor([*scales.values()], dtype=torch.float64).to(self.device)
+            self.factors[zoo] = (self.weight_N / scale_N).to(self.autoencoder.dtype) if scales else None

@@ -82,14 +82,16 @@ class TransformerCoder(Coder):
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
         """z[B, T, Z]. Padding enters as zeros."""
         tokens_BTD = self.architectures[zoo].tokenize(x_BP)
-        tokens_BTD = F.pad(tokens_BTD, (0, self.token_size - tokens_BTD.shape[2]))
+        if padding := self.token_size - tokens_BTD.shape[2]:
+            tokens_BTD = F.pad(tokens_BTD, (0, padding))
         return self.to_latent(self.encoder(self.tokeniser(tokens_BTD) + self.encoder_positions(zoo)))
 
     def decode(self, z_BTZ: Tensor, zoo: int) -> Tensor:
         """Standardised weights [B, P]; what the network writes into padding is dropped."""
         arch = self.architectures[zoo]
         hidden_BTW = self.decoder(self.from_latent(z_BTZ) + self.decoder_positions(zoo))
-        return arch.detokenize(self.detokeniser(hidden_BTW)[..., : arch.token_size])
+        tokens_BTD = self.detokeniser(hidden_BTW)
+        return arch.detokenize(tokens_BTD if arch.token_size == self.token_size else tokens_BTD[..., : arch.token_size])
 
     def project(self, z_BTZ: Tensor, zoo: int) -> Tensor:
         """[B, J] for the contrastive loss."""

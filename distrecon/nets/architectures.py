@@ -143,4 +143,5 @@ class Architecture(Chain):
 def _token_gathers(arch: Architecture, device: torch.device) -> tuple[Tensor, Tensor]:
     """On a GPU, where a gather is one kernel: what tokens [T * D] read of theta and one zero, what theta reads of them."""
     index_N = arch.token_index_TD.flatten()
-    return index_N.to(device), index_N.argsort()[: arch.num_parameters].to(device)
+    both = torch.cat([index_N, index_N.argsort()[: arch.num_parameters]]).to(device, non_blocking=True)
+    return both[: len(index_N)], both[len(index_N) :]

@@ -60,11 +60,12 @@ def _gathered_index(arch: Architecture, permutation: list[Tensor]) -> Tensor:
     """`_permutation_index` in few kernels, for GPUs: it is linear in the order of all hidden units and a zero."""
     start_P, own_P, step_P, read_P, block_P = _coefficients(arch, permutation[0].device)
     order_BU = torch.cat([*permutation, permutation[0].new_zeros(len(permutation[0]), 1)], dim=1)
-    return start_P + order_BU[:, own_P] * step_P + order_BU[:, read_P] * block_P
+    index_BP = torch.addcmul(start_P, order_BU[:, own_P], step_P)
+    return index_BP.addcmul_(order_BU[:, read_P], block_P)
 
 
 @lru_cache(maxsize=16)
-def _coefficients(arch: Architecture, device: torch.device) -> list[Tensor]:
+def _coefficients(arch: Architecture, device: torch.device) -> tuple[Tensor, ...]:
     """start_P, and of the unit that a parameter belongs to and of the one that it reads: where in the order, times what."""
     hidden = [layer.out_features for layer in arch.layers[:-1]]
     firsts, none = [sum(hidden[:i]) for i in range(len(hidden))], sum(hidden)
@@ -85,7 +86,8 @@ def _coefficients(arch: Architecture, device: torch.device) -> list[Tensor]:
     identity_U = torch.cat([*map(torch.arange, hidden), torch.zeros(1, dtype=torch.long)])
     identity_P = torch.arange(arch.num_parameters)  # what the identity reads
     start_P = identity_P - identity_U[own_P] * step_P - identity_U[read_P] * block_P
-    return [places.to(device) for places in (start_P, own_P, step_P, read_P, block_P)]
+    packed = torch.stack([start_P, own_P, step_P, read_P, block_P])
+    return packed.to(device, non_blocking=True).unbind()
 
 
 def permute(arch: Architecture, theta_BP: Tensor, permutation: list[Tensor]) -> Tensor:
