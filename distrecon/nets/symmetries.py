@@ -74,7 +74,9 @@ def _coefficients(arch: Architecture, device: torch.device) -> tuple[Tensor, ...
         out, fan_in = layer.out_features, layer.fan_in
         unit_OF = torch.arange(out)[:, None].expand(out, fan_in)
         block = fan_in // hidden[i - 1] if i else 0
-        read_OF = (firsts[i - 1] + torch.arange(fan_in) // block).expand(out, fan_in) if i else torch.full_like(unit_OF, none)
+        read_OF = (
+            (firsts[i - 1] + torch.arange(fan_in) // block).expand(out, fan_in) if i else torch.full_like(unit_OF, none)
+        )
         own_O = firsts[i] + torch.arange(out) if i < len(hidden) else torch.full((out,), none)
         moves = int(i < len(hidden))
         own = own_O[:, None].expand(out, fan_in)

@@ -4,14 +4,13 @@ import json
 import sys
 from collections.abc import Callable
 
-from tests.gpu.fake_cuda import Recorder, recording  # before torch
-
 import torch
 
 from distrecon.autoencoder import PAPER, AutoencoderConfig, Batch, Training, ZooSample
 from distrecon.config import replace
 from distrecon.images import ImageSet, LabelledImages
 from distrecon.nets import Architecture, architecture, evaluate, fit, initialise
+from tests.gpu.fake_cuda import Recorder, recording  # before torch
 
 MODELS = 64
 
@@ -52,7 +51,10 @@ def evaluation(gpu: Recorder) -> dict[str, dict[str, float]]:
     """Accuracy and loss of 64 CNN3 models on 45,000 pictures."""
     arch = architecture("cnn3")
     theta_BP = initialise(arch, ["kaiming_normal"] * MODELS, range(MODELS)).cuda()
-    images, labels_Q = torch.empty(45_000, *arch.input_shape, device="cuda"), torch.zeros(45_000, dtype=torch.long).cuda()
+    images, labels_Q = (
+        torch.empty(45_000, *arch.input_shape, device="cuda"),
+        torch.zeros(45_000, dtype=torch.long).cuda(),
+    )
     gpu.reset()
     evaluate(arch, theta_BP, images, labels_Q)
     return {"64 models on 45,000 pictures": gpu.counts()}

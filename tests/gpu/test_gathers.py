@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from distrecon.nets import architecture, initialise, plain, random_permutation
-from distrecon.nets import grouped
+from distrecon.nets import architecture, grouped, initialise, plain, random_permutation
 from distrecon.nets.architectures import _token_gathers
 from distrecon.nets.symmetries import _gathered_index, _permutation_index
 
