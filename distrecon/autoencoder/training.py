@@ -56,6 +56,11 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
+def computes_at_once(device: torch.device) -> bool:
+    """Whether an operation is done when it returns; elsewhere it is only queued, and asking for a number waits."""
+    return device.type == "cpu"
+
+
 def random_orders(config: AutoencoderConfig, arch: Architecture, batch: Batch) -> Tensor:
     """The orders of units of two views of this worker's models, [2, b, U], layer after layer; empty for other views."""
     if config.data.views != "permutation":
@@ -111,7 +116,7 @@ class Losses:
     copied: torch.Event | None
 
     def means(self) -> dict[str, float]:
-        """By name. Raises UserError that names the row of a model whose loss is not finite; every worker learns of it."""
+        """By name. Raises UserError, on every worker, that names the row of a model whose loss is not finite."""
         if self.copied is not None and not self.copied.query():
             self.copied.synchronize()
         means = dict(zip(self.values, self.mean_N.tolist(), strict=True))
@@ -147,7 +152,7 @@ class Training:
             fitted = [statistics(config, zoo) for zoo in zoos]
             self.autoencoder = Autoencoder(config, [zoo.architecture for zoo in zoos], fitted).to(self.device)
         distributed.broadcast([*self.autoencoder.parameters(), *self.autoencoder.buffers()])
-        self.on_cpu = self.device.type == "cpu"
+        self.on_cpu = computes_at_once(self.device)
         # on the CPU a parameter is a matter of microseconds, and together they would round otherwise
         self.flat = None if self.on_cpu else FlatParameters(self.autoencoder)
         self.parameters = [self.flat.vector] if self.flat else [*self.autoencoder.parameters()]

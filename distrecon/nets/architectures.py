@@ -141,7 +141,7 @@ class Architecture(Chain):
 
 @lru_cache(maxsize=16)
 def _token_gathers(arch: Architecture, device: torch.device) -> tuple[Tensor, Tensor]:
-    """On a GPU, where a gather is one kernel: what tokens [T * D] read of theta and one zero, what theta reads of them."""
+    """What tokens [T * D] read of theta and one zero, and theta of tokens: for GPUs, where a gather is one kernel."""
     index_N = arch.token_index_TD.flatten()
     both = torch.cat([index_N, index_N.argsort()[: arch.num_parameters]]).to(device, non_blocking=True)
     return both[: len(index_N)], both[len(index_N) :]

@@ -32,11 +32,9 @@ def forward(chain: Chain, theta_BP: Tensor, inputs: Tensor) -> Tensor:
     if torch.is_autocast_enabled(theta_BP.device.type) and theta_BP.dtype == torch.float32:
         theta_BP = theta_BP.to(torch.get_autocast_dtype(theta_BP.device.type))  # once, before anything is built of it
     inputs = inputs.to(theta_BP.dtype)
-    return (
-        convolution.forward(chain, theta_BP, inputs)
-        if on_cpu
-        else grouped.forward(chain, theta_BP, inputs, not plainly)
-    )
+    if on_cpu:
+        return convolution.forward(chain, theta_BP, inputs)
+    return grouped.forward(chain, theta_BP, inputs, transformed=not plainly)
 
 
 def _convolutional(chain: Chain) -> bool:

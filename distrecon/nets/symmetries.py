@@ -66,21 +66,18 @@ def _gathered_index(arch: Architecture, permutation: list[Tensor]) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _coefficients(arch: Architecture, device: torch.device) -> tuple[Tensor, ...]:
-    """start_P, and of the unit that a parameter belongs to and of the one that it reads: where in the order, times what."""
+    """start_P, and of the unit that a parameter belongs to, then of the one that it reads: its place, times what."""
     hidden = [layer.out_features for layer in arch.layers[:-1]]
     firsts, none = [sum(hidden[:i]) for i in range(len(hidden))], sum(hidden)
     parts: list[list[Tensor]] = [[], [], [], []]
     for i, layer in enumerate(arch.layers):
         out, fan_in = layer.out_features, layer.fan_in
-        unit_OF = torch.arange(out)[:, None].expand(out, fan_in)
         block = fan_in // hidden[i - 1] if i else 0
-        read_OF = (
-            (firsts[i - 1] + torch.arange(fan_in) // block).expand(out, fan_in) if i else torch.full_like(unit_OF, none)
-        )
+        read_F = firsts[i - 1] + torch.arange(fan_in) // block if i else torch.full((fan_in,), none)
         own_O = firsts[i] + torch.arange(out) if i < len(hidden) else torch.full((out,), none)
         moves = int(i < len(hidden))
         own = own_O[:, None].expand(out, fan_in)
-        rows = (own, torch.full_like(own, fan_in * moves), read_OF, torch.full_like(own, block))
+        rows = (own, torch.full_like(own, fan_in * moves), read_F.expand(out, fan_in), torch.full_like(own, block))
         biases = (own_O, torch.full_like(own_O, moves), torch.full_like(own_O, none), torch.zeros_like(own_O))
         for part, weights, bias in zip(parts, rows, biases, strict=True):
             part += [weights.flatten(), bias]

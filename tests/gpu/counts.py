@@ -1,5 +1,8 @@
 """What a GPU would be asked for, as JSON: `python -m tests.gpu.counts [NAME ...]`, in a process of its own."""
 
+# ruff: noqa: I001, what makes torch believe in a GPU comes before torch
+from tests.gpu.fake_cuda import Recorder, recording
+
 import json
 import sys
 from collections.abc import Callable
@@ -10,7 +13,6 @@ from distrecon.autoencoder import PAPER, AutoencoderConfig, Batch, Training, Zoo
 from distrecon.config import replace
 from distrecon.images import ImageSet, LabelledImages
 from distrecon.nets import Architecture, architecture, evaluate, fit, initialise
-from tests.gpu.fake_cuda import Recorder, recording  # before torch
 
 MODELS = 64
 
@@ -51,10 +53,8 @@ def evaluation(gpu: Recorder) -> dict[str, dict[str, float]]:
     """Accuracy and loss of 64 CNN3 models on 45,000 pictures."""
     arch = architecture("cnn3")
     theta_BP = initialise(arch, ["kaiming_normal"] * MODELS, range(MODELS)).cuda()
-    images, labels_Q = (
-        torch.empty(45_000, *arch.input_shape, device="cuda"),
-        torch.zeros(45_000, dtype=torch.long).cuda(),
-    )
+    images = torch.empty(45_000, *arch.input_shape, device="cuda")
+    labels_Q = torch.zeros(45_000, dtype=torch.long, device="cuda")
     gpu.reset()
     evaluate(arch, theta_BP, images, labels_Q)
     return {"64 models on 45,000 pictures": gpu.counts()}

@@ -6,10 +6,11 @@
         training.step(batch)
         print(gpu.counts())
 
-Counted are kernels, synchronisations, copies to the GPU, bytes of new tensors and their peak. An operation on tensors of
-two devices raises, as on a GPU. A number that the host reads is 1, or False. Attention counts as the one kernel that it
-is on a GPU, with the memory that this one needs; a copy to the GPU that is not `non_blocking` is a synchronisation too.
+Counted are kernels, synchronisations, copies to the GPU, bytes of new tensors and their peak. An operation on tensors
+of two devices raises, as on a GPU. A number that the host reads is 1, or False. Attention counts as the one kernel that
+it is on a GPU, with the memory that this one needs; a copy to the GPU that is not `non_blocking` is a synchronisation.
 """
+# ruff: noqa: E402
 
 import ctypes
 import os

@@ -46,8 +46,10 @@ def test_grouped_convolutions_take_forward_mode() -> None:
     theta_BP = initialise(arch, ["kaiming_normal"] * 2, range(2)).double()
     inputs = torch.randn(3, *arch.input_shape).double()
     tangent_BP = torch.randn_like(theta_BP)
-    found, expected = (
-        torch.func.jvp(lambda theta: forward(arch, theta, inputs), (theta_BP,), (tangent_BP,))[1]
-        for forward in (lambda *given: grouped.forward(*given, transformed=True), plain.forward)
-    )
+
+    def grouped_forward(theta: torch.Tensor) -> torch.Tensor:
+        return grouped.forward(arch, theta, inputs, transformed=True)
+
+    found = torch.func.jvp(grouped_forward, (theta_BP,), (tangent_BP,))[1]
+    expected = torch.func.jvp(lambda theta: plain.forward(arch, theta, inputs), (theta_BP,), (tangent_BP,))[1]
     torch.testing.assert_close(found, expected)
