@@ -76,7 +76,9 @@ class OptimConfig:
     schedule: str = setting("cosine", choices=("cosine", "onecycle", "constant"))
     warmup: float = setting(0.05, "share of the steps", least=0, most=1)
     clip: float = setting(1.0, "norm of the gradient; 0 for none", least=0)
-    precision: str = setting("float32", choices=("float32", "bf16", "float64"))
+    precision: str = setting(
+        "float32", "of the coder and of networks; losses are float32", choices=("float32", "tf32", "bf16", "float64")
+    )
 
     def __post_init__(self) -> None:
         check(self, "optim")

@@ -27,7 +27,8 @@ from distrecon.images.queries import query_pool
 from distrecon.nets import Architecture, align, outputs
 from distrecon.zoos.models import Models
 
-DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}  # of the parameters
+# of the parameters, by `optim.precision`
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
 REFINE_QUERIES = 512
 REFERENCE_MODELS, REFERENCE_ROUNDS = 1000, 10
 CHUNK = 256  # models encoded or decoded at once

@@ -35,7 +35,8 @@ class Block(nn.Module):
         return x_BTW + self.down(F.gelu(self.up(self.norm_mlp(x_BTW))))
 
     def _attention(self, x_BTW: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BTW).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, W / H]
+        parts = self.qkv(x_BTW).unflatten(2, (3, self.heads, -1)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)  # each [B, H, T, W / H]
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -81,14 +82,16 @@ class TransformerCoder(Coder):
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
         """z[B, T, Z]. Padding enters as zeros."""
         tokens_BTD = self.architectures[zoo].tokenize(x_BP)
-        tokens_BTD = F.pad(tokens_BTD, (0, self.token_size - tokens_BTD.shape[2]))
+        if padding := self.token_size - tokens_BTD.shape[2]:
+            tokens_BTD = F.pad(tokens_BTD, (0, padding))
         return self.to_latent(self.encoder(self.tokeniser(tokens_BTD) + self.encoder_positions(zoo)))
 
     def decode(self, z_BTZ: Tensor, zoo: int) -> Tensor:
         """Standardised weights [B, P]; what the network writes into padding is dropped."""
         arch = self.architectures[zoo]
         hidden_BTW = self.decoder(self.from_latent(z_BTZ) + self.decoder_positions(zoo))
-        return arch.detokenize(self.detokeniser(hidden_BTW)[..., : arch.token_size])
+        tokens_BTD = self.detokeniser(hidden_BTW)
+        return arch.detokenize(tokens_BTD if arch.token_size == self.token_size else tokens_BTD[..., : arch.token_size])
 
     def project(self, z_BTZ: Tensor, zoo: int) -> Tensor:
         """[B, J] for the contrastive loss."""

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from distrecon.config import setting
 from distrecon.errors import UserError
 from distrecon.record.artifacts import FINISHED, upload
 from distrecon.zoos import Zoo
+from distrecon.zoos.models import Batch
 from distrecon.zoos.stream import plan, stream
 
 STATE = "training.pt"
@@ -112,40 +113,54 @@ def train_epochs(
     run: AutoencoderRun, zoos: Sequence[Zoo], training: Training, first_epoch: int, rank: int, world_size: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Trains epoch by epoch, counted from 1; yields each one's mean losses and models a second."""
-    batches = stream(
-        zoos,
-        batch_size=run.optim.batch_size,
-        first_epoch=first_epoch - 1,
-        last_epoch=run.optim.epochs - 1,
-        shards=run.data.shards,
-        rank=rank,
-        world_size=world_size,
-        seed=run.seed,
+    batches = _Timed(
+        stream(
+            zoos,
+            batch_size=run.optim.batch_size,
+            first_epoch=first_epoch - 1,
+            last_epoch=run.optim.epochs - 1,
+            shards=run.data.shards,
+            rank=rank,
+            world_size=world_size,
+            seed=run.seed,
+        )
     )
     sums: dict[str, float] = defaultdict(float)
-    seen, waited, started = 0, 0.0, time.monotonic()
-    asked = started
-    for batch in batches:
-        waited += time.monotonic() - asked
-        for key, value in training.step(batch).items():
+    seen, started = 0, time.monotonic()
+    for batch, losses in training.steps(batches):
+        for key, value in losses.items():
             sums[key] += value * batch.global_size
         seen += batch.global_size
-        asked = time.monotonic()
         if batch.last:
-            spent = asked - started
+            spent = time.monotonic() - started
             means = {key: value / seen for key, value in sums.items()}
             yield (
                 batch.epoch + 1,
                 {
                     **means,
                     "time/models_per_second": seen / spent,
-                    "time/data_wait_share": waited / spent,
+                    "time/data_wait_share": batches.waited / spent,
                     "data/rows": seen,
                 },
             )
             sums.clear()
-            seen, waited, started = 0, 0.0, time.monotonic()
-            asked = started
+            seen, batches.waited, started = 0, 0.0, time.monotonic()
+
+
+class _Timed:
+    """Batches, and the seconds that were spent waiting for them."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches, self.waited = iter(batches), 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            asked = time.monotonic()
+            batch = next(self.batches, None)
+            self.waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
 
 
 def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:

@@ -20,7 +20,7 @@ from distrecon import config as configuration
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture, evaluate, fit, initialise, inputs_for
-from distrecon.zoos import build, datasets
+from distrecon.zoos import build, datasets, tasks
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.settings import ModelPlan, ZooConfig, groups
 from distrecon.zoos.storage import Store, store
@@ -130,8 +130,7 @@ def _fit_group(
     group: Group, config: ZooConfig, arch: Architecture, images: ImageSet
 ) -> tuple[list[_Checkpoint], pa.Table]:
     """The states at the checkpoint epochs, and every epoch's metrics."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
+    device = tasks.assigned_device()
     parts = (images.train, images.validation, images.test)
     train, validation, test = ((inputs_for(arch, p.images).to(device), p.labels_Q.to(device)) for p in parts)
     models = group.models

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from distrecon.autoencoder import PAPER, AutoencoderConfig, Batch, Training, ZooSample
-from distrecon.autoencoder.rows import BLOCK, RowCache
-from distrecon.autoencoder.training import generator, learning_rate, views
+from distrecon.autoencoder import rows as rows_of_zoo
+from distrecon.autoencoder.rows import RowCache
+from distrecon.autoencoder.training import generator, learning_rate, random_orders, views
 from distrecon.config import replace
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, LabelledImages
@@ -58,10 +59,12 @@ def test_views(arch, theta_BP, images, kind):
     whole = Batch(1, 2, 0, torch.arange(6), theta_BP[:6], 6, 0)
     part = Batch(1, 2, 0, torch.arange(2, 5), theta_BP[2:5], 6, 2)
     std_P = torch.ones(arch.num_parameters)
-    first_BP, second_BP = views(config, arch, whole.theta_bP, whole, std_P)
-    for whole_view, part_view in zip(
-        (first_BP, second_BP), views(config, arch, part.theta_bP, part, std_P), strict=True
-    ):
+
+    def seen(batch):
+        return views(config, arch, batch.theta_bP, batch, std_P, random_orders(config, arch, batch))
+
+    first_BP, second_BP = seen(whole)
+    for whole_view, part_view in zip((first_BP, second_BP), seen(part), strict=True):
         assert torch.equal(whole_view[2:5], part_view)
     assert not torch.equal(first_BP, second_BP)
     if kind == "permutation":
@@ -71,7 +74,7 @@ def test_views(arch, theta_BP, images, kind):
             torch.testing.assert_close(outputs(arch, view_BP, inputs), original, rtol=1e-4, atol=1e-5)
             assert not torch.equal(view_BP, theta_BP[:6])
     other = Batch(1, 3, 0, whole.row_b, whole.theta_bP, 6, 0)
-    assert not torch.equal(views(config, arch, other.theta_bP, other, std_P)[1], second_BP)
+    assert not torch.equal(seen(other)[1], second_BP)
 
 
 def test_cached_targets_are_the_originals_outputs(zoo, theta_BP):
@@ -89,20 +92,21 @@ def test_cached_targets_are_the_originals_outputs(zoo, theta_BP):
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_row_cache_over_blocks_and_limits():
-    cache = RowCache((2,), torch.float32)
+def test_row_cache_as_it_grows_and_at_its_limit(monkeypatch):
     value = lambda rows: torch.stack([rows * 1.0, rows * 2.0], 1)  # noqa: E731
-    rows = torch.arange(0, 3 * (BLOCK + 10), 3)
-    assert torch.equal(cache.get(rows, lambda m: value(rows[m])), value(rows))
-    assert len(cache.blocks) == 2
+    cache, rows = RowCache((2,), torch.float32), torch.arange(0, 600, 3)
+    for part in rows.split(30):
+        assert torch.equal(cache.get(part, lambda m, part=part: value(part[m])), value(part))
     again = rows.flip(0)[:50]
     assert torch.equal(cache.get(again, lambda m: pytest.fail("must be kept")), value(again))
     twice = torch.tensor([7, 7, 0])
     assert torch.equal(cache.get(twice, lambda m: value(twice[m])), value(twice))
+    monkeypatch.setattr(rows_of_zoo, "MEMORY_LIMIT", 3 * 8)
     small = RowCache((2,), torch.float32)
-    small.capacity = 3
-    assert torch.equal(small.get(rows[:9], lambda m: value(rows[:9][m])), value(rows[:9]))
-    assert len(small.slots) == 3
+    for part in (rows[:9], rows[4:6], rows[:9]):
+        assert torch.equal(small.get(part, lambda m, part=part: value(part[m])), value(part))
+    assert sorted(small.slots) == [0, 3, 6]
+    assert torch.equal(small.get(rows[:3], lambda m: pytest.fail("must be kept")), value(rows[:3]))
 
 
 @pytest.mark.parametrize("kind", ["transformer", "fisher_residual"])
