@@ -54,7 +54,6 @@ def test_a_step_is_the_same(zoo, values, request) -> None:
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="losses differ in the fourth digit after a change of device: not yet understood")
 def test_a_training_goes_on_on_the_other_device(zoo, request, tmp_path) -> None:
     config = tiny(optim__precision="float64", data__target_precision="float64")
     expected = history(Training(config, [zoo], 12), zoo, range(8))
