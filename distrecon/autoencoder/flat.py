@@ -50,7 +50,11 @@ class FlatParameters:
         order = [self.names.index(name) for name, _ in self.module.named_parameters()]
         split = {key: [*self._views(value)] for key, value in own.items() if value.ndim}
         whole = {key: value for key, value in own.items() if not value.ndim}
-        states = {i: whole | {key: views[k].clone() for key, views in split.items()} for i, k in enumerate(order)}
+        states = {
+            i: {key: value.clone() for key, value in whole.items()}
+            | {key: views[k].clone() for key, views in split.items()}
+            for i, k in enumerate(order)
+        }
         (group,) = state["param_groups"]
         return {"state": states if own else {}, "param_groups": [{**group, "params": [*range(len(order))]}]}
 

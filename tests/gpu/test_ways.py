@@ -73,16 +73,16 @@ def test_a_training_goes_on_on_the_other_device(zoo, request, tmp_path) -> None:
         assert two == pytest.approx(one, rel=1e-9)
 
 
-@pytest.mark.parametrize("bad", [5, 7])
+@pytest.mark.parametrize("bad", [1, 3])
 def test_a_loss_that_is_not_finite_is_told_before_the_epoch_ends(zoo, as_on_a_gpu, bad: int) -> None:
     """One step late, but in the last step of an epoch at once."""
     given = batches(zoo, range(8))
     given[bad].theta_bP[4] = 1e25
     read = []
-    with pytest.raises(UserError, match=rf"loss of row {6 * (bad % 4) + 4} .*epoch 1, step {bad % 4}"):
-        for batch, _ in Training(tiny(data__align=False, loss__terms="B"), [zoo], 8).steps(given):
-            read.append((batch.epoch, batch.step))
-    assert len(read) == bad
+    steps = Training(tiny(data__align=False, loss__terms="B"), [zoo], 8).steps(given)
+    with pytest.raises(UserError, match=rf"loss of row {6 * bad + 4} .*epoch 0, step {bad}"):
+        read.extend(batch.step for batch, _ in steps)
+    assert read == list(range(bad))
 
 
 def test_a_step_in_bf16_computes_from_a_smaller_copy(zoo, as_on_a_gpu) -> None:
