@@ -119,6 +119,18 @@ USES = {
     "too little memory to train": ("train --zoo huge", "scoring holds its 1000000000000 states 3 times"),
     "too little memory to evaluate": ("evaluate --autoencoder autoencoder --zoo huge", "import fewer states"),
     "no GPU": ("train --zoo zoo --use-gpu", "the whole cluster has at most 0: lower resources.num_workers"),
+    "workers on shares of a GPU": (
+        "train --zoo zoo --use-gpu --num-workers 4 --set resources.gpus_per_worker=0.25",
+        "must be 1 with 4 workers, not 0.25: NCCL refuses two processes on one GPU; shares are for trials of one",
+    ),
+    "several GPUs a worker": (
+        "train --zoo zoo --use-gpu --set resources.gpus_per_worker=2",
+        "resources.gpus_per_worker must be above 0 and at most 1, not 2",
+    ),
+    "a device that was not asked for": (
+        "train --zoo zoo --set resources.device=cuda",
+        "add --use-gpu, or leave it auto",
+    ),
     "no GPU to train a zoo": ("zoo train --smoke --gpus-per-task 1 --out x", "whole cluster has 0 GPUs; lower it, or"),
     "interrupted run": (
         "evaluate --autoencoder unfinished --zoo zoo",

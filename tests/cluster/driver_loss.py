@@ -25,17 +25,18 @@ from distrecon.zoos.settings import SMOKE_ZOO
 from distrecon.zoos.train import ensure
 
 EPOCHS = 10
-SPACE = f"""
+SPACE = """
 name: seeds
 kind: autoencoder
-base:
-  zoo: [smoke]
-  optim.epochs: {EPOCHS}
-  optim.batch_size: 16
-  resources.cpus_per_worker: 2.0
-  resources.max_failures: 3
-space: {{seed: {{grid: [0, 1]}}}}
+space: {seed: {grid: [0, 1]}}
 """
+SETTINGS = {
+    **KINDS["autoencoder"].smoke,
+    "optim.epochs": EPOCHS,
+    "optim.batch_size": 16,
+    "resources.cpus_per_worker": 2.0,
+    "resources.max_failures": 3,
+}
 
 
 def drivers() -> dict[str, str]:
@@ -49,7 +50,7 @@ def drivers() -> dict[str, str]:
 
 def kill_a_drivers_node(cluster: Cluster, folder: RunFolder, seen: dict) -> None:
     trials = Path(folder.trials("seeds"))
-    while not list(trials.glob("*/checkpoint_*/training.pt")):
+    while len({file.parent.parent for file in trials.glob("*/checkpoint_*/training.pt")}) < 2:  # both trials have one
         time.sleep(0.1)
     seen["before"] = drivers()
     victim = next(node for node in cluster.worker_nodes if node.node_id in seen["before"].values())
@@ -59,7 +60,7 @@ def kill_a_drivers_node(cluster: Cluster, folder: RunFolder, seen: dict) -> None
 
 def sweep(path: Path, space: Path, zoos: dict) -> RunFolder:
     folder = RunFolder(path)
-    run_sweeps([read_space(space, KINDS, {}, True)], folder, zoos, 0, lambda: None)
+    run_sweeps([read_space(space, KINDS, SETTINGS)], folder, zoos, 0, lambda: None)
     return folder
 
 
