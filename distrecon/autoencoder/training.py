@@ -95,7 +95,8 @@ def products(device: torch.device, precision: str) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    cudnn: Any = torch.backends.cudnn  # whose stubs lack its parts
+    switches = (torch.backends.cuda.matmul, cudnn.conv)
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
