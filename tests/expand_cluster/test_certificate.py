@@ -118,7 +118,7 @@ def test_a_certificate_is_plain_numbers():
     text = "\n".join(found.lines())
     for words in (
         "2 answers of the run and 1 fresh",
-        "from -4 to 3 (norm up to 5)",
+        "from -4 to 3 (norm at most 5)",
         "2.0e-02, 20 %",
         "100 % of the inputs",
     ):
