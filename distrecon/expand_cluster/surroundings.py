@@ -31,6 +31,7 @@ ORDINARY = 10.0  # the scale of ordinary inputs is 1 to within this factor, and 
 POINTS = 100  # times inputs that are moved one by one
 SPREAD = 100.0  # of the inputs' strengths: more means that they have scales of their own
 AFAR = 30.0  # length of the lines, in units of the scale at which the black box bends
+MOST = 0.7  # quantile of the hyperplanes, so that a few far ones are ordinary
 WITNESSES = 6  # transitions that are looked at first
 HALVINGS = 24  # of a line towards its sharpest bend
 STRAIGHT = 0.1  # share of second differences at which a zoomed transition looks straight
@@ -38,7 +39,7 @@ SEARCH = 800  # queries for the normals of transitions, in each of
 NEARER = 10.0  # length of the second round's lines, likewise
 MOVE = 0.05  # of a transition's step, for derivatives beside it
 PURE = 0.05  # ratio of singular values of the derivatives' change at a transition of one neuron
-RIDGE = 1e-3  # shrinks a centre towards the one before
+RIDGE = 1e-6  # shrinks a centre towards the one before
 TILT = 0.002  # of a normal, by differences of derivatives
 LARGEST = 0.8  # quantile of the misses that counts as usual
 REWEIGHTED = 20  # times, so that a few wrong normals do not matter
@@ -244,7 +245,7 @@ class _Transitions:
         slope_KO = jump_KDO[:, 1:].square().mean(1).sqrt() * inputs**0.5
         height_K = self.at_KI.norm(dim=1) * (jump_KDO[:, 0].norm(dim=1) / slope_KO.norm(dim=1).clamp(min=1e-300))
         width_K = self.step_KI.norm(dim=1) / inputs**0.5
-        return float((height_K / (1 if distance else width_K)).median()) <= (distance or ORDINARY)
+        return float((height_K / (1 if distance else width_K)).quantile(MOST)) <= (distance or ORDINARY)
 
     def _jumps(self, ask: Ask, directions_KDI: Tensor) -> Tensor:
         """Changes of the derivatives in directions[K, D, I] from one side of the transition to the other, [K, D, O]."""
