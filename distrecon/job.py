@@ -170,7 +170,10 @@ def _zoos(sweeps: Sequence[Sweep], request: Request) -> dict[str, Zoo]:
 def _check_shared(folder: RunFolder, zoos: Iterable[Zoo]) -> None:
     """UserError when what every node must read or write lies on a disk that another node does not see."""
     if (place := store(folder.storage or folder.path)).local:
-        Path(place.root).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(place.root).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {place.root} ({error.strerror or error})") from None
     zoos = list(zoos)
     own = [where.root for where in (place, *(zoo.store for zoo in zoos)) if where.local]
     session.check_shared([*own, *(zoo.image_folder for zoo in zoos if zoo.image_folder is not None)])

@@ -277,7 +277,7 @@ def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
         (["--out", "/proc/out"], ["/proc/out", "cannot be written"]),
         (
             ["--storage", "/proc/here", "--out", "run"],
-            ["cannot write /proc/here/zoos"],
+            ["cannot write /proc/here"],
         ),  # found after the run folder was made
     ],
 )

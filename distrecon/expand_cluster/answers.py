@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrecon.errors import UserError
+from distrecon.errors import UserError, is_out_of_memory
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a call is repeated; the waits double
 SAID = 200  # characters of what a black box said that an error repeats
@@ -75,6 +75,8 @@ class Answers:
                 answer = self._first_that_works(x_QI)
                 break
             except Exception as error:
+                if is_out_of_memory(error):  # no fault of the request, and no repetition helps
+                    raise
                 if attempt == self.retries:
                     again = f" ({self.retries} repetitions did not help)" if self.retries else ""
                     shape = f"{list(x_QI.shape)} (input_size={self.inputs})"
