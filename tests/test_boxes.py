@@ -53,7 +53,9 @@ def test_a_wrong_network_is_wrong(what):
         w = w.clone()
         w[1, 2] += 1e-4
     if what == "output":  # one of two, and much the smaller
-        problem = dataclasses.replace(problem, truth=lambda x: network(weights(SIZES, 3), "tanh")(x) * torch.tensor([1e9, 1.0]))
+        problem = dataclasses.replace(
+            problem, truth=lambda x: network(weights(SIZES, 3), "tanh")(x) * torch.tensor([1e9, 1.0])
+        )
         a, c = a * torch.tensor([[1e9], [1.0 + 1e-4]]), c * torch.tensor([1e9, 1.0])
     if what == "missing":
         w, b, a = w[:3], b[:3], a[:, :3]

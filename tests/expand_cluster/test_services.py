@@ -76,7 +76,9 @@ recover(box, answers=sys.argv[1])
 
 
 def test_a_killed_run_goes_on_from_its_answers(tmp_path):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment(), capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment(), capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     before = os.path.getsize(tmp_path / "answers.bin")
     box = Counted()
