@@ -359,7 +359,7 @@ NET = [8, 5, 3]
 
 CASES = [
     # networks, as they are
-    Case("tanh 4-6-2, inputs round 50", "exact", partial(moved_inputs, "tanh", 50.0, 1.0, sizes=[4, 6, 2]), small=True),
+    Case("tanh 4-6-2, inputs round 50", "exact", partial(moved_inputs, "tanh", 50.0, 1.0, sizes=[4, 6, 2])),
     Case("relu 8-5-3, a kink 60 deviations off", "exact", far_kink, small=True),
     Case("outputs 1e14 net(x) and sin(20 x)", "unverified", two_sizes),
     Case("float32, a neuron of 3e-6", "exact", faint_neuron),
