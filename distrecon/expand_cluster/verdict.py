@@ -111,7 +111,7 @@ def judge(run: Run, problem: Problem, weights: Weights, polished: bool, train_lo
             x_QI, y_QO = run.box.asked()
             comparison = compare(weights, run.activation.name, x_QI, y_QO, tolerance)
             objection = objection or _disagreement(comparison, "of the run's")
-        certificate = certify(comparison, tolerance, x_QI, len(fresh_QI), run.box.noise_O, spread_O)
+        certificate = certify(comparison, tolerance, x_QI, len(fresh_QI), run.box.noise_O, spread_O, run.box.untold)
         if objection and train_loss > floor:
             left = f"{math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
             objection = f"the best fit leaves a relative error of {left}"
@@ -131,7 +131,7 @@ def confirm(box: BlackBox, recovery: Recovery) -> Recovery:
     x_QI, y_QO = box.asked()
     comparison = compare(recovery.weights, recovery.activation, x_QI, y_QO, tolerance)
     spread_O = torch.tensor(certificate.spread, dtype=torch.float64)
-    certificate = certify(comparison, tolerance, x_QI, certificate.fresh, box.noise_O, spread_O)
+    certificate = certify(comparison, tolerance, x_QI, certificate.fresh, box.noise_O, spread_O, box.untold)
     objection = _disagreement(comparison, "of the run's")
     return dataclasses.replace(
         recovery,
