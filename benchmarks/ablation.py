@@ -19,8 +19,8 @@ from benchmarks.harness import Cell, Column, Part, Row, Table, extremes
 from benchmarks.recovery import Sizes, in_process
 from distrecon.expand_cluster.neurons import LayerClustering, Pool
 
-SHALLOW = (((4, 4, 1), "g"), ((2, 8, 1), "g"), ((8, 8, 2), "tanh"), ((4, 8, 1), "softplus"))
-DEEP = (((6, 4, 4, 2), "tanh"), ((8, 6, 5, 2), "tanh"))
+SHALLOW = (((4, 4, 1), "g"), ((2, 8, 1), "g"), ((8, 8, 2), "tanh"))
+DEEP = (((6, 4, 4, 2), "tanh"),)
 STUDENTS, SEEDS = (1, 2, 5, 10), 3
 EXACT = 1e-6  # largest cosine distance
 CLUSTERS = "distrecon.expand_cluster.{}.representatives"  # which the collapse and the peeling of layers start from
