@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import ablation
 from benchmarks.__main__ import main
 from benchmarks.black_boxes import Problem, dense, far_kink, weights
 from benchmarks.box_cases import CASES, Case
@@ -97,3 +98,16 @@ def test_names_are_unique_and_every_case_can_be_made():
     for case in CASES:
         if case.small:
             assert isinstance(case.make(), Problem)
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+def test_the_ablation_leaves_out_clusters_where_it_says_so(clusters, monkeypatch):
+    started_from = []
+    monkeypatch.setattr("benchmarks.ablation.SEEDS", 1)
+    monkeypatch.setattr(ablation, "best_student", lambda clustering, pool: started_from.append(0) or pool.of_best())
+    (row,) = ablation.solve((2, 2, 1), "g", 2, clusters)
+    assert bool(started_from) != clusters
+    assert row["recover/students"] == 2
+    assert not row["wrongly"]
+    (cell,) = [column for column in ablation.TABLE.columns if column.heading == "2, clusters"]
+    assert cell.cell([row | {"students": 2, "clusters": clusters}]) == (f"{int(row['exact'])} of 1" if clusters else "")
