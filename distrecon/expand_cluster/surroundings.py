@@ -32,6 +32,7 @@ SPREAD = 100.0  # of the inputs' strengths: more means that they have scales of 
 ACTING = 1e-5  # of the strongest input's action: weaker ones do nothing visible
 AFAR = 100.0, 1000.0  # lengths of lines, in turn, in units of the scale at which it bends
 FINE = 1e-4  # of the answers: what is visible of transitions far away, where inputs are rounded too
+NEARER, ROUNDED = (10.0, 30.0), 1e-8  # those where so much of the answers is rounding: far out it hides transitions
 WITNESSES = 12  # transitions that are looked at first
 SEARCH = 12_000  # queries for the transitions of a round
 ROUNDS = 3
@@ -140,9 +141,10 @@ def by_asking(
     reach = _reach(ask, standard, generator, visible)
     if reach is None:
         return standard
+    afar = AFAR if visible < ROUNDED else NEARER
     near, found = 1 / ORDINARY <= reach <= ORDINARY, Transitions.none(inputs)
     if visible < FINE:
-        found = Transitions.look(ask, [reach * length for length in AFAR], WITNESSES, inputs, generator, visible)
+        found = Transitions.look(ask, [reach * length for length in afar], WITNESSES, inputs, generator, visible)
         near &= found.pass_within(ask, ORDINARY, generator, visible)
     if near and _strength_spread(ask, standard, generator) < SPREAD:
         return standard
@@ -151,10 +153,11 @@ def by_asking(
         return _at(standard, standard.centre_I, standard.scale_I * reach)
     around = _at(standard, standard.centre_I, scale_I)
     reach = float((reach / scale_I).max())
+    moved = 0.0
     count = max(1, int(min(3 * inputs + 12, min(SEARCH, left / (2 * ROUNDS)) / (4 * inputs + 40))))
     for _ in range(ROUNDS):
         standing = around.asked(ask)
-        found = Transitions.look(standing, [reach * length for length in AFAR], count, inputs, generator, visible)
+        found = Transitions.look(standing, [reach * length for length in afar], count, inputs, generator, visible)
         if not len(found.at_KI):
             break
         planes = found.hyperplanes(standing, visible)
@@ -166,7 +169,7 @@ def by_asking(
             return standard
         if moved < SETTLED:
             break
-    return around
+    return around if visible < ROUNDED or moved < ORDINARY else standard
 
 
 def _ordinary(around: Surroundings) -> bool:

@@ -13,7 +13,7 @@ from distrecon.expand_cluster.surroundings import (
     read_domain,
     unbounded,
 )
-from tests.expand_cluster.test_diagnosis import net, weights
+from tests.expand_cluster.test_diagnosis import look, net, weights
 
 
 def test_data_set_centre_and_scale_and_constant_inputs_get_the_usual_scale(generator):
@@ -114,6 +114,16 @@ def test_how_much_of_the_queries_a_search_takes_is_limited():
 @pytest.mark.parametrize("seed", range(4))
 def test_an_ordinary_box_is_left_as_it_is(activation, seed):
     found = examine(net([8, 5, 3], activation, seed=seed), 8)
+    assert found.centre_I.eq(0).all()
+    assert found.scale_I.eq(1).all()
+
+
+@pytest.mark.parametrize("activation", ["tanh", "softplus", "g"])
+@pytest.mark.parametrize("sizes", [[12, 9, 2], [30, 10, 3]], ids=str)
+def test_an_ordinary_box_in_float32_is_left_as_it_is(activation, sizes):
+    """Far out its rounding hides the transitions of activations that grow."""
+    inner = network([(w.float(), b.float()) for w, b in weights(sizes, 3)], activation)
+    found = look(lambda x: inner(x.float()), sizes[0]).around
     assert found.centre_I.eq(0).all()
     assert found.scale_I.eq(1).all()
 
