@@ -20,7 +20,9 @@ class Loader(PythonModel):
         assert serve is not None  # or it would not have been packaged
         self.served = cast(Served, serve(Path(context.artifacts[FILES])))
 
-    def predict(self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None):  # type: ignore[no-untyped-def]
+    def predict(
+        self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
+    ) -> np.ndarray:
         return self.served.call(np.asarray(model_input), **(params or {}))
 
 

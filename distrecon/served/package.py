@@ -5,7 +5,6 @@ A package holds the model's own files (safetensors and JSON) and the code that r
 
 import logging
 import shutil
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,17 +33,15 @@ def package(kind: Kind, files: Sequence[Path], target: Path) -> bool:
     if served is None:
         return False
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of type hints, by which MLflow would convert inputs
-        mlflow.pyfunc.save_model(
-            target,
-            python_model=str(Path(__file__).with_name("loader.py")),
-            artifacts={FILES: str(own)},
-            model_config={"kind": kind.name},
-            signature=signature(served),
-            input_example=served.example,
-            pip_requirements=[f"distrecon=={version('distrecon')}"],
-        )
+    mlflow.pyfunc.save_model(
+        target,
+        python_model=str(Path(__file__).with_name("loader.py")),
+        artifacts={FILES: str(own)},
+        model_config={"kind": kind.name},
+        signature=signature(served),
+        input_example=served.example,
+        pip_requirements=[f"distrecon=={version('distrecon')}"],
+    )
     return True
 
 
