@@ -59,7 +59,7 @@ def space_file(name: str) -> str:
         if path.is_file():
             return str(path)
     names = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-    raise UserError(f"no space file {name!r}{nearest(shipped.stem, names)}; shipped ones: {', '.join(names) or 'none'}")
+    raise UserError(f"{name}: no such space file{nearest(shipped.stem, names)}")
 
 
 def read_sweeps(request: Request) -> list[Sweep]:
