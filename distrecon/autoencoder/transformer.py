@@ -18,13 +18,21 @@ from distrecon.autoencoder.coder import Coder, CoderConfig
 from distrecon.nets import Architecture
 
 
+class Norm(nn.LayerNorm):
+    """Layer normalisation that answers in the type it reads, also under autocast; its sums are float32 in any case."""
+
+    def forward(self, x_BTW: Tensor) -> Tensor:
+        with torch.autocast(x_BTW.device.type, enabled=False):
+            return super().forward(x_BTW)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block over [B, T, W]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_attention, self.norm_mlp = Norm(width), Norm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
@@ -70,9 +78,9 @@ class TransformerCoder(Coder):
         width, blocks = config.width, range(config.layers)
         self.tokeniser = nn.Linear(self.token_size, width)
         self.encoder_positions, self.decoder_positions = (Positions(architectures, width) for _ in range(2))
-        self.encoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
+        self.encoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), Norm(width))
         self.to_latent, self.from_latent = nn.Linear(width, config.latent), nn.Linear(config.latent, width)
-        self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
+        self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), Norm(width))
         self.detokeniser = nn.Linear(width, self.token_size)
         self.projection = Projection(config.latent, config.projection)
 

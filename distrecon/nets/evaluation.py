@@ -33,7 +33,8 @@ def inputs_for(arch: Architecture, images: Tensor, what: str = "images") -> Tens
 @torch.no_grad()
 def outputs(arch: Architecture, theta_BP: Tensor, images: Tensor) -> Tensor:
     """logits[B, Q, C] on images as in `inputs_for`, without gradients."""
-    return torch.cat([*_chunks(arch, theta_BP, images)])
+    chunks = [*_chunks(arch, theta_BP, images)]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ VIEWS = set(
     "_reshape_alias _unsafe_view alias as_strided chunk detach diagonal expand expand_as lift_fresh movedim narrow "
     "permute select slice split split_with_sizes squeeze t transpose unbind unfold unsafe_split unsqueeze view".split()
 )
-QUESTIONS = set(
+QUESTIONS = set(  # and memory asked for, which no kernel fills
+    "empty empty_like empty_strided new_empty new_empty_strided "
     "device dim is_contiguous is_non_overlapping_and_dense is_strides_like_format numel size storage_offset stride "
     "sym_is_contiguous sym_numel sym_size sym_storage_offset sym_stride".split()
 )
