@@ -22,8 +22,9 @@ class Norm(nn.LayerNorm):
     """Layer normalisation that answers in the type it reads, also under autocast; its sums are float32 in any case."""
 
     def forward(self, x_BTW: Tensor) -> Tensor:
+        weight_W, bias_W = self.weight.to(x_BTW.dtype), self.bias.to(x_BTW.dtype)
         with torch.autocast(x_BTW.device.type, enabled=False):
-            return super().forward(x_BTW)
+            return F.layer_norm(x_BTW, self.normalized_shape, weight_W, bias_W, self.eps)
 
 
 class Block(nn.Module):
@@ -64,7 +65,8 @@ class Positions(nn.Module):
     def forward(self, zoo: int) -> Tensor:
         """[T, W] for the architecture of that zoo."""
         index_T3: Tensor = getattr(self, f"index{zoo}")
-        return torch.stack([embedding(index_T3[:, i]) for i, embedding in enumerate(self.embeddings)]).sum(0)
+        index, layer, within = (embedding(index_T3[:, i]) for i, embedding in enumerate(self.embeddings))
+        return index + layer + within
 
 
 class TransformerCoder(Coder):

@@ -10,7 +10,7 @@ from tests.conftest import environment
 from tests.gpu import guard
 
 pytestmark = pytest.mark.skipif(guard.compiler() is None, reason="needs a C++ compiler (g++, or CXX)")
-KERNELS = {"step float32": 715, "step tf32": 720, "step bf16": 835}
+KERNELS = 700  # of a step at the paper's size, whatever its precision
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def counts() -> dict[str, dict[str, dict[str, float]]]:
 @pytest.mark.parametrize(("precision", "peak_gib"), [("float32", 6), ("tf32", 6), ("bf16", 4)])
 def test_a_step_of_the_papers_size(counts, precision: str, peak_gib: float) -> None:
     first, later = (counts[f"step {precision}"][which] for which in ("first", "later"))
-    most = {"kernels": KERNELS[f"step {precision}"], "synchronisations": 1, "copies": 2, "peak_gib": peak_gib}
+    most = {"kernels": KERNELS, "synchronisations": 1, "copies": 2, "peak_gib": peak_gib}
     assert all(later[name] <= value for name, value in most.items()), later
     assert all(first[name] <= 1.5 * value for name, value in most.items()), first
     assert first["written_gib"] < 1.5 * later["written_gib"]
