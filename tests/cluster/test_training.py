@@ -79,6 +79,7 @@ def test_in_process_training_reports_and_leaves_everything(zoo, tmp_path):
     assert "resources.num_workers" not in stored["config"]
 
 
+@pytest.mark.slow
 def test_scoring_finds_the_trainings_workers_gone(zoo, tmp_path):
     """Two workers trained; while the autoencoder is scored, one place is taken and nothing else is reserved."""
     run = small_run(**{"resources.num_workers": 2, "resources.cpus_per_worker": 0.9, "optim.epochs": 1})
