@@ -68,7 +68,8 @@ def _chunks(arch: Architecture, theta_BP: Tensor, images: Tensor) -> Iterator[Te
     else:
         models, count = gpu_chunk(arch, len(theta_BP), len(inputs))
     for theta_bP in theta_BP.split(models):
-        parts = [arch.forward(theta_bP.to(images.device), part) for part in inputs.split(max(1, count))]
+        theta_bP = theta_bP.to(images.device)
+        parts = [arch.forward(theta_bP, part) for part in inputs.split(max(1, count))]
         yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

@@ -179,7 +179,8 @@ class _FusedAttention(TorchFunctionMode):
     """Attention by the kernel that GPUs have for it; without one torch would take it apart."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and args[0].device.type == "cuda":
+        fused = torch.backends.cuda.mem_efficient_sdp_enabled()  # but where its gradient has to be differentiated
+        if func is F.scaled_dot_product_attention and args[0].device.type == "cuda" and fused:
             if torch.is_autocast_enabled("cuda"):
                 args = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in args]
             return aten._scaled_dot_product_efficient_attention(*args, None, torch.is_grad_enabled())[0]

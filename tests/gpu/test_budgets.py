@@ -49,3 +49,11 @@ def test_evaluation_keeps_to_its_memory(counts) -> None:
     found = counts["evaluation"]["64 models on 45,000 pictures"]
     assert found["peak_gib"] < 3
     assert found["synchronisations"] == found["copies"] == 0
+
+
+def test_scoring_computes_on_the_gpu_what_lies_on_the_cpu(counts) -> None:
+    """Every model that is evaluated goes there once, and its predictions come back."""
+    found = counts["scoring"]["48 models on 4,096 pictures"]
+    assert found["peak_gib"] < 3
+    assert found["copies"] <= 80
+    assert found["synchronisations"] <= 180
