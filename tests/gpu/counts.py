@@ -63,7 +63,7 @@ def evaluation(gpu: Recorder) -> dict[str, dict[str, float]]:
 
 
 def scoring(gpu: Recorder) -> dict[str, dict[str, float]]:
-    """All tasks on 48 CNN3 models and 4,096 pictures; the models lie on the CPU, their alignments are computed there."""
+    """All tasks on 48 CNN3 models, which lie on the CPU and are aligned there, and 4,096 pictures."""
     arch = architecture("cnn3")
     theta_BP = initialise(arch, ["kaiming_normal"] * 48, range(48))
     images = random_images(arch, 4096)
