@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from distrecon.autoencoder.model import Autoencoder
 from distrecon.autoencoder.store import load_autoencoder as load_folder
+from distrecon.cluster.scoring import score_autoencoder
 from distrecon.cluster.training import AutoencoderRun, train_autoencoder
 from distrecon.errors import UserError
 from distrecon.nets import Architecture, outputs
@@ -28,9 +29,10 @@ MLFLOW_RUN = "runs:/"
 
 
 def run(config: AutoencoderRun, trial: Trial) -> Mapping[str, Any]:
-    """Trains and scores one autoencoder; the training's own reports become the trial's."""
+    """Trains one autoencoder, whose own reports become the trial's, and scores it on the first zoo."""
     zoos = [trial.zoos[name] for name in config.zoo]
-    return train_autoencoder(config, zoos, trial.storage, trial.name, in_trial=True).metrics
+    train_autoencoder(config, zoos, trial.storage, trial.name, in_trial=True)
+    return {"epoch": config.optim.epochs} | score_autoencoder(config, zoos[0], f"{trial.storage}/{trial.name}")
 
 
 def needs(config: AutoencoderRun) -> Needs:

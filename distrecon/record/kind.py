@@ -111,7 +111,9 @@ class Kind:
     figures: tuple[Callable[[SweepRecord, Arrays], Drawing | None], ...] = ()  # None where there is nothing to draw
     needs: Callable[[Any], Needs] = lambda config: ONE_CPU
     epochs: Callable[[Any], int | None] = lambda config: None  # how many a trial reports, where it does
-    reports_itself: bool = False  # `run` reports to Ray Tune, epoch by epoch; others' metrics are reported at their end
+    reports_itself: bool = (
+        False  # epoch by epoch to Ray Tune, with the time; what `run` returns is reported in any case
+    )
     offer: tuple[str, str] | None = None  # of the best trial: what it is, and the line of Python that loads {run}
     serve: Callable[[Path], Served | None] | None = None  # the model of a folder with a trial's files, where it has one
 
