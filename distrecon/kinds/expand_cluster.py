@@ -229,6 +229,7 @@ METRICS = (
         objective=False,
     ),
     Metric("recover/answers_compared", "", str, "answers that the verdict compared", objective=False),
+    Metric("recover/answers_not_compared", "", str, "answers that tell no scores", objective=False),
     Metric(
         "recover/worst_disagreement", "", scientific, "largest difference, of its output's deviation", objective=False
     ),
