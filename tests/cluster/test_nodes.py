@@ -14,6 +14,47 @@ from tests.conftest import environment
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 
+SHARED = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+from distrecon.cluster.session import check_shared
+from distrecon.errors import UserError
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+shared, absent = sys.argv[1:]
+check_shared([absent])  # one node alone sees whatever it sees
+cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+check_shared([])
+check_shared([shared])
+try:
+    check_shared([shared, absent])
+except UserError as error:
+    print(error)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_node_does_not_see_is_refused_in_a_line(tmp_path):
+    """Nodes of one machine see the same files: what another machine would lack is a folder that is not there."""
+    absent = tmp_path / "absent"
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED, str(tmp_path), str(absent)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if "does not see" in line]
+    assert str(absent) in line
+    assert "s3://" in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("nodes", "workers", "min_workers", "tolerance"),
