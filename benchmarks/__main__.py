@@ -53,6 +53,7 @@ PARTS = {
     "ray": Entry("pipeline", "Ray", True),
     "default_run": Entry("tune_run", "The default run", True),
     "growth": Entry("growth", "Growth of cost", True),
+    "fake_gpu": Entry("fake_gpu.part", "What a GPU would be asked for, counted without one", True),
     "gpu": Entry("gpu", "GPU", True, True),
     "scaling": Entry("scaling", "Measured here, computed for 1 to 64 GPUs"),
     "zoo_stream": Entry("pipeline", "States from disk to the workers"),

@@ -1,11 +1,20 @@
 """What only a GPU has: bfloat16, torch.compile, CUDA graphs, and the share of the device's peak that is reached.
 
+    python -m benchmarks gpu                                          # these ways of a network and of a step
+    python -m benchmarks.gpu --minutes 8 --out DIR [--images DIR]     # what the first GPU proves: see gpu_proof.py
+
+The second needs torch and distrecon alone; begun again with the same --out it goes on. --quick rehearses it on a CPU.
+
 Peak is the rate of a large matrix product of the same number type on the same device. All ways of one network take
 turns, so that the fastest says what pays.
 """
 
+import argparse
+import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -74,3 +83,30 @@ def _steps(models: int, device: torch.device) -> list[Row]:
 
 
 PARTS = {"gpu": speed(gpu)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    from benchmarks import gpu_proof
+
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=gpu_proof.__doc__)
+    parser.add_argument("--minutes", type=float, default=8.0, help="no part begins later (default: %(default)g)")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of results, also of an earlier call")
+    parser.add_argument("--images", type=Path, help="pictures of the zoo, as distrecon.zoo reads them; else digits")
+    parser.add_argument("--image-set", default="cifar10", help="what --images holds (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="small sizes, a rehearsal")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here; rehearse with --quick --device cpu")
+    images = (args.image_set, args.images) if args.images else ("digits", None)
+    until = time.monotonic() + 60 * args.minutes
+    setting = gpu_proof.Setting(torch.device(args.device), args.out, args.quick, images, until)
+    missing = gpu_proof.measure(setting)
+    print(gpu_proof.page(args.out))
+    if missing:
+        print(f"no time for: {', '.join(missing)}; the same command goes on", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

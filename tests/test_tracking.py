@@ -50,6 +50,22 @@ def test_a_journal_arrives_as_parent_child_parameters_and_metrics_by_epoch(journ
     assert "a/sizes" not in child.data.metrics
 
 
+def test_a_run_that_a_slow_server_made_twice_is_there_once(journal, tmp_path, monkeypatch):
+    create_run = MlflowClient.create_run
+
+    def create_twice(*arguments):
+        create_run(*arguments)
+        return create_run(*arguments)
+
+    monkeypatch.setattr(MlflowClient, "create_run", create_twice)
+    finish(journal)
+    assert Tracker(RunFolder(tmp_path / "run"), ["demo"], {"seed": "3"}).sync()
+    _, found, (child,) = runs(tmp_path)
+    assert len(found) == 2
+    assert {r.info.status for r in found} == {"FINISHED"}
+    assert child.data.params["loss.beta"] == "0.1"
+
+
 def test_nothing_is_sent_twice_by_another_tracker_of_the_same_folder(journal, tmp_path):
     finish(journal)
     for _ in range(2):

@@ -18,7 +18,7 @@ from distrecon.cluster.resources import NO_CUDA, ResourcesConfig, threads
 from distrecon.cluster.training import AutoencoderRun
 from distrecon.errors import UserError
 from distrecon.record.artifacts import fetch, upload
-from distrecon.zoos import Zoo, tasks
+from distrecon.zoos import Zoo
 
 
 def score_autoencoder(run: AutoencoderRun, zoo: Zoo, trial: str) -> dict[str, Any]:
@@ -27,6 +27,8 @@ def score_autoencoder(run: AutoencoderRun, zoo: Zoo, trial: str) -> dict[str, An
     Waits for a place. Errors of the task are raised as themselves.
     """
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from distrecon.zoos import tasks
 
     nowhere: Any = None  # as Ray's documentation has it; its types say otherwise
     resources = {
@@ -54,6 +56,8 @@ def _score(trial: str, values: Mapping[str, Any], zoo: Zoo) -> dict[str, Any]:
 
 def _device(resources: ResourcesConfig) -> str:
     """The GPU that Ray gave this task, or the CPU; UserError where one was reserved and torch cannot use it."""
+    from distrecon.zoos import tasks
+
     if not resources.use_gpu or resources.device == "cpu":
         return "cpu"
     if tasks.assigned_device() != "cuda":

@@ -152,6 +152,10 @@ class Tracker:
         )
         sent["runs"][key] = run.info.run_id
         self._save()
+        # a request that a slow server answers too late is sent again by MLflow's client, and has made a run each time
+        for other in self.client.search_runs([sent["experiment"]], f"attributes.start_time = {at}"):
+            if other.info.run_id != run.info.run_id and other.data.tags == run.data.tags:
+                self.client.delete_run(other.info.run_id)
         self._log(run.info.run_id, params=params, tags={**self.tags, **tags})
 
     def _experiment(self, name: str) -> str:

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from benchmarks.fake_gpu import guard
 from tests.conftest import environment
-from tests.gpu import guard
 
 pytestmark = pytest.mark.skipif(guard.compiler() is None, reason="needs a C++ compiler (g++, or CXX)")
 KERNELS = 700  # of a step at the paper's size, whatever its precision
@@ -15,8 +15,8 @@ KERNELS = 700  # of a step at the paper's size, whatever its precision
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, dict[str, dict[str, float]]]:
-    """Of every case of `tests.gpu.counts`, in a process that believes in a GPU."""
-    command = [sys.executable, "-m", "tests.gpu.counts"]
+    """Of every case of `benchmarks.fake_gpu.counts`, in a process that believes in a GPU."""
+    command = [sys.executable, "-m", "benchmarks.fake_gpu.counts"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

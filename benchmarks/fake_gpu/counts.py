@@ -1,7 +1,7 @@
-"""What a GPU would be asked for, as JSON: `python -m tests.gpu.counts [NAME ...]`, in a process of its own."""
+"""What a GPU would be asked for, as JSON: `python -m benchmarks.fake_gpu.counts [CASE ...]`, in its own process."""
 
 # ruff: noqa: I001, what makes torch believe in a GPU comes before torch
-from tests.gpu.fake_cuda import Recorder, recording
+from benchmarks.fake_gpu.fake_cuda import Recorder, recording
 
 import json
 import sys

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.gpu.guard import library
+from benchmarks.fake_gpu.guard import library
 
 ctypes.CDLL(str(library()))  # before torch, which asks once what devices there are
 
