@@ -78,12 +78,20 @@ def exact_network(
         neurons_HK = refitted_HK
     if skip:
         neurons_HK = _eliminate(problem, neurons_HK, loss, True)[0]
-        neurons_HK = _unflip(problem, neurons_HK)
-        neurons_HK, loss = _refit(problem, neurons_HK, False)
-    neurons_HK, loss = _eliminate(problem, neurons_HK, loss, False)
+        return reduced(problem, _unflip(problem, neurons_HK), [clustering])
+    return _reduced(problem, neurons_HK, loss, [clustering])
+
+
+def reduced(problem: Problem, neurons_HK: Tensor, linkage: list[LayerClustering]) -> Found:
+    """The neurons fitted without a skip, then freed of those that are not needed."""
+    return _reduced(problem, *_refit(problem, neurons_HK, False), linkage)
+
+
+def _reduced(problem: Problem, neurons_HK: Tensor, loss: float, linkage: list[LayerClustering]) -> Found:
+    data, (neurons_HK, loss) = problem.data, _eliminate(problem, neurons_HK, loss, False)
     net, theta_1P = problem.net(len(neurons_HK)), _with_outgoing(problem, neurons_HK, False)
     loss = float(net.loss(theta_1P, data.z_QR, data.y_QO)[0])
-    return Found(net, theta_1P, loss, [clustering])
+    return Found(net, theta_1P, loss, linkage)
 
 
 def _with_outgoing(problem: Problem, neurons_HK: Tensor, skip: bool, rows: int | None = None) -> Tensor:
