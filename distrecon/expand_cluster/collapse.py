@@ -8,6 +8,7 @@ Legend: Q queries, R relevant input directions, H hidden, K = R + 1, O outputs, 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,7 +63,11 @@ def collapse(problem: Problem, pool: Pool) -> Found | None:
 
 
 def exact_network(
-    problem: Problem, neurons_HK: Tensor, candidates_HK: Tensor, target: float, clustering: LayerClustering
+    problem: Problem,
+    neurons_HK: Tensor,
+    candidates_HK: Tensor,
+    target: float,
+    clustering: LayerClustering | None = None,
 ) -> Found:
     """Clustered neurons, fitted to the floor, then reduced to an irreducible network.
 
@@ -70,6 +75,7 @@ def exact_network(
     squared error is at most `target`.
     """
     data, activation, skip = problem.data, problem.activation, takes_skip(problem.activation)
+    linkage = [clustering] if clustering is not None else []
     refitted_HK, loss = _refit(problem, neurons_HK, skip)
     if loss > max(problem.floor, NEARLY_EXACT):  # the clusters alone are not enough
         neurons_HK = pursue(neurons_HK, candidates_HK, data.z_QR, data.y_QO, activation, skip, target)
@@ -78,13 +84,13 @@ def exact_network(
         neurons_HK = refitted_HK
     if skip:
         neurons_HK = _eliminate(problem, neurons_HK, loss, True)[0]
-        return reduced(problem, _unflip(problem, neurons_HK), [clustering])
-    return _reduced(problem, neurons_HK, loss, [clustering])
+        return reduced(problem, _unflip(problem, neurons_HK), linkage)
+    return _reduced(problem, neurons_HK, loss, linkage)
 
 
-def reduced(problem: Problem, neurons_HK: Tensor, linkage: list[LayerClustering]) -> Found:
+def reduced(problem: Problem, neurons_HK: Tensor, linkage: Sequence[LayerClustering] = ()) -> Found:
     """The neurons fitted without a skip, then freed of those that are not needed."""
-    return _reduced(problem, *_refit(problem, neurons_HK, False), linkage)
+    return _reduced(problem, *_refit(problem, neurons_HK, False), list(linkage))
 
 
 def _reduced(problem: Problem, neurons_HK: Tensor, loss: float, linkage: list[LayerClustering]) -> Found:

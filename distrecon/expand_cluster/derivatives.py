@@ -33,6 +33,12 @@ class Derivatives:
         self.center_SO = box(self.x_SI)
         self.noise = max(box.noise / max(float(self.center_SO.std()), 1e-300), LEAST_NOISE)
 
+    def cost(self, order: int, directions: int) -> int:
+        """Queries that derivatives of this order take, along so many directions where it is the second."""
+        rank = self.back_IR.shape[1]
+        lines = rank if order == 1 else directions * rank + directions + rank
+        return len(self.x_SI) * len(MULTIPLES) * lines
+
     def jacobians(self) -> Tensor:
         """d outputs / d z, [S, O, R]: 4 R queries a point."""
         return self._along(torch.eye(self.back_IR.shape[1], dtype=torch.float64), FIRST).transpose(1, 2)

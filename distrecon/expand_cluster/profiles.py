@@ -14,8 +14,8 @@ from distrecon.nets.activations import Activation
 
 Function = Callable[[Tensor], Tensor]
 SLOPES = tuple(10.0 ** (k / 5) for k in range(-8, 11))  # of the starts, over the standard deviation of t
-CENTRES = 21  # of the starts, over the range of t
-STARTS = 4  # the best of them are followed
+CENTRES = 61  # of the starts, over the range of t
+STARTS = 10  # of so many slopes the best centre is followed
 LOOKED_AT = 300  # points, to choose these
 ITERATIONS, CONVERGED = 100, 1e-28
 
@@ -83,6 +83,8 @@ def _starts(fit: ProfileFit) -> Tensor:
     profile_GS = fit.function(alpha_G[:, None] * (t_S - centre_G[:, None])).detach()
     power_G = profile_GS.square().sum(1).clamp(min=1e-300)
     product_G = profile_GS @ values_S
-    best_N = (product_G.square() / power_G).topk(STARTS).indices
+    gain_AC = (product_G.square() / power_G).unflatten(0, (len(alpha_A), CENTRES))
+    slopes_N = gain_AC.amax(1).topk(STARTS).indices
+    best_N = slopes_N * CENTRES + gain_AC[slopes_N].argmax(1)
     alpha_N = alpha_G[best_N]
     return torch.stack([product_G[best_N] / power_G[best_N], alpha_N, -alpha_N * centre_G[best_N]], dim=1)

@@ -29,6 +29,7 @@ from distrecon.expand_cluster.thresholds import (
     AGREEMENT,
     AGREEMENT_WORST,
     DIRECTION_MARGIN,
+    NEARLY_EXACT,
     NEEDED,
     VANISHING,
 )
@@ -56,7 +57,8 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
     run.candidates.append(
         Recovery(weights, run.activation.name, False, "", found.linkage, {**metrics, "recover/train_loss": found.loss})
     )
-    polished, loss = found.loss <= problem.floor and _polishable(run, problem, weights), found.loss
+    nearly = found.loss <= max(problem.floor, NEARLY_EXACT)
+    polished, loss = nearly and _polishable(run, problem, weights), found.loss
     if polished:
         with run.timed("polish"):
             weights, loss = _polish(run, problem, weights)
