@@ -88,9 +88,15 @@ def exact_network(
     return _reduced(problem, neurons_HK, loss, linkage)
 
 
-def reduced(problem: Problem, neurons_HK: Tensor, linkage: Sequence[LayerClustering] = ()) -> Found:
-    """The neurons fitted without a skip, then freed of those that are not needed."""
-    return _reduced(problem, *_refit(problem, neurons_HK, False), list(linkage))
+def reduced(
+    problem: Problem, neurons_HK: Tensor, linkage: Sequence[LayerClustering] = (), fitted: bool = True
+) -> Found:
+    """The neurons without a skip, freed of those that are not needed; not `fitted` where they are nearly exact."""
+    theta_1P, data = _with_outgoing(problem, neurons_HK, False), problem.data
+    loss = float(problem.net(len(neurons_HK)).loss(theta_1P, data.z_QR, data.y_QO)[0])
+    if fitted or loss > NEARLY_EXACT:
+        neurons_HK, loss = _refit(problem, neurons_HK, False)
+    return _reduced(problem, neurons_HK, loss, list(linkage))
 
 
 def _reduced(problem: Problem, neurons_HK: Tensor, loss: float, linkage: list[LayerClustering]) -> Found:

@@ -69,7 +69,7 @@ class SolverConfig:
         400, "students up to this size are fitted by the solver alone, without a warm start"
     )
     polish_parameters: int = setting(10_000, "recovered networks up to this size are polished in all inputs at once")
-    dense_parameters: int = setting(1500, "one network above this size is fitted without forming J^T J")
+    dense_parameters: int = setting(3500, "one network above this size is fitted without forming J^T J")
     rows: int = setting(1000, "queries used in one fit (more when the unknowns need them)", least=1)
 
     def __post_init__(self) -> None:

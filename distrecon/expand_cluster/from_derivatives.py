@@ -22,7 +22,7 @@ from distrecon.expand_cluster.rank_one import rank_one_terms, span
 from distrecon.expand_cluster.result import Recovery
 from distrecon.expand_cluster.run import Run
 from distrecon.expand_cluster.thresholds import RESPONDS
-from distrecon.expand_cluster.verdict import conclude
+from distrecon.expand_cluster.verdict import conclude, polishable
 
 FIRST_POINTS = 48  # beside one for each relevant direction; then twice as many, until the rank shows
 ROUNDS = 4
@@ -40,13 +40,15 @@ def recover_from_derivatives(run: Run, coordinates: Coordinates) -> Recovery | N
             neurons_HK = neurons(run, coordinates, order)
         if neurons_HK is None or run.out_of_time():
             continue
-        unknowns = neurons_HK.numel() + run.box.outputs * (len(neurons_HK) + 1)
-        problem = run.problem(Probes(coordinates), unknowns)
+        outgoing = run.box.outputs * (len(neurons_HK) + 1)
+        weights = len(neurons_HK) * (run.box.inputs + 1) + outgoing
+        polished = polishable(run, coordinates, weights)
+        problem = run.problem(Probes(coordinates), weights if polished else neurons_HK.numel() + outgoing)
         with run.timed("collapse"):
             if order == 2 and takes_skip(run.activation):  # its second derivative is even: signs are open
                 found = exact_network(problem, neurons_HK, neurons_HK[:0], problem.floor)
             else:
-                found = reduced(problem, neurons_HK)
+                found = reduced(problem, neurons_HK, fitted=not polished)
         recovery = conclude(run, problem, found, {"recover/students": 0})
         if recovery.verified:
             return recovery

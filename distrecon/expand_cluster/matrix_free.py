@@ -4,7 +4,7 @@ Each step solves min |J step + r|^2 + lambda |R step|^2 by LSMR (Fong and Saunde
 needs only products with J and J^T; they cost about a forward and a backward pass. R has each neuron's columns made
 orthonormal (block Jacobi preconditioning), so that from a start near an exact fit a few hundred products are enough.
 
-Legend: Q queries, I inputs, O outputs, P parameters, H neurons of a layer, K columns of its matrix.
+Legend: Q queries, I inputs, O outputs, M residuals, P parameters, H neurons of a layer, K columns of its matrix.
 """
 
 import math
@@ -41,9 +41,9 @@ def matrix_free(
 
     `deadline` is a `time.monotonic` value. The solution is that of least_squares.levenberg_marquardt.
     """
-    loss_1, status, iteration, failed = net.loss(theta_1P, x_QI, y_QO), "iterations", 0, 0
+    loss_1, status, failed, iteration = net.loss(theta_1P, x_QI, y_QO), "iterations", 0, 0
     damping = NO_DAMPING if float(loss_1) < NEAR else DAMPING
-    for iteration in range(1, max_iterations + 1):
+    while iteration < max_iterations:
         if float(loss_1) <= tolerance:
             status = "converged"
         elif failed > TRIALS:
@@ -52,6 +52,7 @@ def matrix_free(
             status = "time"
         if status != "iterations":
             break
+        iteration += 1
         new_1P = theta_1P + _step(net, theta_1P, x_QI, y_QO, damping)
         new_1 = net.loss(new_1P, x_QI, y_QO)
         before = float(loss_1)
@@ -71,44 +72,38 @@ def matrix_free(
 
 def _step(net: DenseNet, theta_1P: Tensor, x_QI: Tensor, y_QO: Tensor, damping: float) -> Tensor:
     """The damped step [1, P]."""
-    factors = _blocks(net, theta_1P, x_QI)
+    matrices, (inputs, pre) = net.matrices(theta_1P), net.trace(theta_1P, x_QI)
+    factors = _blocks(net, matrices, inputs, pre)
 
-    def outputs(theta_1P: Tensor) -> Tensor:
-        return net(theta_1P, x_QI)[0]
-
-    out_QO, pull = torch.func.vjp(outputs, theta_1P)
-
-    def scaled(vector: np.ndarray) -> Tensor:
-        """R^-1 v, block by block."""
-        parts = net.matrices(torch.from_numpy(vector.ravel())[None])
-        solved = [
-            torch.linalg.solve_triangular(r, m[0, :, :, None], upper=True)[None, :, :, 0]
-            for m, r in zip(parts, factors, strict=True)
+    def scaled(vector_P: np.ndarray) -> list[Tensor]:
+        """R^-1 v, matrix by matrix."""
+        return [
+            torch.linalg.solve_triangular(r_HKK, m[0, :, :, None], upper=True)[None, :, :, 0]
+            for m, r_HKK in zip(net.matrices(torch.from_numpy(vector_P.ravel())[None]), factors, strict=True)
         ]
-        return net.flatten(solved)
 
-    def push(vector: np.ndarray) -> np.ndarray:
-        return torch.func.jvp(outputs, (theta_1P,), (scaled(vector),))[1].flatten().numpy()
+    def push(vector_P: np.ndarray) -> np.ndarray:
+        return net.push_forward(matrices, inputs, pre, scaled(vector_P)).flatten().numpy()
 
-    def pulled(vector: np.ndarray) -> np.ndarray:
-        (gradient_1P,) = pull(torch.from_numpy(vector.ravel()).reshape(out_QO.shape))
+    def pull(vector_M: np.ndarray) -> np.ndarray:
+        delta_1QO = torch.from_numpy(vector_M.ravel()).reshape(pre[-1].shape)
         solved = [
-            torch.linalg.solve_triangular(r.mT, m[0, :, :, None], upper=False)[None, :, :, 0]
-            for m, r in zip(net.matrices(gradient_1P), factors, strict=True)
+            torch.linalg.solve_triangular(r_HKK.mT, m[0, :, :, None], upper=False)[None, :, :, 0]
+            for m, r_HKK in zip(net.pull_back(matrices, inputs, pre, delta_1QO), factors, strict=True)
         ]
         return net.flatten(solved)[0].numpy()
 
-    shape = (out_QO.numel(), theta_1P.shape[1])
-    operator = LinearOperator(shape, matvec=push, rmatvec=pulled, dtype=np.float64)
-    rest = (y_QO - out_QO).detach().flatten().numpy()
-    return scaled(lsmr(operator, rest, math.sqrt(damping), atol=REDUCED, btol=0.0, conlim=0.0, maxiter=PRODUCTS)[0])
+    shape = (y_QO.numel(), theta_1P.shape[1])
+    operator = LinearOperator(shape, matvec=push, rmatvec=pull, dtype=np.float64)
+    rest_M = (y_QO - pre[-1][0]).flatten().numpy()
+    found = lsmr(operator, rest_M, math.sqrt(damping), atol=REDUCED, btol=0.0, conlim=0.0, maxiter=PRODUCTS)
+    return net.flatten(scaled(found[0]))
 
 
-def _blocks(net: DenseNet, theta_1P: Tensor, x_QI: Tensor) -> list[Tensor]:
+def _blocks(net: DenseNet, matrices: list[Tensor], inputs: list[Tensor], pre: list[Tensor]) -> list[Tensor]:
     """Upper factors R[H, K, K] of every neuron's block of J^T J, R^T R, layer by layer."""
-    inputs, pre = net.trace(theta_1P, x_QI)
     factors = []
-    for slope, a in zip(net.sensitivities(net.matrices(theta_1P), pre), inputs, strict=True):
+    for slope, a in zip(net.sensitivities(matrices, pre), inputs, strict=True):
         power_QH = slope[0].square().sum(1)
         gram_HKK = torch.stack([a[0].T @ (p_Q[:, None] * a[0]) for p_Q in power_QH.T])
         diagonal_HK = gram_HKK.diagonal(dim1=1, dim2=2)

@@ -3,9 +3,9 @@
 Matrices M_s = sum_h c_sh a_h b_h^T with more samples than terms span the same space as the terms themselves, and where
 the terms are few enough that space has no other rank-one matrices; so they are found one by one, without knowing c.
 This is the canonical polyadic decomposition of the tensor M_sAB by its first mode's span (De Lathauwer, SIAM J. Matrix
-Anal. Appl. 2006, without his lift to larger matrices); the search is alternating projection between the space and the
-rank-one matrices (Nakatsukasa, Soma, Uschmajew: Finding a low-rank basis in a matrix subspace, Math. Program. 2017) with
-one power step in place of a singular value decomposition (subspace power method: Kileel and Pereira, arXiv 1912.04007).
+Anal. Appl. 2006, without his lift to larger matrices). The search is alternating projection between the space and the
+rank-one matrices (Nakatsukasa, Soma, Uschmajew: Finding a low-rank basis in a matrix subspace, Math. Program. 2017),
+with a power step in place of a singular value decomposition (subspace power method: Kileel, Pereira, arXiv 1912.04007).
 
 Legend: S samples, K dimensions of the space, A x B the matrices' shape, N searches side by side, H terms found.
 """
@@ -18,7 +18,7 @@ from distrecon.expand_cluster.thresholds import RANK_ONE, SAME_TERM
 SEARCHES = 4  # times the dimensions: searches in one batch, as several find the same term
 BATCHES = 6
 STEPS, CHECKED = 600, 20  # of a batch at most, and how often those that have arrived are taken out
-SHARPENED = 100  # steps in the end, so that only the space's own error is left
+SHARPENED = 30  # times CHECKED steps in the end at most, while they bring the terms nearer to the space
 
 
 def span(samples_SAB: Tensor, rank: int) -> Tensor:
@@ -48,7 +48,19 @@ def rank_one_terms(basis_KAB: Tensor, generator: torch.Generator) -> tuple[Tenso
                 break
         if len(left_HA) >= count:
             break
-    return _power_steps(basis_KF, left_HA[:count], right_HB[:count], SHARPENED)
+    return _sharpened(basis_KF, left_HA[:count], right_HB[:count])
+
+
+def _sharpened(basis_KF: Tensor, left_HA: Tensor, right_HB: Tensor) -> tuple[Tensor, Tensor]:
+    """The same terms when further steps bring them no nearer to the space: only its own error is left."""
+    distance_H = _distance(basis_KF, left_HA, right_HB)
+    for _ in range(SHARPENED):
+        before_H = distance_H
+        left_HA, right_HB = _power_steps(basis_KF, left_HA, right_HB, CHECKED)
+        distance_H = _distance(basis_KF, left_HA, right_HB)
+        if not (distance_H < before_H / 2).any():
+            break
+    return left_HA, right_HB
 
 
 def _products(left_NA: Tensor, right_NB: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.certificate import Certificate, Comparison, Tolerance, certify, compare, outputs_and_terms
+from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.outgoing import drop_costs, features, solve_outgoing
 from distrecon.expand_cluster.probes import Probes
@@ -58,7 +59,8 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
         Recovery(weights, run.activation.name, False, "", found.linkage, {**metrics, "recover/train_loss": found.loss})
     )
     nearly = found.loss <= max(problem.floor, NEARLY_EXACT)
-    polished, loss = nearly and _polishable(run, problem, weights), found.loss
+    unknowns = sum(w.numel() + b.numel() for w, b in weights)
+    polished, loss = nearly and polishable(run, coordinates, unknowns), found.loss
     if polished:
         with run.timed("polish"):
             weights, loss = _polish(run, problem, weights)
@@ -77,9 +79,11 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
     )
 
 
-def _polishable(run: Run, problem: Problem, weights: Weights) -> bool:
-    unknowns = sum(w.numel() + b.numel() for w, b in weights)
-    return problem.probes.coordinates.rank < run.box.inputs and unknowns <= run.config.solver.polish_parameters
+def polishable(run: Run, coordinates: Coordinates, unknowns: int) -> bool:
+    """Whether a network of so many weights and biases is fitted once more in all inputs, which frees it from the
+    directions' error.
+    """
+    return coordinates.rank < run.box.inputs and unknowns <= run.config.solver.polish_parameters
 
 
 def _polish(run: Run, problem: Problem, weights: Weights) -> tuple[Weights, float]:
