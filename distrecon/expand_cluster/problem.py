@@ -93,6 +93,15 @@ class Problem:
             return matrix_free(net, theta_NP, target.x_QI, target.y_QO, iterations, tolerance, self.deadline)
         return levenberg_marquardt(target, theta_NP, iterations, tolerance, deadline=self.deadline)
 
+    def refine(self, net: DenseNet, theta_1P: Tensor) -> Solution:
+        """The last digits of a nearly exact network, in all inputs: without matrices first, which is far cheaper."""
+        rows, steps = self.rows(net), self.config.solver.iterations
+        x_QI, y_QO = self.data.x_QI, self.data.y_QO[:rows]
+        solution = matrix_free(net, theta_1P, x_QI[:rows], y_QO, steps, CONVERGED, self.deadline)
+        if float(solution.loss_N) <= self.polished_floor or net.num_parameters > self.config.solver.dense_parameters:
+            return solution
+        return self.fit(net, solution.theta_NP, x_QI)
+
 
 @dataclass(frozen=True)
 class Found:

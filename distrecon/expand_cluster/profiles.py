@@ -14,7 +14,8 @@ from distrecon.nets.activations import Activation
 
 Function = Callable[[Tensor], Tensor]
 SLOPES = tuple(10.0 ** (k / 5) for k in range(-8, 11))  # of the starts, over the standard deviation of t
-CENTRES = 61  # of the starts, over the range of t
+CENTRES = 61  # of the starts, over the range of t and beyond it, as far as activations bend:
+BENDS = 6.0  # |u| up to which they do
 STARTS = 10  # of so many slopes the best centre is followed
 LOOKED_AT = 300  # points, to choose these
 ITERATIONS, CONVERGED = 100, 1e-28
@@ -78,8 +79,10 @@ def _starts(fit: ProfileFit) -> Tensor:
     """[N, 3]: slopes of either sign and centres on a grid, with the sizes that fit best."""
     t_S, values_S = fit.t_S[:LOOKED_AT], fit.values_S[:LOOKED_AT]
     alpha_A = torch.tensor([sign * slope for slope in SLOPES for sign in (1.0, -1.0)], dtype=torch.float64)
-    centre_C = torch.linspace(float(t_S.min()), float(t_S.max()), CENTRES, dtype=torch.float64)
-    alpha_G, centre_G = (part.flatten() for part in torch.meshgrid(alpha_A, centre_C, indexing="ij"))
+    share_C = torch.linspace(0, 1, CENTRES, dtype=torch.float64)
+    low_A, high_A = t_S.min() - BENDS / alpha_A.abs(), t_S.max() + BENDS / alpha_A.abs()
+    centre_G = (low_A[:, None] + (high_A - low_A)[:, None] * share_C).flatten()
+    alpha_G = alpha_A.repeat_interleave(CENTRES)
     profile_GS = fit.function(alpha_G[:, None] * (t_S - centre_G[:, None])).detach()
     power_G = profile_GS.square().sum(1).clamp(min=1e-300)
     product_G = profile_GS @ values_S

@@ -89,7 +89,7 @@ def polishable(run: Run, coordinates: Coordinates, unknowns: int) -> bool:
 def _polish(run: Run, problem: Problem, weights: Weights) -> tuple[Weights, float]:
     """The last digits, in all inputs at once, and the loss left: frees the first layer of the directions' error."""
     net, data = DenseNet((run.box.inputs, *(len(b) for _, b in weights)), run.activation), problem.data
-    solution = problem.fit(net, to_theta(weights, data.mean_O, data.scale), data.x_QI)
+    solution = problem.refine(net, to_theta(weights, data.mean_O, data.scale))
     return from_theta(net, solution.theta_NP[0], data.mean_O, data.scale), float(solution.loss_N[0])
 
 

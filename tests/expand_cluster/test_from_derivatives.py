@@ -69,6 +69,12 @@ def test_a_response_gives_slope_and_bias(name, order, generator):
     assert (flip * alpha, flip * beta) == pytest.approx((0.8, -0.5), abs=1e-8)
 
 
+def test_a_neuron_far_from_its_bend_is_found_by_the_little_that_its_slope_changes(generator):
+    t = torch.randn(200, generator=generator, dtype=torch.float64)
+    values = derivative(ACTIVATIONS["silu"], 1)(0.27 * t + 2.5).detach()
+    assert fit_profile(ACTIVATIONS["silu"], 1, t, values)[:2] == pytest.approx((0.27, 2.5), abs=1e-6)
+
+
 def test_without_matrices_a_linear_problem_is_solved_in_one_step(generator):
     net = DenseNet((4, 2), ACTIVATIONS["tanh"])
     x, y = torch.randn(30, 4, generator=generator).double(), torch.randn(30, 2, generator=generator).double()
