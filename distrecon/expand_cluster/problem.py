@@ -94,7 +94,12 @@ class Problem:
         return levenberg_marquardt(target, theta_NP, iterations, tolerance, deadline=self.deadline)
 
     def refine(self, net: DenseNet, theta_1P: Tensor) -> Solution:
-        """The last digits of a nearly exact network, in all inputs: without matrices first, which is far cheaper."""
+        """The last digits of a nearly exact network, in all inputs.
+
+        Without matrices first where there are more parameters than small students have, as that is far cheaper.
+        """
+        if net.num_parameters <= self.config.solver.student_parameters:
+            return self.fit(net, theta_1P, self.data.x_QI)
         rows, steps = self.rows(net), self.config.solver.iterations
         x_QI, y_QO = self.data.x_QI, self.data.y_QO[:rows]
         solution = matrix_free(net, theta_1P, x_QI[:rows], y_QO, steps, CONVERGED, self.deadline)
