@@ -5,6 +5,7 @@
     python -m benchmarks recovery --teachers shallow wide deep --set students.count=10
     python -m benchmarks recovery --teachers shallow --hidden 15-15 --activation tanh g      # any other shape
     python -m benchmarks recovery --teachers large       # from safetensors files, by the command: time and peak memory
+    python -m benchmarks recovery --teachers smooth narrow    # wide smooth layers; more neurons than inputs: likewise
 
 The synthetic ones are those of Expand-and-Cluster, 5 input sizes x 3 widths (as a Ray Tune sweep:
 `tune_spaces/synthetic_problems.yaml`); the others classify scikit-learn's digits, `large` enlarged to 28 x 28.
@@ -96,6 +97,16 @@ TEACHERS = {
     "wide": Teachers({(64, 30, 10): ("tanh",)}),
     "deep": Teachers({(64, 15, 15, 10): ("tanh", "leaky_relu", "relu", "g"), (64, 10, 10, 10, 10): ("tanh",)}),
     "large": Teachers({(784, 30, 10): ("tanh", "g")}, seeds=1, command=True),
+    "smooth": Teachers(
+        {
+            (64, 50, 10): ("tanh", "sigmoid", "g"),
+            (64, 100, 10): ("tanh", "sigmoid", "g"),
+            (784, 64, 10): ("tanh", "g"),
+            (64, 32, 32, 10): ("tanh",),
+        },
+        seeds=2, command=True,
+    ),
+    "narrow": Teachers({(10, 30, 1): ("tanh", "sigmoid", "g")}, synthetic, seeds=2, command=True),
 }  # fmt: skip
 
 
@@ -143,7 +154,6 @@ def in_process(weights: Weights, images_QI: Tensor | None, activation: str, seed
 
 def by_command(weights: Weights, images_QI: Tensor | None, activation: str, seed: int, settings: dict[str, Any]) -> Row:
     """From a safetensors file, in a process of its own: memory is that process's largest resident set."""
-    assert images_QI is not None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tensors = {
@@ -152,9 +162,12 @@ def by_command(weights: Weights, images_QI: Tensor | None, activation: str, seed
             for kind, tensor in zip(("weight", "bias"), pair, strict=True)
         }
         save_file(tensors, folder / "teacher.safetensors")
-        np.save(folder / "images.npy", images_QI[TRAINING:].numpy())
         command = [sys.executable, "-m", "distrecon.recover", "--teacher", str(folder / "teacher.safetensors")]
-        command += ["--activation", activation, "--data", str(folder / "images.npy"), "--seed", str(seed), "--json"]
+        command += ["--activation", activation, "--seed", str(seed), "--json"]
+        command += ["--hidden-layers", str(len(weights) - 1)]
+        if images_QI is not None:
+            np.save(folder / "images.npy", images_QI[TRAINING:].numpy())
+            command += ["--data", str(folder / "images.npy")]
         for key, wanted in settings.items():
             command += ["--set", f"{key}={json.dumps(wanted)}"]
         with (folder / "summary.json").open("wb") as out:

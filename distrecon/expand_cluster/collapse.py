@@ -8,6 +8,7 @@ Legend: Q queries, R relevant input directions, H hidden, K = R + 1, O outputs, 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,7 +63,11 @@ def collapse(problem: Problem, pool: Pool) -> Found | None:
 
 
 def exact_network(
-    problem: Problem, neurons_HK: Tensor, candidates_HK: Tensor, target: float, clustering: LayerClustering
+    problem: Problem,
+    neurons_HK: Tensor,
+    candidates_HK: Tensor,
+    target: float,
+    clustering: LayerClustering | None = None,
 ) -> Found:
     """Clustered neurons, fitted to the floor, then reduced to an irreducible network.
 
@@ -70,6 +75,7 @@ def exact_network(
     squared error is at most `target`.
     """
     data, activation, skip = problem.data, problem.activation, takes_skip(problem.activation)
+    linkage = [clustering] if clustering is not None else []
     refitted_HK, loss = _refit(problem, neurons_HK, skip)
     if loss > max(problem.floor, NEARLY_EXACT):  # the clusters alone are not enough
         neurons_HK = pursue(neurons_HK, candidates_HK, data.z_QR, data.y_QO, activation, skip, target)
@@ -78,12 +84,26 @@ def exact_network(
         neurons_HK = refitted_HK
     if skip:
         neurons_HK = _eliminate(problem, neurons_HK, loss, True)[0]
-        neurons_HK = _unflip(problem, neurons_HK)
+        return reduced(problem, _unflip(problem, neurons_HK), linkage)
+    return _reduced(problem, neurons_HK, loss, linkage)
+
+
+def reduced(
+    problem: Problem, neurons_HK: Tensor, linkage: Sequence[LayerClustering] = (), fitted: bool = True
+) -> Found:
+    """The neurons without a skip, freed of those that are not needed; not `fitted` where they are nearly exact."""
+    theta_1P, data = _with_outgoing(problem, neurons_HK, False), problem.data
+    loss = float(problem.net(len(neurons_HK)).loss(theta_1P, data.z_QR, data.y_QO)[0])
+    if fitted or loss > NEARLY_EXACT:
         neurons_HK, loss = _refit(problem, neurons_HK, False)
-    neurons_HK, loss = _eliminate(problem, neurons_HK, loss, False)
+    return _reduced(problem, neurons_HK, loss, list(linkage))
+
+
+def _reduced(problem: Problem, neurons_HK: Tensor, loss: float, linkage: list[LayerClustering]) -> Found:
+    data, (neurons_HK, loss) = problem.data, _eliminate(problem, neurons_HK, loss, False)
     net, theta_1P = problem.net(len(neurons_HK)), _with_outgoing(problem, neurons_HK, False)
     loss = float(net.loss(theta_1P, data.z_QR, data.y_QO)[0])
-    return Found(net, theta_1P, loss, [clustering])
+    return Found(net, theta_1P, loss, linkage)
 
 
 def _with_outgoing(problem: Problem, neurons_HK: Tensor, skip: bool, rows: int | None = None) -> Tensor:

@@ -32,6 +32,9 @@ class ProbesConfig:
         0.0, "share of the training queries taken from the user's data, where given", least=0, most=1
     )
     subspace: bool = setting(True, "find the inputs' relevant directions by finite differences")
+    derivatives: bool = setting(
+        True, "read the neurons of one smooth hidden layer from derivatives before students that need a warm start"
+    )
     disputed: float = setting(
         0.0, "share of the training queries of a later round where the students before disagree most", least=0, most=1
     )
@@ -65,7 +68,8 @@ class SolverConfig:
     student_parameters: int = setting(
         400, "students up to this size are fitted by the solver alone, without a warm start"
     )
-    polish_parameters: int = setting(3500, "recovered networks up to this size are polished in all inputs at once")
+    polish_parameters: int = setting(10_000, "recovered networks up to this size are polished in all inputs at once")
+    dense_parameters: int = setting(3500, "one network above this size is fitted without forming J^T J")
     rows: int = setting(1000, "queries used in one fit (more when the unknowns need them)", least=1)
 
     def __post_init__(self) -> None:

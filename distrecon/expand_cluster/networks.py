@@ -94,10 +94,16 @@ class DenseNet:
 
     def loss_gradients(self, theta_NP: Tensor, x_QI: Tensor, y_QO: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Loss[N] and its gradient for every layer's matrix, by hand-written backpropagation."""
-        matrices = self.matrices(theta_NP)
         inputs, pre = self.trace(theta_NP, x_QI)
         error = pre[-1] - y_QO
-        deltas: dict[int, Tensor] = {len(matrices) - 1: error * (2 / y_QO.numel())}
+        gradients = self.pull_back(self.matrices(theta_NP), inputs, pre, error * (2 / y_QO.numel()))
+        return error.square().mean(dim=(1, 2)), gradients
+
+    def pull_back(
+        self, matrices: list[Tensor], inputs: list[Tensor], pre: list[Tensor], delta_NQO: Tensor
+    ) -> list[Tensor]:
+        """J^T delta as one matrix for each layer; `inputs` and `pre` are the trace's."""
+        deltas: dict[int, Tensor] = {len(matrices) - 1: delta_NQO}
         for layer in range(len(matrices) - 2, -1, -1):
             width = self.sizes[layer + 1]
             back = torch.bmm(deltas[layer + 1], matrices[layer + 1][..., :width])
@@ -105,8 +111,23 @@ class DenseNet:
                 start = self.sizes[layer + 2]
                 back = back + torch.bmm(deltas[layer + 2], matrices[layer + 2][..., start : start + width])
             deltas[layer] = back * self.activation.derivative(pre[layer])
-        gradients = [torch.matmul(deltas[i].transpose(1, 2), inputs[i]) for i in range(len(matrices))]
-        return error.square().mean(dim=(1, 2)), gradients
+        return [torch.matmul(deltas[i].transpose(1, 2), inputs[i]) for i in range(len(matrices))]
+
+    def push_forward(
+        self, matrices: list[Tensor], inputs: list[Tensor], pre: list[Tensor], moves: list[Tensor]
+    ) -> Tensor:
+        """J moves [N, Q, O], where the matrices move by `moves`; `inputs` and `pre` are the trace's."""
+        change = torch.matmul(inputs[0], moves[0].transpose(1, 2))
+        before: Tensor | None = None
+        for layer in range(1, len(matrices)):
+            width = self.sizes[layer]
+            hidden = self.activation.derivative(pre[layer - 1]) * change
+            change = torch.matmul(inputs[layer], moves[layer].transpose(1, 2))
+            change = change + torch.bmm(hidden, matrices[layer][..., :width].transpose(1, 2))
+            if self.skip and before is not None:
+                change = change + torch.bmm(before, matrices[layer][..., width:-1].transpose(1, 2))
+            before = hidden
+        return change
 
     def sensitivities(self, matrices: list[Tensor], pre: list[Tensor]) -> list[Tensor]:
         """d outputs / d pre-activations of every layer, [N, Q, O, H_l]."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.expand_cluster.least_squares import Solution, levenberg_marquardt
+from distrecon.expand_cluster.matrix_free import matrix_free
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import LayerClustering
 from distrecon.expand_cluster.probes import Probes
@@ -81,11 +82,30 @@ class Problem:
     def fit(
         self, net: DenseNet, theta_NP: Tensor, inputs_QI: Tensor | None = None, tolerance: float = CONVERGED
     ) -> Solution:
-        """Levenberg-Marquardt on every network of the group, from theta[N, P]; the inputs are z unless given."""
+        """Levenberg-Marquardt on every network of the group, from theta[N, P]; the inputs are z unless given.
+
+        Without matrices where there is one network of more than `solver.dense_parameters`.
+        """
         rows, inputs = self.rows(net), self.data.z_QR if inputs_QI is None else inputs_QI
         target = NetworkFit(net, inputs[:rows], self.data.y_QO[:rows])
         iterations = self.config.solver.iterations
+        if len(theta_NP) == 1 and net.num_parameters > self.config.solver.dense_parameters:
+            return matrix_free(net, theta_NP, target.x_QI, target.y_QO, iterations, tolerance, self.deadline)
         return levenberg_marquardt(target, theta_NP, iterations, tolerance, deadline=self.deadline)
+
+    def refine(self, net: DenseNet, theta_1P: Tensor) -> Solution:
+        """The last digits of a nearly exact network, in all inputs.
+
+        Without matrices first where there are more parameters than small students have, as that is far cheaper.
+        """
+        if net.num_parameters <= self.config.solver.student_parameters:
+            return self.fit(net, theta_1P, self.data.x_QI)
+        rows, steps = self.rows(net), self.config.solver.iterations
+        x_QI, y_QO = self.data.x_QI, self.data.y_QO[:rows]
+        solution = matrix_free(net, theta_1P, x_QI[:rows], y_QO, steps, CONVERGED, self.deadline)
+        if float(solution.loss_N) <= self.polished_floor or net.num_parameters > self.config.solver.dense_parameters:
+            return solution
+        return self.fit(net, solution.theta_NP, x_QI)
 
 
 @dataclass(frozen=True)

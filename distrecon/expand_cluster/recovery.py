@@ -29,6 +29,7 @@ from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.expand_cluster.coordinates import Coordinates, find_coordinates
 from distrecon.expand_cluster.examination import Examined, examine
 from distrecon.expand_cluster.from_bends import recover_from_bends
+from distrecon.expand_cluster.from_derivatives import recover_from_derivatives
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import pool_neurons
 from distrecon.expand_cluster.peel import peel
@@ -225,8 +226,13 @@ def _attempts(run: Run) -> Recovery:
         return bends.recovery
     best = bends.recovery if bends is not None else None
     guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
-    patience, committee = 1, None
+    patience, committee, derivatives = 1, None, run.config.probes.derivatives
     for attempt in range(run.config.budget.attempts):
+        if derivatives and not solved(run, _students(run, coordinates.rank, guess)):
+            recovery, derivatives = recover_from_derivatives(run, coordinates), False
+            best = _better(recovery, best) if recovery is not None else best
+            if best is not None and best.verified:
+                break
         used = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
         outcome = _round(run, Probes(used, contradictions_QI, committee), guess, patience, attempt)
         best, committee = _better(outcome.recovery, best), outcome.committee
@@ -244,6 +250,13 @@ def _attempts(run: Run) -> Recovery:
     return best
 
 
+def _students(run: Run, rank: int, guess: int) -> DenseNet:
+    """Students of a black box of `rank` relevant directions whose layers are taken to be `guess` wide."""
+    widths = [math.ceil(run.config.students.rho * guess)] * run.hidden_layers
+    skip = run.hidden_layers == 1 and takes_skip(run.activation)
+    return DenseNet((rank, *widths, run.box.outputs), run.activation, skip)
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """Of one round: its best recovery, whether its students were too narrow, and the better half of them."""
@@ -256,9 +269,7 @@ class _Outcome:
 def _round(run: Run, probes: Probes, guess: int, patience: int, attempt: int) -> _Outcome:
     """Students of one width: a fixed number, or batches until two in a row give the same verified size."""
     settings = run.config.students
-    widths = [math.ceil(settings.rho * guess)] * run.hidden_layers
-    skip = run.hidden_layers == 1 and takes_skip(run.activation)
-    net = DenseNet((probes.coordinates.rank, *widths, run.box.outputs), run.activation, skip)
+    net = _students(run, probes.coordinates.rank, guess)
     problem = run.problem(probes, net.num_parameters, patience)
     batches = [settings.count] if settings.count else [settings.batch] * math.ceil(settings.maximum / settings.batch)
     theta_NP = torch.empty(0, net.num_parameters, dtype=torch.float64)

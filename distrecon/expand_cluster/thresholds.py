@@ -26,6 +26,11 @@ NEARLY_EXACT = 1e-12  # relative loss: a fit worse than this misses a neuron, wh
 PROMISING = 1e-10  # relative loss: a fit below it that still falls when its iterations are over is continued
 STILL_FALLS = 0.1  # of the loss before: what a continued fit must fall below to be continued again
 
+# Terms of derivatives (rank_one.py)
+RANK_ONE = 1e-10  # squared distance of a unit rank-one matrix from the span: the search has arrived, the rest is linear
+SAME_TERM = 1e-6  # 1 - cosine of two such matrices that are the same term; they are found to 1e-5 at least
+RESPONDS = 1e-3  # relative loss: a term along which derivatives fit one neuron's response; they do to 1e-11 or better
+
 # Students
 UNDERFIT = 1e-4  # relative loss: best students of the first-order optimiser that end above it are too narrow
 UNDERFIT_SOLVED = 1e-12  # relative loss: the same after the least-squares solver, which ends near rounding or is stuck

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.certificate import Certificate, Comparison, Tolerance, certify, compare, outputs_and_terms
+from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.outgoing import drop_costs, features, solve_outgoing
 from distrecon.expand_cluster.probes import Probes
@@ -29,6 +30,7 @@ from distrecon.expand_cluster.thresholds import (
     AGREEMENT,
     AGREEMENT_WORST,
     DIRECTION_MARGIN,
+    NEARLY_EXACT,
     NEEDED,
     VANISHING,
 )
@@ -55,7 +57,9 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
     run.candidates.append(
         Recovery(weights, run.activation.name, False, "", found.linkage, {**metrics, "recover/train_loss": found.loss})
     )
-    polished, loss = found.loss <= problem.floor and _polishable(run, problem, weights), found.loss
+    nearly = found.loss <= max(problem.floor, NEARLY_EXACT)
+    unknowns = sum(w.numel() + b.numel() for w, b in weights)
+    polished, loss = nearly and polishable(run, coordinates, unknowns), found.loss
     if polished:
         with run.timed("polish"):
             weights, loss = _polish(run, problem, weights)
@@ -74,15 +78,17 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
     )
 
 
-def _polishable(run: Run, problem: Problem, weights: Weights) -> bool:
-    unknowns = sum(w.numel() + b.numel() for w, b in weights)
-    return problem.probes.coordinates.rank < run.box.inputs and unknowns <= run.config.solver.polish_parameters
+def polishable(run: Run, coordinates: Coordinates, unknowns: int) -> bool:
+    """Whether a network of so many weights and biases is fitted once more in all inputs, which frees it from the
+    directions' error.
+    """
+    return coordinates.rank < run.box.inputs and unknowns <= run.config.solver.polish_parameters
 
 
 def _polish(run: Run, problem: Problem, weights: Weights) -> tuple[Weights, float]:
     """The last digits, in all inputs at once, and the loss left: frees the first layer of the directions' error."""
     net, data = DenseNet((run.box.inputs, *(len(b) for _, b in weights)), run.activation), problem.data
-    solution = problem.fit(net, to_theta(weights, data.mean_O, data.scale), data.x_QI)
+    solution = problem.refine(net, to_theta(weights, data.mean_O, data.scale))
     return from_theta(net, solution.theta_NP[0], data.mean_O, data.scale), float(solution.loss_N[0])
 
 

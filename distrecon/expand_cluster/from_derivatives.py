@@ -1,0 +1,110 @@
+"""Recovery of smooth networks of one hidden layer from derivatives of the black box, without students.
+
+Derivatives at many points are sums of rank-one matrices, one for each neuron (derivatives.py). Their number is the
+rank of the sample, and the matrices themselves are the only ones of rank one in its span (rank_one.py). So the
+directions of all incoming weights are found at once, also of more neurons than inputs; the size of the terms along each
+direction gives a neuron's slope and bias (profiles.py), least squares its outgoing weights, and the fit that follows
+starts near rounding. Where derivatives are too noisy or neurons too many, students follow.
+
+Legend: S points, R relevant input directions, O outputs, A rows of a derivative's matrix [A, R], H hidden, K = R + 1
+coordinates of a neuron, D directions.
+"""
+
+import torch
+from torch import Tensor
+
+from distrecon.expand_cluster.collapse import exact_network, reduced, takes_skip
+from distrecon.expand_cluster.coordinates import Coordinates, numerical_rank
+from distrecon.expand_cluster.derivatives import Derivatives
+from distrecon.expand_cluster.probes import Probes
+from distrecon.expand_cluster.profiles import fit_profile
+from distrecon.expand_cluster.rank_one import rank_one_terms, span
+from distrecon.expand_cluster.result import Recovery
+from distrecon.expand_cluster.run import Run
+from distrecon.expand_cluster.thresholds import RESPONDS
+from distrecon.expand_cluster.verdict import conclude, polishable
+
+FIRST_POINTS = 48  # beside one for each relevant direction; then twice as many, until the rank shows
+ROUNDS = 4
+DIRECTIONS = 8  # along which Jacobians are differentiated; all axes, where these are not many more
+RESERVED = 0.5  # share of the query budget that is left to probes, verification and students
+
+
+def recover_from_derivatives(run: Run, coordinates: Coordinates) -> Recovery | None:
+    """The network that first derivatives show, or else second ones; None where they show none."""
+    if run.hidden_layers > 1 or run.activation.symmetry == "scaled":
+        return None
+    best: Recovery | None = None
+    for order in (1, 2):
+        with run.timed("derivatives"):
+            neurons_HK = neurons(run, coordinates, order)
+        if neurons_HK is None or run.out_of_time():
+            continue
+        outgoing = run.box.outputs * (len(neurons_HK) + 1)
+        weights = len(neurons_HK) * (run.box.inputs + 1) + outgoing
+        polished = polishable(run, coordinates, weights)
+        problem = run.problem(Probes(coordinates), weights if polished else neurons_HK.numel() + outgoing)
+        with run.timed("collapse"):
+            if order == 2 and takes_skip(run.activation):  # its second derivative is even: signs are open
+                found = exact_network(problem, neurons_HK, neurons_HK[:0], problem.floor)
+            else:
+                found = reduced(problem, neurons_HK, fitted=not polished)
+        recovery = conclude(run, problem, found, {"recover/students": 0})
+        if recovery.verified:
+            return recovery
+        if best is None or found.loss < best.metrics["recover/train_loss"]:
+            best = recovery
+    return best
+
+
+def neurons(run: Run, coordinates: Coordinates, order: int) -> Tensor | None:
+    """[w, b] of all neurons [H, K] from derivatives of an order; None where these do not show them.
+
+    The rank of the sample does not show where derivatives are too noisy; and of more than (A - 1)(R - 1) neurons the
+    terms are not the only rank-one matrices of their span.
+    """
+    sampled = _sampled(run, coordinates, order)
+    if sampled is None:
+        return None
+    z_SR, samples_SAR = sampled
+    hidden = numerical_rank(samples_SAR.flatten(1))
+    if hidden > (samples_SAR.shape[1] - 1) * (coordinates.rank - 1):
+        return None
+    left_HA, right_HR = rank_one_terms(span(samples_SAR, hidden), run.generator)
+    if len(right_HR) < hidden:
+        return None
+    terms_FH = (left_HA[:, :, None] * right_HR[:, None, :]).flatten(1).T
+    sizes_HS = torch.linalg.lstsq(terms_FH, samples_SAR.flatten(1).T).solution
+    found = []
+    for w_R, size_S in zip(right_HR, sizes_HS, strict=True):
+        alpha, beta, loss = fit_profile(run.activation, order, z_SR @ w_R, size_S)
+        if loss < RESPONDS:
+            found.append(torch.cat([alpha * w_R, w_R.new_tensor([beta])]))
+    return torch.stack(found) if found else None
+
+
+def _sampled(run: Run, coordinates: Coordinates, order: int) -> tuple[Tensor, Tensor] | None:
+    """Points z[S, R] and derivatives [S, A, R] there, more than their rank; None where no number of points does."""
+    rank, box, reserved = coordinates.rank, run.box, RESERVED * run.box.left()
+    directions_DR = torch.eye(rank, dtype=torch.float64)
+    if rank > 2 * DIRECTIONS:
+        normal_RD = torch.randn(rank, DIRECTIONS, generator=run.generator, dtype=torch.float64)
+        directions_DR = torch.linalg.qr(normal_RD)[0].T
+    rows = box.outputs * (1 if order == 1 else len(directions_DR))
+    if rows < 2 or rank < 2:
+        return None
+    z_SR, samples_SAR = torch.empty(0, rank).double(), torch.empty(0, rows, rank).double()
+    count = rank + FIRST_POINTS
+    for _ in range(ROUNDS):
+        here = Derivatives(box, coordinates, count - len(z_SR), run.generator)
+        if here.cost(order, len(directions_DR)) > box.left() - reserved:
+            return None
+        matrices_SAR = here.jacobians() if order == 1 else here.along(directions_DR)
+        z_SR, samples_SAR = torch.cat([z_SR, here.z_SR]), torch.cat([samples_SAR, matrices_SAR])
+        found = numerical_rank(samples_SAR.flatten(1))
+        if found < min(count, rows * rank):
+            return z_SR, samples_SAR
+        if found < count:
+            return None
+        count *= 2
+    return None
