@@ -52,7 +52,9 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
         theta_P = torch.zeros(nothing.num_parameters, dtype=torch.float64)
         weights = from_theta(nothing, theta_P, data.mean_O, data.scale, coordinates.to_RI)
         metrics = {**metrics, "recover/train_loss": 1.0}
-        return Recovery(weights, run.activation.name, False, "no student has neurons that contribute", [], metrics)
+        left = metrics.get("recover/student_loss_best", 1.0) ** 0.5
+        reason = f"no student has neurons that contribute; the best leaves a relative error of {left:.1e}"
+        return Recovery(weights, run.activation.name, False, reason, [], metrics)
     weights = from_theta(found.net, found.theta_1P[0], data.mean_O, data.scale, coordinates.to_RI)
     run.candidates.append(
         Recovery(weights, run.activation.name, False, "", found.linkage, {**metrics, "recover/train_loss": found.loss})
