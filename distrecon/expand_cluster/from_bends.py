@@ -18,6 +18,7 @@ from distrecon.expand_cluster.bends import GRID, Lines, random_lines, scan
 from distrecon.expand_cluster.collapse import exact_network
 from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.hyperplanes import first_layer, second_layer
+from distrecon.expand_cluster.one_layer import networks_from_bends
 from distrecon.expand_cluster.peel import assemble
 from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.problem import Problem
@@ -42,7 +43,7 @@ class FromBends:
 
     recovery: Recovery
     problem: Problem
-    first_HK: Tensor
+    first_HK: Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -74,6 +75,8 @@ def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
     """
     if run.activation.symmetry != "scaled" or run.hidden_layers > LAYERS:
         return None
+    if run.hidden_layers == 1:
+        return _one_layer(run, coordinates)
     unit = coordinates.rank**0.5
     scans = _Scans(run, coordinates, RESERVED * run.box.left() if run.box.budget else 0.0)
     for reach in REACHES:
@@ -100,6 +103,17 @@ def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
         if best is None or found.loss < best.loss or found.recovery.verified:
             best = found
         if found.recovery.verified:
+            break
+    return best
+
+
+def _one_layer(run: Run, coordinates: Coordinates) -> FromBends | None:
+    best: FromBends | None = None
+    for problem, network, metrics in networks_from_bends(run, coordinates):
+        best = FromBends(conclude(run, problem, network, metrics), problem)
+        import os
+        if os.environ.get('DBG'): print('   ', best.loss, problem.floor, best.recovery.reason)
+        if best.recovery.verified:
             break
     return best
 

@@ -90,9 +90,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Found:
-    """A network without skip in the relevant coordinates, its relative loss, and the clusterings that led to it."""
+    """A network without skip in the relevant coordinates, its relative loss, and the clusterings that led to it.
+
+    `note` says what a reader of the verdict must know besides: neurons added, signs that do not show.
+    """
 
     net: DenseNet
     theta_1P: Tensor
     loss: float
     linkage: list[LayerClustering]
+    note: str = ""

@@ -156,7 +156,7 @@ def _attempts(run: Run, coordinates: Coordinates) -> tuple[Recovery, Coordinates
     guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
     patience, committee = 1, None
     bends = recover_from_bends(run, coordinates)
-    if bends is not None and bends.recovery.verified:
+    if bends is not None and (bends.recovery.verified or bends.loss <= bends.problem.floor):  # no student fits better
         return bends.recovery, bends.problem.probes.coordinates
     best = bends.recovery if bends is not None else None
     for attempt in range(run.config.budget.attempts):

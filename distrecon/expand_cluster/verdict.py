@@ -47,6 +47,7 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
     verified, reason = _verify(run, problem, weights, floor, found.loss)
     run.progress("size", sum(found.net.sizes[1:-1]))
     metrics = {**metrics, "recover/train_loss": found.loss}
+    reason = f"{reason}; {found.note}" if found.note else reason
     return Recovery(weights, run.activation.name, verified, reason, found.linkage, metrics)
 
 
