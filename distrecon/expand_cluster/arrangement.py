@@ -28,7 +28,6 @@ from distrecon.expand_cluster.thresholds import (
     SAME_PLANE,
     SHOWS,
     SURELY_OTHER,
-    UNCONFIRMED,
 )
 
 BESIDE = 0.3  # of the room round a bend: how far from it its two gradients are taken
@@ -40,7 +39,8 @@ CHOICE = 6  # places drawn for each crossing that is chosen, those with most roo
 FREE = 0.45  # of the way to the next hyperplane: how far a crossing's outer answers are from it
 INNER = 0.25  # of that: the inner answers
 NEAR = 0.01  # of the room round a hyperplane's bend: its error at the places where it is crossed, at most
-REPEATS = 5  # of the crossings of one hyperplane, at most, while they still move it
+DOUBT = 30.0  # x the error of a hyperplane that is not met where it should be
+REPEATS = 6  # of the crossings of one hyperplane, at most, while they still move it
 EQUATIONS = 6  # answers for every feature
 
 
@@ -105,7 +105,7 @@ class Arrangement:
 
 
 def oriented(answer: Answer, bends: Bends, chosen_S: Tensor) -> Arrangement:
-    """The hyperplanes through chosen bends whose gradients show one, from 4 R queries each and more where others are near."""
+    """The hyperplanes through chosen bends whose gradients show one; 4 R queries each, more where others are near."""
     points_SR, direction_SR = bends.points_SR[chosen_S], bends.direction_LR[bends.line_S[chosen_S]]
     away_S = BESIDE * bends.room_S[chosen_S]
     normal_SR, error_S = torch.zeros_like(points_SR), torch.full_like(away_S, math.inf)
@@ -145,7 +145,9 @@ def _gradients(answer: Answer, z_SR: Tensor, step_S: Tensor) -> tuple[Tensor, Te
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
     moves_SRR = step_S[:, None, None] * torch.eye(rank, dtype=torch.float64)
     y_SO, noise_SO = answer(z_SR)
-    up, down = (answer((z_SR[:, None] + side * moves_SRR).flatten(0, 1))[0].reshape(len(z_SR), rank, -1) for side in (1, -1))
+    up, down = (
+        answer((z_SR[:, None] + side * moves_SRR).flatten(0, 1))[0].reshape(len(z_SR), rank, -1) for side in (1, -1)
+    )
     straight_S = ((up + down - 2 * y_SO[:, None]).abs() <= BEND_MARGIN * noise_SO[:, None]).all(2).all(1)
     width_S11 = 2 * step_S[:, None, None]
     return (up - down) / width_S11, 2 * noise_SO[:, None] / width_S11, straight_S
@@ -175,35 +177,40 @@ class Answers:
 def refined(
     answer: Answer, arrangement: Arrangement, generator: torch.Generator, first: int = 0
 ) -> tuple[Arrangement, Answers]:
-    """Every hyperplane from number `first` on through its own crossings, as long as that moves it; those that are not there are left out.
+    """Every hyperplane from number `first` on through its own crossings; those that are not there are left out.
 
     Takes 4 queries a crossing. Also returns the answers: both sides of every hyperplane are among them.
     """
-    parts, moving = [], torch.arange(len(arrangement)) >= first
+    parts = []
+    confirmed = torch.arange(len(arrangement)) < first
+    moving = ~confirmed
     for _ in range(REPEATS):
         if not moving.any():
             break
         which = moving.nonzero()[:, 0]
         planes_HK, jumps_HO, error_H, shift_H, there_H, answers = _crossed(answer, arrangement, which, generator)
-        better_H = error_H < arrangement.error_H[which]
-        new_HK, new_H = arrangement.planes_HK.clone(), arrangement.error_H.clone()
-        new_HK[which[better_H]], new_H[which[better_H]] = planes_HK[better_H], error_H[better_H]
-        new_HO = arrangement.jumps_HO.clone()
-        new_HO[which] = jumps_HO
-        arrangement = Arrangement(new_HK, new_HO, arrangement.bends_HR, arrangement.room_H, new_H)
         parts.append(answers)
-        moving[which] = better_H & (shift_H > ERROR_MARGIN * error_H)
+        crossed_H, old_H = torch.isfinite(error_H), arrangement.error_H[which]
+        better_H = error_H < old_H
+        new = [part.clone() for part in arrangement._parts()]
+        new[0][which[better_H]] = planes_HK[better_H]
+        new[1][which] = jumps_HO
+        # what was not met is looked for nearer to its bend
+        new[4][which] = torch.where(crossed_H, torch.minimum(error_H, old_H), (DOUBT * old_H).clamp(max=1.0))
+        arrangement = Arrangement(*new)
+        wide_H = _wide(arrangement, which, old_H)
+        confirmed[which] |= crossed_H & wide_H
+        moving[which] = ~crossed_H | ~wide_H | (better_H & (shift_H > ERROR_MARGIN * error_H))
         kept = torch.ones(len(arrangement), dtype=torch.bool)
         kept[which[~there_H]] = False
-        arrangement, moving = arrangement.take(kept), moving[kept]
-    sure_H = (arrangement.error_H <= UNCONFIRMED) | (torch.arange(len(arrangement)) < first)
-    return arrangement.take(sure_H), Answers.join(parts)
+        arrangement, moving, confirmed = arrangement.take(kept), moving[kept], confirmed[kept]
+    return arrangement.take(confirmed), Answers.join(parts)
 
 
 def _crossed(
     answer: Answer, arrangement: Arrangement, which: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Answers]:
-    """New planes [H, K] for the numbers `which`, their jumps and errors, how far they moved, whether they are there; answers."""
+    """New planes [H, K] of `which`, their jumps and errors, how far they moved, whether they are there; answers."""
     planes_HK = arrangement.planes_HK
     rank = planes_HK.shape[1] - 1
     count = math.ceil(CROSSINGS * rank) + 4
@@ -233,14 +240,20 @@ def _crossed(
     told_H = clean_HM.sum(1) > rank
     there_H |= ~told_H  # too little to tell
     jumps_HO = torch.where((told_H & (usual_HO.norm(dim=1) > rounding_H))[:, None], usual_HO, expected_HO)
-    new_HK, error_H, shift_H = planes_HK[which].clone(), torch.full((len(which),), math.inf).double(), torch.zeros(len(which)).double()
+    new_HK, error_H, shift_H = (
+        planes_HK[which].clone(),
+        torch.full((len(which),), math.inf).double(),
+        torch.zeros(len(which)).double(),
+    )
     for i, h in enumerate(which.tolist()):
         clean_M = clean_HM[i]
         if clean_M.sum() <= rank or not there_H[i]:
             continue
         size = 1 + arrangement.bends_HR[h].norm()
         p_MK = torch.cat([places_HMR[i][clean_M], size.expand(int(clean_M.sum()), 1)], dim=1)
-        change = _tilt(p_MK, delta_HM[i][clean_M], spread_HM[i][clean_M], torch.cat([planes_HK[h, :-1], planes_HK[h, -1:] / size]))
+        change = _tilt(
+            p_MK, delta_HM[i][clean_M], spread_HM[i][clean_M], torch.cat([planes_HK[h, :-1], planes_HK[h, -1:] / size])
+        )
         if change is None:
             continue
         moved_K, error = change
@@ -250,7 +263,7 @@ def _crossed(
 
 
 def _tilt(p_MK: Tensor, delta_M: Tensor, spread_M: Tensor, own_K: Tensor) -> tuple[Tensor, float] | None:
-    """d[K] with p d = delta by weighted least squares, at right angles to `own` (the plane's own scale), and its error."""
+    """d[K] with p d = delta by weighted least squares, at right angles to `own` (the scale is free), and its error."""
     for _ in range(2):
         a_MK = torch.cat([p_MK / spread_M[:, None], normalize(own_K, dim=0)[None] * (p_MK / spread_M[:, None]).norm()])
         b_M = torch.cat([delta_M / spread_M, delta_M.new_zeros(1)])
@@ -267,16 +280,30 @@ def _tilt(p_MK: Tensor, delta_M: Tensor, spread_M: Tensor, own_K: Tensor) -> tup
     return d_K, float(inverse.norm() * rest_M.square().mean().sqrt().clamp(min=1.0))
 
 
+def _sizes(arrangement: Arrangement, error_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the part of a hyperplane that bends are met in, and of the part round its own bend where errors are small."""
+    rank = arrangement.planes_HK.shape[1] - 1
+    scale = arrangement.bends_HR.norm(dim=1).median()
+    size_H = torch.maximum(scale, arrangement.planes_HK[:, -1].abs()) / rank**0.5
+    return size_H, NEAR * arrangement.room_H / error_H
+
+
+def _wide(arrangement: Arrangement, which: Tensor, error_H: Tensor) -> Tensor:
+    """Whether hyperplanes of these errors are crossed all over, and not only near their bends."""
+    errors = arrangement.error_H.clone()
+    errors[which] = error_H
+    size_H, near_H = _sizes(arrangement, errors)
+    return (near_H > size_H)[which]
+
+
 def _places(arrangement: Arrangement, which: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Places [H, M, R] on the hyperplanes, far apart, and how far from each one may go along the normal [H, M]."""
     planes_HK, rank = arrangement.planes_HK, arrangement.planes_HK.shape[1] - 1
-    scale = arrangement.bends_HR.norm(dim=1).median() / rank**0.5
+    size_H, near_H = _sizes(arrangement, arrangement.error_H)
     places, reaches = [], []
     for h in which.tolist():
-        normal_R, offset = planes_HK[h, :-1], planes_HK[h, -1]
-        size = torch.maximum(scale, offset.abs() / rank**0.5)
+        normal_R, offset, size, near = planes_HK[h, :-1], planes_HK[h, -1], size_H[h], near_H[h]
         z_MR = torch.randn(CHOICE * count, rank, generator=generator, dtype=torch.float64)
-        near = NEAR * arrangement.room_H[h] / arrangement.error_H[h]  # where the error is well below the room
         z_MR = size * z_MR if near > size else arrangement.bends_HR[h] + near / rank**0.5 * z_MR
         z_MR = z_MR - (z_MR @ normal_R + offset)[:, None] * normal_R
         away_MH = (z_MR @ planes_HK[:, :-1].T + planes_HK[:, -1]).abs() / (planes_HK[:, :-1] @ normal_R).abs()
@@ -329,7 +356,7 @@ class Explained:
 
 
 def explain(arrangement: Arrangement, answers: Answers, generator: torch.Generator) -> Explained:
-    """Jumps and linear term by least squares weighted by noise; hyperplanes whose jump is within its error are dropped."""
+    """Jumps and linear term by least squares weighted by noise; jumps within their errors are dropped."""
     rank, outputs = answers.z_QR.shape[1], answers.y_QO.shape[1]
     while True:
         hidden = len(arrangement)

@@ -111,8 +111,6 @@ def _one_layer(run: Run, coordinates: Coordinates) -> FromBends | None:
     best: FromBends | None = None
     for problem, network, metrics in networks_from_bends(run, coordinates):
         best = FromBends(conclude(run, problem, network, metrics), problem)
-        import os
-        if os.environ.get('DBG'): print('   ', best.loss, problem.floor, best.recovery.reason)
         if best.recovery.verified:
             break
     return best

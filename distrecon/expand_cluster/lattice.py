@@ -1,7 +1,7 @@
 """Short vectors of integer lattices: LLL with deep insertions, in place and compiled.
 
 Lenstra, Lenstra, Lovasz (1982); deep insertions of Schnorr and Euchner (1994), which find vectors about as short as a
-block reduction of small blocks does, at some tens of lines. Gram-Schmidt runs in float64, which is enough for entries up
+block reduction of small blocks does, at some tens of lines. Gram-Schmidt runs in float64, enough for entries up
 to some 2^30: larger numbers are reduced a few bits at a time, so that entries stay small (see signs.py).
 
 Legend: N rows (the basis), M columns.

@@ -28,9 +28,13 @@ from distrecon.expand_cluster.thresholds import COMPLETE, ERROR_MARGIN
 from distrecon.nets.activations import Activation
 
 ROUNDS = (4, 4, 8, 16, 32)  # lines of each round
-POINTS, DECADES = 33, (4.0, 3.0)  # points of a line on either side, so many decades of the bends' distance; later rounds
+POINTS, DECADES = (
+    33,
+    (4.0, 3.0),
+)  # points of a line on either side, so many decades of the bends' distance; later rounds
 MANY = 2  # x the bends of the fullest line, and a few: more hyperplanes are not those of one layer
 RESERVED = 0.5  # share of the query budget that is left to probes, verification and students
+ALL_INPUTS = 128  # up to so many inputs the relevant directions save too little
 LEVEL_QUERIES = 64  # from which the outputs' sizes are taken
 ROUNDING = 1.1e-16  # of an answer
 
@@ -75,6 +79,8 @@ def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Pr
 
     Ends where the bends are not those of one layer, and when half of the queries that are left are spent.
     """
+    if run.box.inputs <= ALL_INPUTS:
+        coordinates = _all_inputs(coordinates)
     ask, generator = _Asking(run, coordinates), run.generator
     found = Arrangement.empty(coordinates.rank, run.box.outputs)
     reach, worst_QR = coordinates.rank**0.5, torch.zeros(0, coordinates.rank, dtype=torch.float64)
@@ -114,6 +120,12 @@ def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Pr
         pass
     if best is not None and best[0].misfit > ERROR_MARGIN and _relative(*best) < COMPLETE:
         yield _network(run, coordinates, *best, sum(counts))
+
+
+def _all_inputs(coordinates: Coordinates) -> Coordinates:
+    """The inputs themselves at the same scale: nothing rests on directions, which have an error of their own."""
+    eye_II = torch.eye(coordinates.back_IR.shape[0], dtype=torch.float64)
+    return Coordinates(eye_II / coordinates.scale, coordinates.scale * eye_II, 0 * eye_II, coordinates.scale, 0.0)
 
 
 def _worst(explained: Explained, answers: Answers, count: int) -> Tensor:
@@ -176,7 +188,9 @@ def signed(explained: Explained, activation: Activation) -> tuple[Tensor, Tensor
     kappa, even = flip_constant(activation), float(activation(one) + activation(-one))
     outgoing_OH = arrangement.jumps_HO.T / even  # f(u) = kappa u / 2 + even |u| / 2
     linear_OR = explained.linear_OR - kappa / 2 * outgoing_OH @ planes_HK[:, :-1]
-    flips = choose_flips(planes_HK, outgoing_OH / unit_O[:, None], linear_OR / unit_O[:, None], kappa, explained.rounding)
+    flips = choose_flips(
+        planes_HK, outgoing_OH / unit_O[:, None], linear_OR / unit_O[:, None], kappa, explained.rounding
+    )
     sign_H = torch.where(flips.flips_H, -1.0, 1.0).double()
     constant_O = explained.constant_O - kappa / 2 * outgoing_OH @ (sign_H * planes_HK[:, -1])
     neurons_HK, note = sign_H[:, None] * planes_HK, ""

@@ -34,7 +34,7 @@ from distrecon.expand_cluster.run import Progress, Run
 from distrecon.expand_cluster.scores import compare
 from distrecon.expand_cluster.stages import Stages
 from distrecon.expand_cluster.students import solved, train, train_on
-from distrecon.expand_cluster.thresholds import UNDERFIT, UNDERFIT_SOLVED
+from distrecon.expand_cluster.thresholds import NEARLY_EXACT, UNDERFIT, UNDERFIT_SOLVED
 from distrecon.expand_cluster.verdict import conclude
 from distrecon.nets.activations import ACTIVATIONS
 from distrecon.nets.activations import activation as find_activation
@@ -156,7 +156,7 @@ def _attempts(run: Run, coordinates: Coordinates) -> tuple[Recovery, Coordinates
     guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
     patience, committee = 1, None
     bends = recover_from_bends(run, coordinates)
-    if bends is not None and (bends.recovery.verified or bends.loss <= bends.problem.floor):  # no student fits better
+    if bends is not None and (bends.recovery.verified or bends.loss <= NEARLY_EXACT):  # no student fits better
         return bends.recovery, bends.problem.probes.coordinates
     best = bends.recovery if bends is not None else None
     for attempt in range(run.config.budget.attempts):

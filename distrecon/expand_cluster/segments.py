@@ -72,7 +72,10 @@ class _Points:
         first = begins_G.nonzero()[:, 0]
         last = torch.cat([first[1:], first.new_tensor([len(self.t_G) - 1])])
         length = (self.t_G[last] - self.t_G[first])[:, None]
-        slope, slack = (self.y_GO[last] - self.y_GO[first]) / length, (self.noise_GO[last] + self.noise_GO[first]) / length
+        slope, slack = (
+            (self.y_GO[last] - self.y_GO[first]) / length,
+            (self.noise_GO[last] + self.noise_GO[first]) / length,
+        )
         return slope[piece_G], slack[piece_G], self.t_G[first][piece_G], self.t_G[last][piece_G]
 
     def meeting(self, at_S: Tensor, before_SO: Tensor, after_SO: Tensor) -> Tensor:
@@ -82,9 +85,7 @@ class _Points:
         return (rise_SO / self.noise_GO[at_S] * jump_SO).sum(1) / jump_SO.square().sum(1)
 
 
-def scan(
-    answer: Answer, start_LR: Tensor, direction_LR: Tensor, grid_LT: Tensor, generator: torch.Generator
-) -> Bends:
+def scan(answer: Answer, start_LR: Tensor, direction_LR: Tensor, grid_LT: Tensor, generator: torch.Generator) -> Bends:
     """Bends on lines (unit directions) between the first and the last of some ascending t[L, T] on each."""
 
     def ask(line_G: Tensor, t_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +114,10 @@ def scan(
         split, bent, meet_S = bent[~meets_S], bent[meets_S], meet_S[meets_S]
         beside_S = BESIDE * torch.minimum(meet_S, width_G[bent] - meet_S)
         share_G = 0.5 + JITTER * (torch.rand(len(fresh), generator=generator, dtype=torch.float64) - 0.5)
-        places = (points.t_G[fresh] + share_G * width_G[fresh], *(points.t_G[bent] + meet_S + s * beside_S for s in (-1, 1)))
+        places = (
+            points.t_G[fresh] + share_G * width_G[fresh],
+            *(points.t_G[bent] + meet_S + s * beside_S for s in (-1, 1)),
+        )
         asked = ask(points.line_G[torch.cat([fresh, bent, bent])], torch.cat(places))
         sizes = [len(fresh), len(bent), len(bent)]
         at_fresh, left, right = zip(*(part.split(sizes) for part in asked), strict=True)

@@ -49,9 +49,7 @@ def flip_constant(activation: Activation) -> float:
     return float(activation(one) - activation(-one))
 
 
-def choose_flips(
-    neurons_HK: Tensor, outgoing_OH: Tensor, linear_OR: Tensor, kappa: float, rounding: float
-) -> Flips:
+def choose_flips(neurons_HK: Tensor, outgoing_OH: Tensor, linear_OR: Tensor, kappa: float, rounding: float) -> Flips:
     """The set of neurons to flip so that the linear term vanishes; the nearest by least squares where there is none.
 
     `rounding` is the norm of the error of `linear_OR` and of the neurons' own terms in it, taken together.

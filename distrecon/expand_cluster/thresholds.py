@@ -49,11 +49,12 @@ LINEAR_MARGIN = 30.0  # x the linear term's rounding: what a set of flips may le
 
 # Bends
 EXPECTED = 0.01  # of the room round a bend: how far from it a known hyperplane may cross; ten times that of its jump
-SAME_PLANE = 1e-7  # distance of two hyperplanes that are one, at least; ERROR_MARGIN x their errors where these are larger
+SAME_PLANE = (
+    1e-7  # distance of two hyperplanes that are one, at least; ERROR_MARGIN x their errors where these are larger
+)
 SURELY_OTHER = 0.03  # likewise, at most
 ERROR_MARGIN = 100.0  # x an estimated error: what is more is no error; as BEND_MARGIN, below which no bend is seen
 ORIENTED = 0.1  # error of a hyperplane's normal from gradients: worse ones are no start
-UNCONFIRMED = 1e-3  # its error after it was crossed: worse ones were not met where they were crossed
 SHOWS = 5.0  # x its standard error: a jump that is less does not show in the answers
 COMPLETE = 1e-7  # relative residual: hyperplanes found to 1e-9 leave less, a missing one leaves more
 CLEAR = 1e-4  # of the jump between two slopes: their own rounding, where they are to meet in one point

@@ -1,0 +1,52 @@
+"""Signs of neurons from the linear term: worked by hand, wide, and where there is none."""
+
+import math
+
+import pytest
+import torch
+
+from distrecon.expand_cluster.signs import carriers, choose_flips
+
+
+def rows(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_two_neurons_by_hand():
+    """relu(2 - x) + 3 relu(x) as relu(x - 2) + 3 relu(x) + K x + 2: relu(-u) = relu(u) - u, so K = -1."""
+    flips = choose_flips(rows([1.0, -2.0], [1.0, 0.0]), rows([1.0, 3.0]), rows([-1.0]), 1.0, 1e-14)
+    assert flips.flips_H.tolist() == [True, False]
+    assert flips.rest_OR.tolist() == [[0.0]]
+
+
+def test_three_neurons_in_one_equation_by_hand():
+    """Terms 1, 2 and 4: only the first and the third add up to 5; least squares rounded would take others."""
+    flips = choose_flips(rows([1.0, 0.0], [1.0, 1.0], [1.0, 2.0]), rows([1.0, 2.0, 4.0]), rows([-5.0]), 1.0, 1e-14)
+    assert flips.flips_H.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("hidden", "inputs", "outputs"), [(20, 8, 1), (32, 8, 1), (64, 8, 1), (40, 16, 3)])
+def test_wide_layers(hidden, inputs, outputs):
+    generator = torch.Generator().manual_seed(hidden)
+    neurons = torch.randn(hidden, inputs + 1, generator=generator, dtype=torch.float64)
+    outgoing = torch.randn(outputs, hidden, generator=generator, dtype=torch.float64)
+    true = torch.rand(hidden, generator=generator) < 0.5
+    linear = -outgoing[:, true] @ neurons[true, :-1]
+    flips = choose_flips(neurons, outgoing, linear, 1.0, 1e-13)
+    assert torch.equal(flips.flips_H, true)
+    assert flips.sure_H.all()
+
+
+def test_a_linear_term_that_no_signs_explain_is_carried():
+    flips = choose_flips(rows([1.0, 0.0], [1.0, 1.0]), rows([1.0, 2.0]), rows([math.pi]), 1.0, 1e-14)
+    assert flips.rest_OR.abs().min() > 0.1
+    neurons, outgoing = carriers(flips.rest_OR, 1.0, 1e-14)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    carried = torch.relu(x @ neurons[:, :-1].T + neurons[:, -1]) @ outgoing.T
+    torch.testing.assert_close(carried, x @ flips.rest_OR.T)
+    assert len(neurons) == 2
+
+
+def test_a_neuron_below_the_rounding_has_no_sign_to_show():
+    flips = choose_flips(rows([1.0, 0.0], [1.0, 1.0]), rows([1.0, 1e-16]), rows([-1.0]), 1.0, 1e-14)
+    assert flips.sure_H.tolist() == [True, False]
