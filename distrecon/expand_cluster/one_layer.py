@@ -198,8 +198,9 @@ def signed(explained: Explained, activation: Activation) -> tuple[Tensor, Tensor
     rank = len(extra_DK) // 2
     if rank:
         note = (
-            f"{len(planes_HK)} neurons bend; no signs of theirs explain the linear term, of rank {rank}, which "
-            f"{2 * rank} more carry (f(u) - f(-u) is linear): a linear path, or neurons that never bend where asked"
+            f"{len(planes_HK)} neurons bend; no signs of theirs were found that explain the linear term, of rank {rank}, "
+            f"which {2 * rank} neurons more carry (f(u) - f(-u) is linear): the signs are too many for the answers' "
+            "digits, or the black box has a linear path or neurons that never bend where it was asked"
         )
     elif not flips.sure_H.all():
         note = f"the signs of {int((~flips.sure_H).sum())} weak neurons do not show in the answers"
