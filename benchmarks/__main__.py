@@ -1,158 +1,159 @@
-"""Runs the benchmark suite and writes its table and JSON.
+"""Measures: how fast, how exact, how well.
 
-    python -m benchmarks [--quick] [--only NAME ...] [--device cuda] [--out FILE.json] [--page docs/performance.md]
+    python -m benchmarks                                      # the parts of docs/performance.md, each in its process
+    python -m benchmarks PART [PART ...] [options]            # some; `PART --help` lists the options of one
+    python -m benchmarks --quick                              # small sizes: does it run, not how fast
+    python -m benchmarks --page docs/performance.md           # and the tables of the page are replaced
+    python -m benchmarks scaling --page docs/scaling.md
 
-Each part runs in a process of its own, one after the other, with one thread. With `--page` the tables between the two
-markers of that page are replaced; parts that are not in the JSON file keep their tables. With
-`--device cuda` ours and the baselines run on the GPU, in the parts where that means something; their tables are further
-ones, after those of the CPU.
+Parts marked * keep what is finished in runs/benchmarks/PART.jsonl (`--rows`) and go on from there; `--fresh` begins
+anew. With `--json` everything is also written as JSON; parts that were not measured keep their entries there, and their
+tables on the page. With `--device cuda` ours and the baselines run on the GPU, in the parts where that means something;
+their tables are further ones, after those of the CPU.
+
+A new part is a `harness.Part` in the `PARTS` of its module, and a line in the table below.
 """
 
 import argparse
+import importlib
+import itertools
 import json
-import math
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Part
+from distrecon.errors import UserError
+
+
+class Entry(NamedTuple):
+    """Where a part is, its heading, whether it belongs to the suite of docs/performance.md and whether a GPU helps."""
+
+    module: str
+    title: str
+    suite: bool = False
+    gpu: bool = False
+
 
 PARTS = {
-    "behavioural": ("networks", "behavioural", "Behavioural loss, forward and backward"),
-    "threads": ("networks", "threads", "Two threads"),
-    "whole_step": ("steps", "whole_step", "A whole training step of the autoencoder"),
-    "tokens": ("steps", "tokens", "Permutations and tokens"),
-    "contrastive": ("steps", "contrastive", "Contrastive loss, forward and backward"),
-    "zoo_training": ("networks", "zoo_training", "Zoo training"),
-    "evaluation": ("networks", "evaluation", "Evaluation"),
-    "students": ("recovery", "students", "Students"),
-    "linkage": ("recovery", "linkage", "Clustering"),
-    "ray": ("pipeline", "ray_costs", "Ray"),
-    "default_run": ("pipeline", "default_run", "The default run"),
-    "growth": ("growth", "growth", "Growth of cost"),
-    "gpu": ("gpu", "gpu", "GPU"),
+    "behavioural": Entry("networks", "Behavioural loss, forward and backward", True, True),
+    "threads": Entry("networks", "Two threads", True),
+    "whole_step": Entry("steps", "A whole training step of the autoencoder", True, True),
+    "tokens": Entry("steps", "Permutations and tokens", True, True),
+    "contrastive": Entry("steps", "Contrastive loss, forward and backward", True, True),
+    "zoo_training": Entry("networks", "Zoo training", True, True),
+    "evaluation": Entry("networks", "Evaluation", True, True),
+    "students": Entry("solvers", "Students", True),
+    "linkage": Entry("solvers", "Clustering", True),
+    "ray": Entry("pipeline", "Ray", True),
+    "default_run": Entry("tune_run", "The default run", True),
+    "growth": Entry("growth", "Growth of cost", True),
+    "gpu": Entry("gpu", "GPU", True, True),
+    "scaling": Entry("scaling", "Measured here, computed for 1 to 64 GPUs"),
+    "zoo_stream": Entry("pipeline", "States from disk to the workers"),
+    "recovery": Entry("recovery", "Teachers recovered: synthetic, digits, from files"),
+    "boxes": Entry("boxes", "Black boxes as people have them"),
+    "reconstruction": Entry("autoencoder.reconstruction", "Reconstruction by kind of coder, amortised and refined"),
+    "controls": Entry("autoencoder.reconstruction", "The same refinement without a learned space"),
+    "losses": Entry("autoencoder.losses", "Five combinations of losses"),
+    "generation": Entry("autoencoder.generation", "Accuracy of new models against their novelty, by compute"),
+    "gradients": Entry("autoencoder.gradients", "Predicted against autograd gradients, and by layer"),
 }
-ON_GPU = ("behavioural", "whole_step", "tokens", "contrastive", "zoo_training", "evaluation")  # "gpu" itself besides
-HEADING, ON_GPU_TITLE, SUFFIX = "### ", ", on a GPU", ", cuda"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+ON_GPU = ", on a GPU"  # after the titles of tables that a CPU has too
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="NAME", help=", ".join(PARTS))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks.json"))
-    parser.add_argument("--page", type=Path, help="the page whose tables are replaced")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in a process of its own
-    args = parser.parse_args(argv)
-    if args.part:
-        args.out.write_text(json.dumps(run(args.part, args.quick, args.device)))
-        return 0
-    allowed = [name for name in PARTS if args.device == "cpu" or name in (*ON_GPU, "gpu")]
-    names = args.only or allowed
-    if not set(names) <= set(allowed):
-        parser.error(f"--device {args.device} measures {', '.join(allowed)}")
-    if args.device == "cuda" and not gpu_here():
-        parser.error("--device cuda: no such device here")
-    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    options = argv[len(names) :]
+    listing = [f"  {name:<15} {'  ' if entry.suite else '* '}{entry.title}" for name, entry in PARTS.items()]
+    parser = _parser("[PART ...]", __doc__, "\n".join(["parts (* kept):", *listing]))
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if len(names) == 1:
+        return _one(names[0], options)
+    args = _checked(parser, options, names)
+    on_cpu = args.device.type == "cpu"
     failed = []
-    for name in names:
-        found = in_process(name, args.quick, args.device)
-        if found is None:
+    for name in names or [name for name, entry in PARTS.items() if entry.suite and (on_cpu or entry.gpu)]:
+        if subprocess.run([sys.executable, "-m", "benchmarks", name, *options], check=False).returncode:
             failed.append(name)
-            continue
-        results[key(name, args.device)] = found
-        print(table(name, found), flush=True)
-        args.out.write_text(json.dumps(results, indent=1))
-    if args.page:
-        replace_tables(args.page, results)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def gpu_here() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def key(name: str, device: str) -> str:
-    """Of a part's results in the JSON file."""
-    return name + SUFFIX if device == "cuda" and name in ON_GPU else name
-
-
-def run(name: str, quick: bool, device: str) -> dict[str, Any]:
-    """The rows of one part as plain data."""
-    import importlib
-
-    import torch
-
-    from benchmarks.suite.harness import machine
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    module, function, _ = PARTS[name]
-    measure, where = getattr(importlib.import_module(f"benchmarks.suite.{module}"), function), torch.device(device)
-    rows = measure(quick, where) if name in ON_GPU else measure(quick)
-    on = torch.device("cuda" if name == "gpu" and rows else device)
-    return {"quick": quick, "device": on.type, "machine": machine(on), "rows": [row.to_dict() for row in rows]}
+def _parser(usage: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """With the options that all parts have."""
+    parser = argparse.ArgumentParser(
+        f"python -m benchmarks {usage}", description=description, epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="small sizes: does it run, not how fast")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows there")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="the page whose tables are replaced")
+    return parser
 
 
-def in_process(name: str, quick: bool, device: str) -> dict[str, Any] | None:
-    """The same, in a process of its own; None if it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "benchmarks", "--part", name, "--device", device, "--out", str(out)]
-        done = subprocess.run([*command, "--quick"] if quick else command, check=False)
-        return json.loads(out.read_text()) if done.returncode == 0 and out.exists() else None
+def _checked(parser: argparse.ArgumentParser, options: Sequence[str], names: Sequence[str]) -> argparse.Namespace:
+    """The options, if these parts can be measured where they say and the page has a place for tables."""
+    args = parser.parse_args(options)
+    args.device = torch.device(args.device)
+    if args.device.type == "cuda":
+        if not all(PARTS[name].gpu for name in names):
+            parser.error(f"--device cuda measures {', '.join(name for name, entry in PARTS.items() if entry.gpu)}")
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: no such device here")
+    if args.page and not (args.page.is_file() and harness.BEGIN in args.page.read_text()):
+        parser.error(f"--page {args.page}: no such file with a line {harness.BEGIN}")
+    return args
 
 
-def table(name: str, found: dict[str, Any]) -> str:
-    """A Markdown table of one part."""
-    on = ON_GPU_TITLE if found["device"] == "cuda" and name in ON_GPU else ""
-    lines = [f"{HEADING}{PARTS[name][2]}{on}", ""]
-    if not found["rows"]:
-        return "\n".join([*lines, "Not measured: no such device here.", ""])
-    lines += ["| what | ours | baseline | ratio (least to most) | |", "| --- | ---: | ---: | ---: | --- |"]
-    for row in found["rows"]:
-        ratio = ""
-        if row["ratio"] is not None:
-            ratio = f"**{number(row['ratio'])}**"
-            if row["low"] is not None:
-                ratio += f" ({number(row['low'])} to {number(row['high'])})"
-        baseline = "" if row["baseline_seconds"] is None else duration(row["baseline_seconds"])
-        lines.append(f"| {row['what']} | {duration(row['ours_seconds'])} | {baseline} | {ratio} | {row['note']} |")
-    size = "small sizes; " if found["quick"] else ""
-    lines += ["", f"({size}{found['machine']['processor']}, torch {found['machine']['torch']})", ""]
-    return "\n".join(lines)
+def _one(name: str, options: Sequence[str]) -> int:
+    """One part in this process: measured, shown, written."""
+    entry = PARTS[name]
+    part: Part = importlib.import_module(f"benchmarks.{entry.module}").PARTS[name]
+    parser = _parser(name, entry.title)
+    for option, keywords in part.options.items():
+        parser.add_argument(option, **keywords)
+    if part.kept:
+        default = Path("runs", "benchmarks", f"{name}.jsonl")
+        parser.add_argument("--rows", type=Path, default=default, help="where finished rows stay (%(default)s)")
+        parser.add_argument("--fresh", action="store_true", help="forget the finished rows first")
+        parser.add_argument("--only", nargs="+", metavar="TEXT", help="cells whose names contain one of these")
+    args = _checked(parser, options, [name])
+    if part.kept and args.fresh:
+        args.rows.unlink(missing_ok=True)
+    try:
+        found = harness.measure(part, args)
+    except UserError as error:
+        parser.error(str(error))
+    if not found["rows"] and name != "gpu":
+        parser.error("these options choose nothing")
+    on_gpu = ON_GPU if found["device"] == "cuda" and name != "gpu" else ""
+    text = harness.section(entry.title + on_gpu, part, found, args)
+    print(text, flush=True)
+    if part.finish:
+        part.finish(found["rows"], args)
+    if args.json:
+        _write_json(args.json, name + on_gpu, found)
+    if args.page:
+        titles = [entry.title for entry in PARTS.values()]
+        harness.replace_sections(args.page, [text], [*titles, *(title + ON_GPU for title in titles)])
+    return 0
 
 
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def duration(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "not reached"
-    for unit, factor in (("s", 1), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def replace_tables(page: Path, results: dict[str, Any]) -> None:
-    """Put the tables of these results between the markers of the page; what else stands there stays."""
-    head, rest = page.read_text().split(BEGIN)
-    old, tail = rest.split(END)
-    tables = {text.splitlines()[0]: f"{HEADING}{text.strip()}\n" for text in old.split(HEADING)[1:]}
-    new = [table(name.removesuffix(SUFFIX), found) for name, found in results.items()]
-    tables |= {text.removeprefix(HEADING).splitlines()[0]: text for text in new}
-    titles = [title for _, _, title in PARTS.values()]
-    order = [*titles, *(title + ON_GPU_TITLE for title in titles)]
-    page.write_text(f"{head}{BEGIN}\n\n" + "\n".join(tables[t] for t in order if t in tables) + f"\n{END}{tail}")
+def _write_json(file: Path, name: str, found: dict[str, Any]) -> None:
+    """Beside what other parts wrote there."""
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(known | {name: found}, indent=1))
 
 
 if __name__ == "__main__":

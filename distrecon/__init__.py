@@ -16,9 +16,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from distrecon.errors import UserError
     from distrecon.expand_cluster import recover_network
+    from distrecon.kinds.autoencoder import load_autoencoder
     from distrecon.nets import Architecture, architecture
-    from distrecon.runs import load_autoencoder
-    from distrecon.zoos import Zoo, open_zoo
+    from distrecon.zoos import Zoo, open_zoo, write_zoo
     from distrecon.zoos.importing import import_zoo
 
 _HOMES = {
@@ -26,8 +26,9 @@ _HOMES = {
     "architecture": "distrecon.nets",
     "Zoo": "distrecon.zoos",
     "open_zoo": "distrecon.zoos",
+    "write_zoo": "distrecon.zoos",
     "import_zoo": "distrecon.zoos.importing",
-    "load_autoencoder": "distrecon.runs",
+    "load_autoencoder": "distrecon.kinds.autoencoder",
     "recover_network": "distrecon.expand_cluster",
     "UserError": "distrecon.errors",
 }
@@ -41,6 +42,7 @@ __all__ = [
     "load_autoencoder",
     "open_zoo",
     "recover_network",
+    "write_zoo",
 ]
 __version__ = version("distrecon")
 

@@ -2,12 +2,26 @@
 
 One vocabulary serves everywhere: the dotted field names (`loss.beta`) are the keys of space files, of `--set`, of
 MLflow's parameters and of `summary.json`.
+
+What a field may hold stands beside it, and `check`, called by the dataclass's `__post_init__`, holds it to that:
+
+    @dataclass(frozen=True)
+    class LossConfig:
+        gamma: float = setting(0.05, "share of the contrastive loss", least=0, most=1)
+
+        def __post_init__(self) -> None:
+            check(self, "loss")
+
+docs/make_reference.py reads the same: meaning, range and choices of every setting.
 """
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import yaml
@@ -15,6 +29,70 @@ import yaml
 from distrecon.errors import UserError, nearest
 
 Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one setting means and may hold; of a list, what each of its values may be.
+
+    Numbers are bounded by `least` or `above` (itself not allowed) and `most`. `choices` are the names allowed, read
+    when a value is checked, so that a table may grow. `filled` lists have at least one value.
+    """
+
+    about: str = ""
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    choices: Collection[str] | None = None
+    filled: bool = False
+
+    @property
+    def range(self) -> str:
+        """In words: "between 0 and 1", "at least 1", "above 0 and at most 1"; empty where every number is allowed."""
+        if self.least is not None and self.most is not None:
+            return f"between {self.least:g} and {self.most:g}"
+        low = [f"at least {self.least:g}"] if self.least is not None else []
+        low += [f"above {self.above:g}"] if self.above is not None else []
+        return " and ".join([*low, *([f"at most {self.most:g}"] if self.most is not None else [])])
+
+    def check(self, key: str, value: Any) -> None:
+        """UserError that names the key and what it may hold."""
+        if isinstance(value, list | tuple):
+            if self.filled and not value:
+                raise UserError(f"{key} is empty: it must list at least one value")
+            for each in value:
+                self.check(key, each)
+        elif self.choices is not None and value is not None and value not in self.choices:
+            raise UserError(f"{key}: {value!r} is unknown{nearest(value, self.choices)}")
+        elif isinstance(value, int | float):
+            check_finite(value, key)
+            low = (self.least is None or value >= self.least) and (self.above is None or value > self.above)
+            if not low or (self.most is not None and value > self.most):
+                raise UserError(f"{key} must be {self.range}, not {value}")
+
+
+def setting(default: Any, about: str = "", **rules: Any) -> Any:
+    """A dataclass field with its `Setting`: `rules` are that class's fields."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(about, **rules)})
+
+
+def settings(config_type: type) -> dict[str, Setting]:
+    """Field name -> what it may hold, for every field of a dataclass type; nested ones say nothing here."""
+    return {field.name: field.metadata.get("setting", Setting()) for field in dataclasses.fields(config_type)}
+
+
+def check(config: Any, section: str = "") -> None:
+    """UserError that names the first field of `config` that its setting does not allow, or that is not finite.
+
+    `section` is where the dataclass stands in its configuration, such as `loss`.
+    """
+    for name, rule in settings(type(config)).items():
+        rule.check(f"{section}.{name}" if section else name, getattr(config, name))
+
+
+def check_finite(value: float, where: str) -> None:
+    if not math.isfinite(value):
+        raise UserError(f"{where} must be a finite number, not {value}")
 
 
 def fields(config_type: type) -> dict[str, Any]:
@@ -45,7 +123,7 @@ def replace(config: Config, values: Mapping[str, Any], source: str = "configurat
     """`config` with the dotted `values` put in.
 
     Raises UserError that names `source`, the key and, for an unknown key, the nearest known one, or for a wrong type,
-    the type expected. Each dataclass's own `__post_init__` checks ranges.
+    the type expected. Each dataclass's own `__post_init__` checks what its settings allow.
     """
     kinds = fields(type(config))
     nested: dict[str, dict[str, Any]] = {}
@@ -69,7 +147,7 @@ def replace(config: Config, values: Mapping[str, Any], source: str = "configurat
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """`value` as `kind` (bool, int, float, str, tuples of them, unions with None); UserError names `where`."""
+    """`value` as `kind` (bool, int, finite float, str, tuples of them, unions with None); UserError names `where`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -83,10 +161,10 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if kind is float and isinstance(value, float):
+        check_finite(value, where)
     if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
         return value
     raise UserError(f"{where} must be {kind.__name__}, not {value!r}")

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distrecon import runs
 from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory, nearest
+from distrecon.files import plain
 
 DONE, SOME_FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 EVERY = 15.0  # seconds between progress lines when the output is not a terminal, with --verbose
@@ -125,7 +125,7 @@ def run_command(main: Callable[[argparse.Namespace], Answer], parser: Parser, ar
         if answer.text:
             print(answer.text)
     if as_json:
-        print(json.dumps(runs.plain({"command": parser.prog, "exit_code": answer.code, **answer.data}), indent=1))
+        print(json.dumps(plain({"command": parser.prog, "exit_code": answer.code, **answer.data}), indent=1))
     return answer.code
 
 

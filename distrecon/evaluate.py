@@ -3,13 +3,13 @@
 import argparse
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
-from distrecon import config, console, launch, runs, single
+from distrecon import config, console, recording
+from distrecon.autoencoder.scoring import check_memory, score, zoo_index
 from distrecon.cluster import session
-from distrecon.cluster.scoring import check_memory, score, zoo_index
 from distrecon.config import parse_assignments
+from distrecon.kinds.autoencoder import KIND, load_autoencoder
+from distrecon.record.folder import RunFolder, check_absent
 from distrecon.zoos import open_zoo
 
 EXAMPLES = """examples:
@@ -26,6 +26,7 @@ def parser() -> console.Parser:
     )
     parser.add_argument("--autoencoder", required=True, metavar="RUN", help="a run folder, or an autoencoder's own")
     parser.add_argument("--zoo", required=True, help="the zoo's folder")
+    parser.add_argument("--images", metavar="DIR", help="where the zoo's images lie, if not in the zoo")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="settings, such as tasks.samples=50"
     )
@@ -34,8 +35,8 @@ def parser() -> console.Parser:
 
 
 def run(args: argparse.Namespace) -> console.Answer:
-    runs.check_absent(args.out)
-    autoencoder, zoo = runs.load_autoencoder(args.autoencoder), open_zoo(args.zoo)
+    check_absent(args.out)
+    autoencoder, zoo = load_autoencoder(args.autoencoder), open_zoo(args.zoo, images=args.images)
     zoo_index(autoencoder, zoo)
     check_memory(zoo, session.memory())
     small = {"tasks.samples": 4, "tasks.pairs": 4} if args.smoke else {}
@@ -47,24 +48,24 @@ def run(args: argparse.Namespace) -> console.Answer:
         left = console.time_left(done / total, time.monotonic() - progress.start)
         progress.show(f"{stage} on {zoo.num_states} states of {zoo.name} ({done + 1} of {total}), {left}")
 
-    def work(folder: Path) -> dict[str, Any]:
-        metrics = score(autoencoder, zoo, settings, folder, show)
+    def work(folder: RunFolder) -> recording.Result:
+        metrics = score(autoencoder, zoo, settings, folder.models, show)
         progress.done(f"{zoo.num_states} states of {zoo.name}")
-        return metrics
+        return recording.Result(metrics)
 
-    outcome = single.record(
-        name="evaluate",
-        kind="autoencoder",
-        metric="reconstruct/agreement_on_errors",
-        config={"zoo": [str(args.zoo)]},
-        settings={"autoencoder": str(args.autoencoder), **changes},
-        zoos={str(args.zoo): zoo},
-        out=args.out,
-        seed=settings.seed,
-        work=work,
-        smoke=args.smoke,
+    request = {"autoencoder": str(args.autoencoder), "zoo": str(args.zoo), "settings": changes, "seed": settings.seed}
+    overrides = {"autoencoder": str(args.autoencoder), **changes}
+    outcome = recording.record(
+        RunFolder.create(args.out, "evaluate", request),
+        "evaluate",
+        KIND,
+        KIND.objective,
+        KIND.mode,
+        {"zoo": [str(args.zoo)]},
+        recording.Provenance(settings.seed, args.smoke, overrides, {str(args.zoo): zoo}),
+        work,
     )
-    return launch.answer(outcome, "evaluate", args.smoke)
+    return recording.answer(outcome, "evaluate", args.smoke)
 
 
 def main(argv: list[str] | None = None) -> int:

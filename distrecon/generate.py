@@ -3,18 +3,24 @@
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors.torch import save_file
+from torch import Tensor
 
-from distrecon import console, runs
-from distrecon.autoencoder.generate import best_states, generate_models, scores, top
+from distrecon import console, recording
+from distrecon.autoencoder.config import TasksConfig
+from distrecon.autoencoder.generate import best_states, generate_models, top
+from distrecon.autoencoder.model import Autoencoder
 from distrecon.autoencoder.samplers import SAMPLERS
+from distrecon.autoencoder.scoring import zoo_index
 from distrecon.autoencoder.tasks import encode_models
-from distrecon.cluster.scoring import zoo_index
 from distrecon.errors import UserError
+from distrecon.kinds.autoencoder import KIND, load_autoencoder, zoo_folder
+from distrecon.nets import Architecture, evaluate
+from distrecon.record.artifacts import ARRAYS
+from distrecon.record.folder import RunFolder, check_absent
 from distrecon.zoos import Zoo, open_zoo
 
 EXAMPLES = """examples:
@@ -31,6 +37,7 @@ def parser() -> console.Parser:
     )
     parser.add_argument("--autoencoder", required=True, metavar="RUN", help="a run folder, or an autoencoder's own")
     parser.add_argument("--zoo", help="zoo whose good training models are sampled around (default: the run's)")
+    parser.add_argument("--images", metavar="DIR", help="where the zoo's images lie, if not in the zoo")
     parser.add_argument("--count", type=int, default=10, help="models to make (default: 10)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the one the autoencoder was configured with")
     parser.add_argument(
@@ -42,67 +49,77 @@ def parser() -> console.Parser:
 
 
 def run(args: argparse.Namespace) -> console.Answer:
-    runs.check_absent(args.out)
+    check_absent(args.out)
     if args.count < 1:
         raise UserError(f"--count must be at least 1, not {args.count}")
-    autoencoder = runs.load_autoencoder(args.autoencoder)
-    zoo = open_zoo(args.zoo or _zoo_of(args.autoencoder))
-    index, arch, images = zoo_index(autoencoder, zoo), zoo.architecture, zoo.images()
+    autoencoder = load_autoencoder(args.autoencoder)
+    zoo = open_zoo(args.zoo or zoo_folder(args.autoencoder), images=args.images)
+    index, arch = zoo_index(autoencoder, zoo), zoo.architecture
     changes = {"samples": max(2, args.count), "bandwidth": args.bandwidth, "generate_refine": args.refine}
     tasks = dataclasses.replace(autoencoder.config.tasks, **{k: v for k, v in changes.items() if v is not None})
     seed = args.seed if args.seed is not None else autoencoder.config.seed
-    progress = console.Progress("generate")
+    sampler = args.sampler or tasks.samplers[0]
+    request = {"autoencoder": str(args.autoencoder), "zoo": str(zoo.store), "sampler": sampler, "seed": seed}
+
+    def work(folder: RunFolder) -> recording.Result:
+        theta_MP, accuracy_M, milliseconds = generate(autoencoder, zoo, index, tasks, sampler, seed, args.count)
+        models = _write(folder, arch, theta_MP, accuracy_M)
+        metrics = {
+            "generate/accuracy_mean": float(accuracy_M.mean()),
+            "generate/accuracy_max": float(accuracy_M.max()),
+            "generate/ms_per_model": milliseconds,
+        }
+        return recording.Result(
+            metrics, {**request, "architecture": arch.to_dict(), "metrics": metrics, "models": models}
+        )
+
+    outcome = recording.record(
+        RunFolder.create(args.out, "generate", request),
+        "generate",
+        KIND,
+        "generate/accuracy_mean",
+        "max",
+        {"sampler": sampler, "count": args.count},
+        recording.Provenance(seed, args.smoke, request, {str(zoo.store): zoo}),
+        work,
+    )
+    metrics = outcome.sweeps[0].trials[recording.TRIAL].metrics
+    mean, best = metrics["generate/accuracy_mean"], metrics["generate/accuracy_max"]
+    text = (
+        f"{args.count} models of {arch.name}: test accuracy {mean:.3f} mean, {best:.3f} best; "
+        f"{metrics['generate/ms_per_model']:.2f} ms each\n\nmodels   {console.short(outcome.folder.models)}"
+    )
+    return recording.answer(outcome, "generate", args.smoke, text)
+
+
+def generate(
+    autoencoder: Autoencoder, zoo: Zoo, index: int, tasks: TasksConfig, sampler: str, seed: int, count: int
+) -> tuple[Tensor, Tensor, float]:
+    """New models theta[M, P] around the zoo's good training models, their test accuracies [M], milliseconds a model."""
+    progress, images = console.Progress("generate"), zoo.images()
     progress.show(f"choosing the best of {zoo.name}'s training models")
     train = zoo.models("train")
-    good_N = top(best_states(arch, train, images), tasks.good)
+    good_N = top(best_states(zoo.architecture, train, images), tasks.good)
     z_N = encode_models(autoencoder, train, index)[good_N]
-    sampler = args.sampler or tasks.samplers[0]
-    progress.show(f"{args.count} models around {len(good_N)} good ones")
+    progress.show(f"{count} models around {len(good_N)} good ones")
     theta_MP, milliseconds = generate_models(
         autoencoder, train.theta_BP[good_N], z_N, images, tasks, sampler, seed, index
     )
-    theta_MP = theta_MP[: args.count]
-    accuracy_M = scores(arch, theta_MP, images.test).accuracy_B
+    theta_MP = theta_MP[:count]
+    accuracy_M = evaluate(zoo.architecture, theta_MP, images.test.images, images.test.labels_Q).accuracy_B
     progress.done(f"{len(theta_MP)} models")
-    request = {"autoencoder": str(args.autoencoder), "zoo": str(zoo.store), "sampler": sampler, "seed": seed}
-    folder = runs.create(args.out, "generate", request)
-    summary = _write(folder, zoo, theta_MP, accuracy_M, request, milliseconds)
-    accuracy = f"test accuracy {float(accuracy_M.mean()):.3f} mean, {float(accuracy_M.max()):.3f} best"
-    text = (
-        f"{len(theta_MP)} models of {arch.name}: {accuracy}; {milliseconds:.2f} ms each\n"
-        f"models   {console.short(folder / 'models')}\nnumbers  {console.short(folder / 'summary.json')}"
-    )
-    return console.Answer(console.DONE, text, {"folder": str(folder), **summary})
+    return theta_MP, accuracy_M, milliseconds
 
 
-def _zoo_of(run: str) -> str:
-    """The folder of the zoo that a run's autoencoder was trained on; UserError when it has to be named."""
-    if run.startswith(runs.MLFLOW_RUN) or not (Path(run) / "summary.json").exists():
-        raise UserError(f"{run} does not tell its zoo: name one with --zoo")
-    zoos = runs.read_summary(Path(run))["zoos"]
-    if len(zoos) != 1:
-        raise UserError(f"{run} was trained on {len(zoos)} zoos: name one with --zoo")
-    return next(iter(zoos.values()))["path"]
-
-
-def _write(
-    folder: Path, zoo: Zoo, theta_MP: torch.Tensor, accuracy_M: torch.Tensor, request: dict, milliseconds: float
-) -> dict[str, Any]:
-    (folder / "models").mkdir()
+def _write(folder: RunFolder, arch: Architecture, theta_MP: Tensor, accuracy_M: Tensor) -> list[dict[str, Any]]:
+    """Writes the models, and their accuracies for the figure; returns each one's file and accuracy."""
     models = []
     for number, (theta_P, accuracy) in enumerate(zip(theta_MP, accuracy_M.tolist(), strict=True)):
-        name = f"models/{number:05d}.safetensors"
-        save_file(zoo.architecture.unflatten(theta_P), folder / name, {"architecture": zoo.architecture.name})
-        models.append({"file": name, "test_accuracy": accuracy})
-    metrics = {
-        "generate/accuracy_mean": float(accuracy_M.mean()),
-        "generate/accuracy_max": float(accuracy_M.max()),
-        "generate/ms_per_model": milliseconds,
-    }
-    architecture = zoo.architecture.to_dict()
-    summary = {**request, "architecture": architecture, "metrics": metrics, "models": models}
-    runs.write_json(folder / "summary.json", summary)
-    return summary
+        file = folder.models / f"{number:05d}.safetensors"
+        save_file(arch.unflatten(theta_P), file, {"architecture": arch.name})
+        models.append({"file": f"models/{file.name}", "test_accuracy": accuracy})
+    np.savez_compressed(folder.models / ARRAYS, allow_pickle=False, **{"generate/accuracy": accuracy_M.numpy()})  # type: ignore[arg-type]
+    return models
 
 
 def main(argv: list[str] | None = None) -> int:

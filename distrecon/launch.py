@@ -1,12 +1,12 @@
-"""What `tune` and `train` have in common: options, the request made of them, the job, what is printed at its end."""
+"""What `tune` and `train` have in common: options, the request made of them, the job."""
 
 import argparse
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distrecon import console, job, runs, tables
+from distrecon import console, job
 from distrecon.config import parse_assignments
-from distrecon.errors import WorkFailed
+from distrecon.errors import UserError, WorkFailed
+from distrecon.recording import answer
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage", metavar="URI", help="where zoos and trials lie; on a cluster s3://... or a shared disk"
     )
+    parser.add_argument("--images", metavar="DIR", help="where the images of the zoos lie that have them not inside")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted setting laid over the configuration"
     )
@@ -34,55 +35,34 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     return values | parse_assignments(args.set)
 
 
-def launch(args: argparse.Namespace, command: str, spaces: Sequence[str]) -> console.Answer:
-    """Runs or resumes a job; answers with its tables and where to look next."""
+def launch(args: argparse.Namespace, command: str, **what: Any) -> console.Answer:
+    """Runs or resumes a job, a new one of `what` (the request's spaces or zoo); answers with its tables.
+
+    A request that turns out to be wrong before the first trial leaves no folder.
+    """
     if args.resume:
         folder, request = job.reopen(args.resume, command, args.address)
     else:
         request = job.Request(
-            spaces=tuple(spaces),
+            **what,
             overrides=overrides(args),
             seed=args.seed or 0,
             smoke=args.smoke,
             address=args.address,
             storage=args.storage,
+            images=args.images,
         )
         folder = job.prepare(request, args.out, command, args.verbose)
     try:
-        with runs.held(folder):
+        with folder.locked():
             outcome = job.run(request, folder, args.verbose)
+    except UserError:
+        if not args.resume and not folder.begun:
+            folder.remove()
+        raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"continue with --resume {console.short(folder)}") from None
+        raise KeyboardInterrupt(f"continue with --resume {console.short(folder.path)}") from None
     except (WorkFailed, OSError) as error:
-        hint = f"when that is mended, continue with --resume {console.short(folder)}"
+        hint = f"when that is mended, continue with --resume {console.short(folder.path)}"
         raise WorkFailed(f"{error}; {hint}") from error
     return answer(outcome, command, request.smoke)
-
-
-def answer(outcome: job.Outcome, command: str, smoke: bool) -> console.Answer:
-    """A finished job's exit code, the text to print, and its summary with the run's folder."""
-    code = console.SOME_FAILED if outcome.failed or outcome.tracker.problem else console.DONE
-    return console.Answer(
-        code,
-        "\n".join(lines(outcome, command, smoke)),
-        {"folder": str(outcome.folder), **runs.read_summary(outcome.folder), "mlflow": outcome.tracker.uri},
-    )
-
-
-def lines(outcome: job.Outcome, command: str, smoke: bool) -> Iterator[str]:
-    """The tables, what failed, and where to look next."""
-    for sweep in outcome.sweeps:
-        yield f"\n{sweep.name} (* best by {sweep.metric})\n{tables.render(sweep)}"
-        for trial in sweep.trials.values():
-            if trial.error:
-                yield f"failed: {tables.label(trial.config)}: {trial.error}"
-    if smoke:
-        yield "\nA smoke run: every stage ran at its smallest, the numbers mean nothing."
-    tracker, folder = outcome.tracker, console.short(outcome.folder)
-    yield f"\nreport   {folder}/report.html\nnumbers  {folder}/summary.json"
-    if tracker.problem:
-        yield f"MLflow   NOT COMPLETE: {tracker.problem}\n         all metrics are in the run folder"
-        if command in runs.RESUMABLE:
-            yield f"         send the rest with python -m distrecon.{command} --resume {folder}"
-    else:
-        yield f"MLflow   {tracker.look}"

@@ -2,18 +2,24 @@
 
 import argparse
 import dataclasses
-import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from distrecon import config as configuration
-from distrecon import console, runs
+from distrecon import console, recording
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover_network, score, synthetic_teacher
+from distrecon.expand_cluster.examination import OUTPUTS
 from distrecon.expand_cluster.sources import Source, load_black_box
+from distrecon.kinds.expand_cluster import KIND, clustering_arrays
+from distrecon.record.artifacts import ARRAYS
+from distrecon.record.folder import RunFolder
+
+NETWORK = "recovered.safetensors"
 
 EXAMPLES = """examples:
   python -m distrecon.recover --smoke                                            a small built-in teacher
@@ -39,6 +45,15 @@ def parser() -> console.Parser:
     parser.add_argument("--hidden-layers", type=int, default=1, metavar="L", help="how many it has (default: 1)")
     parser.add_argument("--input-size", type=int, metavar="I", help="needed for MODULE:CALLABLE")
     parser.add_argument("--data", type=Path, metavar="FILE.npy", help="inputs of interest [Q, I]; verified there too")
+    parser.add_argument(
+        "--domain", type=float, nargs=2, metavar=("LOW", "HIGH"), help="no query leaves it (default: no limits)"
+    )
+    parser.add_argument(
+        "--outputs", choices=OUTPUTS, default=OUTPUTS[0], help="what the answers are (default: %(default)s)"
+    )
+    parser.add_argument("--max-rows", type=int, metavar="Q", help="of one call (default: no limit)")
+    parser.add_argument("--retries", type=int, default=0, help="of a call that raises, with growing waits (default: 0)")
+    parser.add_argument("--answers", type=Path, metavar="FOLDER", help="keeps every answer; none is asked for twice")
     parser.add_argument("--students", type=int, metavar="N", help="a fixed number (default: as many as are needed)")
     parser.add_argument("--queries", type=int, metavar="Q", help="query budget (default: no limit)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted setting")
@@ -48,7 +63,7 @@ def parser() -> console.Parser:
 
 
 def run(args: argparse.Namespace) -> console.Answer:
-    """Recovers, scores, and writes the run folder: summary.json, models/recovered.safetensors, stages/."""
+    """Recovers, scores and records: models/recovered.safetensors, summary.json, report.html, stages/, MLflow."""
     torch.set_num_threads(1)  # many small matrices: more threads spin and lose
     args.seed = args.seed or 0
     config, source = _config(args), _source(args)
@@ -56,8 +71,11 @@ def run(args: argparse.Namespace) -> console.Answer:
     if size is None:
         raise UserError("--input-size is needed for a MODULE:CALLABLE teacher")
     data_QI = _data(args.data) if args.data else None
-    folder, stage = _folder(args), console.Progress("recover")
-    try:
+    folder, teacher = _folder(args), args.teacher or "smoke"
+    found: list[Recovery] = []
+
+    def work(folder: RunFolder) -> recording.Result:
+        stage = console.Progress("recover")
         recovery = recover_network(
             source.black_box,
             size,
@@ -65,45 +83,61 @@ def run(args: argparse.Namespace) -> console.Answer:
             args.hidden_layers,
             args.seed,
             data_QI,
+            args.domain and tuple(args.domain),
+            args.outputs,
+            args.max_rows,
+            args.retries,
+            args.answers,
             config=config,
             progress=lambda part, value: stage.show(f"{part} {value:.3g}"),
-            stages=folder / "stages",
+            stages=folder.stages,
         )
-    except UserError:
-        if not args.resume:
-            shutil.rmtree(folder)
-        raise
+        stage.done("verified" if recovery.verified else "not verified")
+        if source.weights is not None and len(source.weights) == len(recovery.weights):
+            metrics = recovery.metrics | score(recovery, source.weights, data_QI)
+            recovery = dataclasses.replace(recovery, metrics=metrics)
+        found.append(recovery)
+        return recording.Result(recovery.metrics, {"teacher": teacher, **_write(folder, config, args.seed, recovery)})
+
+    try:
+        outcome = recording.record(
+            folder,
+            "recover",
+            KIND,
+            "recover/output_rmse",
+            "min",
+            {"teacher": teacher},
+            recording.Provenance(args.seed, args.smoke, configuration.parse_assignments(args.set)),
+            work,
+            resumable=True,
+        )
     except KeyboardInterrupt:
-        hint = f"continue with the same options and --resume {console.short(folder)}"
+        hint = f"continue with the same options and --resume {console.short(folder.path)}"
         raise KeyboardInterrupt(hint) from None
-    stage.done("verified" if recovery.verified else "not verified")
-    if source.weights is not None and len(source.weights) == len(recovery.weights):
-        metrics = recovery.metrics | score(recovery, source.weights, data_QI)
-        recovery = dataclasses.replace(recovery, metrics=metrics)
-    return _answer(args, folder, config, recovery)
+    (recovery,) = found
+    text = f"{recovery.report()}\n\nnetwork  {console.short(folder.models / NETWORK)}"
+    code = console.DONE if recovery.verified else console.SOME_FAILED
+    return recording.answer(outcome, "recover", args.smoke, text, code)
 
 
-def _answer(args: argparse.Namespace, folder: Path, config: RecoveryConfig, recovery: Recovery) -> console.Answer:
-    """Writes the network and summary.json, the last as the mark of a finished run."""
-    (folder / "models").mkdir(exist_ok=True)
-    recovery.save(folder / "models" / "recovered.safetensors")
-    summary = {
-        "teacher": args.teacher or "smoke",
+def _write(folder: RunFolder, config: RecoveryConfig, seed: int, recovery: Recovery) -> dict[str, Any]:
+    """Writes the network and the figures' arrays; returns the recovery's own keys of summary.json."""
+    network = folder.models / NETWORK
+    network.unlink(missing_ok=True)  # of an earlier start that broke off after it
+    recovery.save(network)
+    np.savez_compressed(folder.models / ARRAYS, allow_pickle=False, **clustering_arrays(recovery))
+    return {
         "activation": recovery.activation,
         "verified": recovery.verified,
         "reason": recovery.reason,
+        "findings": [str(finding) for finding in recovery.findings],
+        "certificate": dataclasses.asdict(recovery.certificate) if recovery.certificate else None,
+        "weights": f"models/{NETWORK}",
         "config": configuration.flatten(config),
-        "seed": args.seed,
+        "seed": seed,
         "metrics": recovery.metrics,
         "seconds": recovery.seconds,
     }
-    runs.write_json(folder / "summary.json", summary)
-    text = (
-        f"{recovery.report()}\n\nnetwork  {console.short(folder)}/models/recovered.safetensors\n"
-        f"numbers  {console.short(folder)}/summary.json"
-    )
-    code = console.DONE if recovery.verified else console.SOME_FAILED
-    return console.Answer(code, text, {"folder": str(folder.absolute()), **summary})
 
 
 def _config(args: argparse.Namespace) -> RecoveryConfig:
@@ -134,15 +168,15 @@ def _data(path: Path) -> torch.Tensor:
         raise UserError(f"--data: {path} is not a .npy file of numbers: {error}") from None
 
 
-def _folder(args: argparse.Namespace) -> Path:
+def _folder(args: argparse.Namespace) -> RunFolder:
     """A new run folder, or the interrupted recovery's."""
     if not args.resume:
-        return runs.create(args.out, "recover", {"teacher": args.teacher, "seed": args.seed})
-    folder = Path(args.resume)
-    if (folder / "summary.json").exists():
-        raise UserError(f"--resume {folder}: this run is finished; see its summary.json, or choose another --out")
-    if not (folder / "stages").is_dir():
-        raise UserError(f"--resume {folder}: no interrupted recovery there")
+        return RunFolder.create(args.out, "recover", {"teacher": args.teacher, "seed": args.seed})
+    folder = RunFolder(Path(args.resume).absolute())
+    if folder.summary.exists():
+        raise UserError(f"--resume {args.resume}: this run is finished; see its summary.json, or choose another --out")
+    if not folder.stages.is_dir():
+        raise UserError(f"--resume {args.resume}: no interrupted recovery there")
     return folder
 
 

@@ -2,10 +2,6 @@
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
-
-import yaml
 
 from distrecon import console, launch
 
@@ -34,11 +30,7 @@ def parser() -> console.Parser:
 
 def run(args: argparse.Namespace) -> console.Answer:
     zoos = ["smoke"] if args.smoke and args.zoo == ["digits"] else args.zoo
-    space = {"name": "train", "kind": "autoencoder", "base": {}, "space": {"zoo": {"grid": [zoos]}}}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train.yaml"
-        path.write_text(yaml.safe_dump(space))
-        return launch.launch(args, "train", [str(path)])
+    return launch.launch(args, "train", zoo=tuple(zoos))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,8 @@ def parser() -> console.Parser:
 
 
 def run(args: argparse.Namespace) -> console.Answer:
-    return launch.launch(args, "tune", [] if args.resume else args.space or job.shipped_spaces())
+    spaces = [] if args.resume else args.space or job.shipped_spaces()
+    return launch.launch(args, "tune", spaces=tuple(spaces))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,7 +40,7 @@ def parser() -> console.Parser:
     check = _command(commands, "check", "read every row again, recompute a sample of accuracies")
     check.add_argument("zoo", help="folder or URL of the zoo")
     check.add_argument("--sample", type=int, default=64, help="states to recompute (default: 64)")
-    check.add_argument("--images-dir", metavar="DIR", help="where the zoo's images lie")
+    check.add_argument("--images-dir", "--images", metavar="DIR", help="where its images lie, if not in the zoo")
     export = _command(commands, "export", "write one model as safetensors")
     export.add_argument("zoo", help="folder or URL of the zoo")
     export.add_argument("--model", required=True, metavar="ID", help="the model's id in the zoo")
@@ -70,7 +70,16 @@ def _train_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted setting laid over the configuration"
     )
+    _store_option(command)
     _ray_options(command)
+
+
+def _store_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--store-images",
+        action=argparse.BooleanOptionalAction,
+        help="put the images into the zoo (default: if they lie in a directory and are not very many)",
+    )
 
 
 def _import_options(command: argparse.ArgumentParser) -> None:
@@ -81,6 +90,7 @@ def _import_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--activation", help="where the source does not tell it")
     command.add_argument("--images", metavar="NAME", help="image set the models were trained on")
     command.add_argument("--images-dir", metavar="DIR", help="where its files lie")
+    _store_option(command)
     command.add_argument("--name", help="the zoo's name (default: the source's)")
     command.add_argument("--strict", action="store_true", help="stop at the first thing that would be skipped")
     _ray_options(command)
@@ -94,7 +104,7 @@ def _connect(args: argparse.Namespace) -> dict[str, float]:
     from distrecon.cluster import session
 
     session.connect(args.address, verbose=args.verbose)
-    if args.gpus_per_task > (has := session.largest()["GPU"]):
+    if args.gpus_per_task > (has := session.available()["GPU"]) and not session.grows():
         raise UserError(
             f"--gpus-per-task {args.gpus_per_task:g}: the whole cluster has {has:g} GPUs; lower it, or leave it out"
         )
@@ -121,7 +131,7 @@ def train(args: argparse.Namespace) -> console.Answer:
     values = {} if args.seed is None else {"seed": args.seed}
     config = configuration.replace(config, values | configuration.parse_assignments(args.set), "--set")
     resources, stage = _connect(args), console.Progress("train")
-    zoo = ensure(config, args.out, _shower(stage), resources)
+    zoo = ensure(config, args.out, _shower(stage), resources, args.store_images)
     excluded = len(zoo.info["excluded"])
     stage.done(
         f"{zoo.num_models} models, {zoo.num_states} states in {zoo.store}" + f", {excluded} diverged" * bool(excluded)
@@ -143,6 +153,7 @@ def import_(args: argparse.Namespace) -> console.Answer:
         activation=args.activation,
         images=args.images,
         images_directory=args.images_dir,
+        store_images=args.store_images,
         name=args.name,
         seed=args.seed or 0,
         strict=args.strict,

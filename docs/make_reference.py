@@ -1,5 +1,5 @@
-"""Writes docs/settings.md, every setting of the configuration classes with its type, default and comment, and the
-tables of options in docs/commands.md.
+"""Writes docs/settings.md, every setting of the configuration classes with its type, default, range and meaning, and
+the tables of options in docs/commands.md.
 
 python docs/make_reference.py            # write
 python docs/make_reference.py --check    # fail when a file is out of date
@@ -8,14 +8,13 @@ python docs/make_reference.py --check    # fail when a file is out of date
 import argparse
 import dataclasses
 import importlib
-import inspect
 import re
 import sys
 import typing
 from pathlib import Path
 
 from distrecon import config
-from distrecon.cluster.kinds import KINDS
+from distrecon.kinds import KINDS
 from distrecon.zoos.settings import ZooConfig
 
 SETTINGS, COMMANDS = (Path(__file__).with_name(f"{name}.md") for name in ("settings", "commands"))
@@ -25,21 +24,16 @@ Written by `python docs/make_reference.py` from the configuration classes. The n
 and `space`), of `--set KEY=VALUE`, of MLflow's parameters and of `summary.json`.
 """
 
+METRICS_HEAD = """Those that tables show have a heading. A sweep chooses its best trial by `metric`, an objective
+(default: `{default}`, mode {mode}).
 
-def comments(kind: type) -> dict[str, str]:
-    """Field -> the comment behind it in the source of the class or of those it extends."""
-    found: dict[str, str] = {}
-    for parent in reversed(kind.__mro__[:-1]):
-        for line in inspect.getsource(parent).splitlines():
-            match = re.match(r"    (\w+): .*?  # (.*)", line)
-            if match:
-                found[match[1]] = match[2]
-    return found
+| metric | heading | | objective |
+| --- | --- | --- | --- |"""
 
 
 def rows(kind: type, prefix: str = "") -> list[str]:
     """A table row a leaf of the nested dataclass."""
-    hints, notes, lines = typing.get_type_hints(kind), comments(kind), []
+    hints, rules, lines = typing.get_type_hints(kind), config.settings(kind), []
     for field in dataclasses.fields(kind):
         annotation = hints[field.name]
         if dataclasses.is_dataclass(annotation):
@@ -50,8 +44,10 @@ def rows(kind: type, prefix: str = "") -> list[str]:
         type_name = (
             getattr(annotation, "__name__", str(annotation)) if not typing.get_args(annotation) else str(annotation)
         )
-        note = notes.get(field.name, "").replace("|", "\\|")
-        lines.append(f"| `{prefix}{field.name}` | {type_name.replace('|', 'or')} | `{shown}` | {note} |")
+        rule = rules[field.name]
+        note = rule.about.replace("|", "\\|")
+        values = rule.range if rule.choices is None else ", ".join(f"`{name}`" for name in rule.choices)
+        lines.append(f"| `{prefix}{field.name}` | {type_name.replace('|', 'or')} | `{shown}` | {values} | {note} |")
     return lines
 
 
@@ -59,9 +55,17 @@ def settings() -> str:
     parts = [HEAD]
     kinds = {f"kind: {name}": kind.config_type for name, kind in KINDS.items()}
     for title, kind in {**kinds, "zoos (distrecon.zoo train)": ZooConfig}.items():
-        parts += [f"\n## {title}\n", "| setting | type | default | |", "| --- | --- | --- | --- |", *rows(kind)]
+        parts += [
+            f"\n## {title}\n",
+            "| setting | type | default | values | |",
+            "| --- | --- | --- | --- | --- |",
+            *rows(kind),
+        ]
     for name, kind in KINDS.items():
-        parts.append(f"\nObjectives of {name} (`metric`): {', '.join(f'`{m}`' for m in kind.metrics)}.")
+        parts += [f"\n## metrics of {name}\n", METRICS_HEAD.format(default=kind.objective, mode=kind.mode)]
+        for metric in kind.metrics:
+            objective = "yes" if metric.objective else ""
+            parts.append(f"| `{metric.name}` | {metric.heading} | {metric.meaning} | {objective} |")
     return "\n".join(parts) + "\n"
 
 

@@ -30,6 +30,14 @@ def run_command(folder: Path, name: str, *arguments: object, timeout: float = 40
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands that a test runs in this process record in a store of the test session, unless the test names one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
+        yield
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, subprocess.CompletedProcess[str]]:
     """A finished `distrecon.tune --smoke`: the folder it was started in, its run folder, its process."""

@@ -59,7 +59,7 @@ def test_the_worked_examples_are_one_file_and_a_test_each(tmp_path):
         with open(tmp_path / name, "a") as file:
             file.write(f"\n\n{code}" if name.startswith("distrecon/") else code)
     files = [name for name, _ in blocks if name.startswith("tests/")]
-    assert len(files) == len(blocks) - len(files) == 2, "a file and a test each"
+    assert len(files) == len(blocks) - len(files) == 3, "a file and a test each"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *files],
         cwd=tmp_path,
@@ -68,4 +68,4 @@ def test_the_worked_examples_are_one_file_and_a_test_each(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout
+    assert "5 passed" in done.stdout

@@ -32,7 +32,7 @@ def test_a_zoo_then_an_autoencoder_on_it(tmp_path):
 
 def test_scikit_learns_network_is_a_black_box_that_is_recovered(tmp_path):
     done = run_command(
-        CHECKOUT,
+        tmp_path,
         "recover",
         *("--teacher", "examples.black_box:scores", "--input-size", 64, "--activation", "tanh"),
         *("--out", tmp_path / "run", "--json"),

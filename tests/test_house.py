@@ -5,6 +5,7 @@ All imports count: those at the top of a file, those in functions, those for typ
 """
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.sparse.csgraph import connected_components
+
+from tests.conftest import environment
 
 PACKAGE = Path(__file__).resolve().parent.parent / "distrecon"
 
@@ -190,3 +193,34 @@ def test_a_longer_circle_is_found_whole(tmp_path: Path) -> None:
         "d.py": "import house.a",
     }
     assert circles(write(tmp_path, {"__init__.py": "", **files})) == [["house.a", "house.b", "house.c"]]
+
+
+# -- what commands load ------------------------------------------------------------------------------------------------
+
+
+def loaded(code: str, folder: Path) -> list[str]:
+    """Which of these modules a process has loaded after the code."""
+    names = ("ray", "mlflow", "matplotlib", "ray.tune", "ray.train")
+    code += f"\nimport json, sys\nprint(json.dumps([name for name in {names!r} if name in sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_recovery_and_a_report_load_no_tune(tmp_path):
+    found = loaded("from distrecon.recover import main\nassert main(['--smoke', '--out', 'run']) == 0", tmp_path)
+    assert (tmp_path / "run" / "report.html").exists()
+    assert set(found) == {"mlflow", "matplotlib"}
+
+
+def test_evaluating_and_generating_load_no_tune(smoke, tmp_path):
+    folder, out, _ = smoke
+    (zoo,) = (folder / "zoos").iterdir()
+    code = f"""
+from distrecon import evaluate, generate
+assert evaluate.main(["--smoke", "--autoencoder", {str(out)!r}, "--zoo", {str(zoo)!r}, "--out", "evaluated"]) == 0
+assert generate.main(["--autoencoder", {str(out)!r}, "--count", "2", "--out", "generated"]) == 0
+"""
+    assert not {"ray.tune", "ray.train"} & set(loaded(code, tmp_path))

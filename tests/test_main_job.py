@@ -155,8 +155,18 @@ def test_the_trained_autoencoder_evaluates_and_generates(smoke, capsys, monkeypa
     assert generate.main(["--autoencoder", "out", "--count", "3", "--out", "generated", "--json"]) == DONE
     made = json.loads(Path("generated/summary.json").read_text())
     printed = {"command": "distrecon.generate", "exit_code": DONE, "folder": str(smoke[0] / "generated")}
-    assert json.loads(capsys.readouterr().out) == {**printed, **made}
+    document = json.loads(capsys.readouterr().out)
+    client = MlflowClient(document.pop("mlflow"))
+    assert document == {**printed, **made}
     assert len(made["models"]) == 3
+    assert (
+        made["sweeps"][0]["trials"][0]["metrics"]["generate/accuracy_mean"] == made["metrics"]["generate/accuracy_mean"]
+    )
+    assert Path("generated/report.html").read_text().count("<figure>") == 1
+    (run_,) = client.search_runs([client.get_experiment_by_name("generate").experiment_id], "tags.trial_id != ''")
+    stored = [Path(file.path).name for file in client.list_artifacts(run_.info.run_id, "model")]
+    assert stored == [Path(model["file"]).name for model in made["models"]]
+    assert len(distrecon.load_autoencoder("evaluated").architectures) == 1
     arch = distrecon.Architecture.from_dict(made["architecture"])
     test = images.load("digits").test
     for model in made["models"]:
@@ -265,6 +275,10 @@ def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
         (["--resume", "nowhere"], ["nowhere", "no run there"]),
         (["--num-workers", "17"], ["data.shards (16)", "at least resources.num_workers (17)"]),
         (["--out", "/proc/out"], ["/proc/out", "cannot be written"]),
+        (
+            ["--storage", "/proc/here", "--out", "run"],
+            ["cannot write /proc/here"],
+        ),  # found after the run folder was made
     ],
 )
 def test_wrong_requests_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, ray_session, arguments, words):

@@ -13,11 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from distrecon import console, launch, tables
-from distrecon.cluster.journal import SweepRecord
+from distrecon import console, recording
 from distrecon.cluster.space import read_space
 from distrecon.console import DONE
 from distrecon.job import DEFAULT_SPACES
+from distrecon.kinds import KINDS
+from distrecon.record import kind as write
+from distrecon.record.folder import RunFolder
+from distrecon.record.journal import SweepRecord
 from tests.conftest import CHECKOUT, environment
 from tests.test_wrong_uses import MAINS
 
@@ -27,12 +30,12 @@ BLOCKS = [
 ]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python -m distrecon.")]
 READ: dict = {  # how a cell of each kind is read back
-    tables._percent: lambda text: float(text) / 100,
-    tables._number: float,
-    tables._scientific: float,
-    tables._seconds: float,
-    tables._sizes: lambda text: [int(size) for size in text.split("-")],
-    tables._yes: lambda text: float(text == "yes"),
+    write.percent: lambda text: float(text) / 100,
+    write.two_digits: float,
+    write.scientific: float,
+    write.whole: float,
+    write.sizes: lambda text: [int(size) for size in text.split("-")],
+    write.yes_or_no: lambda text: float(text == "yes"),
     str: int,
 }
 
@@ -47,11 +50,11 @@ def read_back(text, kind, swept):
     """The sweep that printed this table, as far as the table tells."""
     title, _, _, *lines = text.splitlines()
     name, metric = re.fullmatch(r"(\S+) \(\* best by (\S+)\)", title).groups()
-    record = SweepRecord(name, kind, metric, "max" if kind == "autoencoder" else "min")
+    columns = KINDS[kind].columns
+    record = SweepRecord(name, kind, metric, KINDS[kind].mode)
     for number, line in enumerate(lines):
         value, *cells = line.replace(" *", "  ").split()
-        columns = tables.COLUMNS[kind]
-        metrics = {c.metric: READ[c.write](cell) for c, cell in zip(columns, cells, strict=True)}
+        metrics = {c.name: READ[c.write](cell) for c, cell in zip(columns, cells, strict=True)}
         if " *" in line:  # several rows may be best when they are rounded
             metrics[metric] *= 1 + 1e-6 if record.mode == "max" else 1 - 1e-6
         value = int(value) if value.isdigit() else value
@@ -69,12 +72,13 @@ def test_the_default_run_prints_what_the_readme_shows(monkeypatch, tmp_path):
         read_back(students, "expand_cluster", "students.count"),
     ]
     folder = Path(re.search(r"report   (\S+)/report.html", shown)[1])
-    tracker = SimpleNamespace(problem=None, look=re.search(r"MLflow   (.*)", shown)[1])
-    outcome = SimpleNamespace(sweeps=records, folder=folder, tracker=tracker)
-    assert "\n".join(launch.lines(outcome, "tune", smoke=False)).strip() == shown
+    tracker = SimpleNamespace(problem=None, viewer=re.search(r"MLflow   (.*)", shown)[1])
+    outcome = SimpleNamespace(sweeps=records, folder=RunFolder(folder), tracker=tracker)
+    lines = [*recording.tables_and_failures(outcome), *recording.where(outcome, "tune", smoke=False)]
+    assert "\n".join(lines).strip() == shown
     for path, record in zip(DEFAULT_SPACES, records, strict=True):
-        sweep = read_space(CHECKOUT / path)
-        assert (sweep.name, sweep.kind, sweep.metric, sweep.mode) == (
+        sweep = read_space(CHECKOUT / path, KINDS)
+        assert (sweep.name, sweep.kind.name, sweep.metric, sweep.mode) == (
             record.name,
             record.kind,
             record.metric,

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.cluster.hierarchy import linkage
 
-from distrecon import report
-from distrecon.cluster.journal import SweepRecord
-from distrecon.cluster.sweeps import Place
-from distrecon.drawings import DRAWINGS
-from distrecon.tracking import Tracker
+from distrecon.kinds import KINDS
+from distrecon.record.folder import RunFolder
+from distrecon.record.journal import SweepRecord
+from distrecon.record.tracking import Tracker
+from distrecon.report import page as report
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
 ABOUT = {
@@ -109,15 +109,15 @@ def written(tmp_path_factory):
             np.savez(target / "arrays.npz", **values)
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     (folder / "tracking.json").write_text(json.dumps({"uri": uri, "sweeps": sent}))
-    tracker = Tracker(folder, [r.name for r in records], {})
-    report.write(folder, records, Place(folder, str(folder)), ABOUT, tracker)
+    tracker = Tracker(RunFolder(folder), [r.name for r in records], {})
+    report.write(RunFolder(folder), records, KINDS, ABOUT, tracker)
     patch.undo()
     return (folder / "report.html").read_text(), records, folder
 
 
 def test_every_figure_is_there_with_words_in_its_place(written):
     page, records, folder = written
-    count = sum(len(DRAWINGS[r.kind]) for r in records)
+    count = sum(len(KINDS[r.kind].figures) for r in records)
     assert page.count("<figure>") == page.count('<svg role="img"') == page.count("<desc>") == count == 8
     said = [html.unescape(words) for words in re.findall(r"<desc>(.*?)</desc>", page)]
     assert said == [html.unescape(words) for words in re.findall(r"<figcaption>(.*?)</figcaption>", page)]
@@ -228,7 +228,7 @@ def test_it_renders_without_errors_at_two_widths_in_light_and_dark(written, chro
     for look in found:
         assert look["scroll"] <= look["width"], look
         assert look["wide"] == [], look
-        assert look["drawn"] == sum(len(DRAWINGS[r.kind]) for r in records)
+        assert look["drawn"] == sum(len(KINDS[r.kind].figures) for r in records)
         assert contrast(look["ink"], look["paper"]) >= 7
         assert contrast(look["link"], look["paper"]) >= 4.5
     papers = {scheme: {f["paper"] for f in found if f["scheme"] == scheme} for scheme in ("light", "dark")}

@@ -5,8 +5,8 @@ import signal
 import pytest
 from mlflow.tracking import MlflowClient
 
-from distrecon.cluster.journal import Journal
-from distrecon.tracking import Tracker
+from distrecon.record.folder import RunFolder
+from distrecon.record.tracking import Tracker
 
 DEAD = "http://127.0.0.1:9"
 
@@ -15,7 +15,7 @@ DEAD = "http://127.0.0.1:9"
 def journal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    journal = Journal(tmp_path / "run" / "sweeps" / "demo" / "journal.jsonl")
+    journal = RunFolder(tmp_path / "run").journal("demo")
     journal.write("sweep", name="demo", kind="autoencoder", metric="a/x", mode="max", trials=1)
     journal.write("started", trial="t", config={"loss.beta": 0.1, "zoo": ["digits"]})
     journal.write("metrics", trial="t", epoch=1, metrics={"a/x": 1.0, "a/sizes": [20], "a/bad": float("nan")})
@@ -36,7 +36,7 @@ def runs(tmp_path):
 
 
 def test_a_journal_arrives_as_parent_child_parameters_and_metrics_by_epoch(journal, tmp_path):
-    tracker = Tracker(tmp_path / "run", ["demo"], {"seed": "3"})
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {"seed": "3"})
     assert tracker.sync()
     finish(journal)
     assert tracker.sync()
@@ -53,7 +53,7 @@ def test_a_journal_arrives_as_parent_child_parameters_and_metrics_by_epoch(journ
 def test_nothing_is_sent_twice_by_another_tracker_of_the_same_folder(journal, tmp_path):
     finish(journal)
     for _ in range(2):
-        assert Tracker(tmp_path / "run", ["demo"], {}).sync()
+        assert Tracker(RunFolder(tmp_path / "run"), ["demo"], {}).sync()
     client, found, (child,) = runs(tmp_path)
     assert len(found) == 2
     assert len(client.get_metric_history(child.info.run_id, "a/x")) == 2
@@ -61,14 +61,14 @@ def test_nothing_is_sent_twice_by_another_tracker_of_the_same_folder(journal, tm
 
 def test_a_store_that_is_down_is_told_and_gets_everything_later(journal, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
-    tracker = Tracker(tmp_path / "run", ["demo"], {})
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
     assert not tracker.sync()
     assert DEAD in tracker.problem
     assert "\n" not in tracker.problem
     assert not tracker.sync(), "asked again at once"
     finish(journal)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    later = Tracker(tmp_path / "run", ["demo"], {})
+    later = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
     assert later.sync()
     assert later.problem is None
     client, _, (child,) = runs(tmp_path)
@@ -82,28 +82,28 @@ def test_an_interrupt_while_the_database_is_made_leaves_none(journal, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "search_experiments", stop)
         with pytest.raises(KeyboardInterrupt):
-            Tracker(tmp_path / "run", ["demo"], {}).sync()
+            Tracker(RunFolder(tmp_path / "run"), ["demo"], {}).sync()
     assert list(tmp_path.glob("*mlflow.db*")) == list(tmp_path.glob(".mlflow.db*")) == []
-    assert Tracker(tmp_path / "run", ["demo"], {}).sync()
+    assert Tracker(RunFolder(tmp_path / "run"), ["demo"], {}).sync()
     assert len(runs(tmp_path)[1]) == 2
 
 
 def test_an_interrupt_leaves_no_run_running_and_a_resume_goes_on(journal, tmp_path):
-    tracker = Tracker(tmp_path / "run", ["demo"], {})
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
     tracker.sync()
     tracker.interrupt()
     assert {r.info.status for r in runs(tmp_path)[1]} == {"KILLED"}
     journal.write("sweep", name="demo", kind="autoencoder", metric="a/x", mode="max", trials=1)
     journal.write("started", trial="t", config={})
     finish(journal)
-    assert Tracker(tmp_path / "run", ["demo"], {}).sync()
+    assert Tracker(RunFolder(tmp_path / "run"), ["demo"], {}).sync()
     _, found, _ = runs(tmp_path)
     assert len(found) == 2
     assert {r.info.status for r in found} == {"FINISHED"}
 
 
 def test_an_interrupt_while_a_run_is_made_waits_until_it_is_noted(journal, tmp_path, monkeypatch):
-    tracker = Tracker(tmp_path / "run", ["demo"], {})
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
     create = tracker.client.create_run
 
     def interrupted(*arguments, **options):
@@ -112,8 +112,12 @@ def test_an_interrupt_while_a_run_is_made_waits_until_it_is_noted(journal, tmp_p
         return made
 
     monkeypatch.setattr(tracker.client, "create_run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tracker.sync()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores Ctrl-C
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tracker.sync()
+    finally:
+        signal.signal(signal.SIGINT, before)
     tracker.interrupt()
     _, found, _ = runs(tmp_path)
     assert {r.info.run_id for r in found} == set(tracker.run_ids("demo").values())

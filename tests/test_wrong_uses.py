@@ -119,6 +119,18 @@ USES = {
     "too little memory to train": ("train --zoo huge", "scoring holds its 1000000000000 states 3 times"),
     "too little memory to evaluate": ("evaluate --autoencoder autoencoder --zoo huge", "import fewer states"),
     "no GPU": ("train --zoo zoo --use-gpu", "the whole cluster has at most 0: lower resources.num_workers"),
+    "workers on shares of a GPU": (
+        "train --zoo zoo --use-gpu --num-workers 4 --set resources.gpus_per_worker=0.25",
+        "must be 1 with 4 workers, not 0.25: NCCL refuses two processes on one GPU; shares are for trials of one",
+    ),
+    "several GPUs a worker": (
+        "train --zoo zoo --use-gpu --set resources.gpus_per_worker=2",
+        "resources.gpus_per_worker must be above 0 and at most 1, not 2",
+    ),
+    "a device that was not asked for": (
+        "train --zoo zoo --set resources.device=cuda",
+        "add --use-gpu, or leave it auto",
+    ),
     "no GPU to train a zoo": ("zoo train --smoke --gpus-per-task 1 --out x", "whole cluster has 0 GPUs; lower it, or"),
     "interrupted run": (
         "evaluate --autoencoder unfinished --zoo zoo",
@@ -196,15 +208,16 @@ def test_a_trial_that_ran_out_of_memory_says_what_to_lower(line):
     assert innermost(f"Traceback (most recent call last):\n  File x\n{line}\n").startswith("out of memory: lower optim")
 
 
-def test_an_interrupted_evaluation_leaves_nothing(here, capsys, monkeypatch):
+@pytest.mark.parametrize(("command", "work"), [(evaluate, "score"), (generate, "generate")])
+def test_interrupted_work_leaves_nothing(here, capsys, monkeypatch, command, work):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "score", stop)
+    monkeypatch.setattr(command, work, stop)
     before = listing(here)
-    refused("interrupted", evaluate.main, [*ON_ZOO, "--out", "evaluation"], capsys, INTERRUPTED)
+    refused("interrupted", command.main, [*ON_ZOO, "--out", "stopped"], capsys, INTERRUPTED)
     assert listing(here) == before
-    assert not (here / "evaluation").exists()
+    assert not (here / "stopped").exists()
 
 
 def test_an_interrupted_zoo_says_how_to_go_on(here, capsys, monkeypatch, ray_session):
@@ -222,8 +235,8 @@ def test_a_stale_run_is_not_resumed(here, tmp_path, capsys, ray_session):
     space = tmp_path / "space.yaml"
     space.write_text(f"{{name: train, kind: autoencoder, space: {{zoo: {{grid: [[{zoo_folder}]]}}}}}}")
     job.prepare(job.Request(spaces=(str(space),)), str(run), "train")
-    path, request = job.reopen(str(run), "train", None)
-    assert (path, request.spaces) == (run, (str(run / "spaces/train.yaml"),))
+    folder, request = job.reopen(str(run), "train", None)
+    assert (folder.path, request.spaces) == (run, (str(run / "spaces/train.yaml"),))
     with open(run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused("another process still works on it", train.main, ["--resume", str(run)], capsys)

@@ -5,19 +5,19 @@ share of the average, steps of distillation), so that methods can be compared at
 """
 
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Tables, Values, percent
+from benchmarks.autoencoder.bench import RESIDUAL, Bench, Values, part
 from benchmarks.autoencoder.reconstruction import all_weights
-from distrecon import figures
+from benchmarks.harness import Row, percent, spread
 from distrecon.autoencoder import generate
 from distrecon.autoencoder.config import TasksConfig
 from distrecon.autoencoder.model import decode_latents, encode_models
-from distrecon.autoencoder.refine import refine
+from distrecon.report import figures
 
 CODER: Values = RESIDUAL | {"optim.epochs": 2}
 UNTRAINED: Values = {"model.kind": "fisher_pca"}
@@ -25,42 +25,30 @@ TEACHERS = 10
 SCRATCH = "scratch, 10 to 100 steps"
 SCRATCH_RATES = (0.07, 0.14, 0.28)  # of distillation from scratch; the figure has the second
 
-TABLES: Tables = {
+TABLES = {
     "accuracy (%) and novelty (1: as far from the training models as held-out ones)": (
-        percent("accuracy_mean", "mean"),
-        percent("accuracy_max", "best"),
-        Column("novelty", "novelty"),
-        percent("diversity_agreement", "agree"),
-        Column("ms_per_model", "ms", 1, 1),
+        percent("mean", "accuracy_mean"),
+        percent("best", "accuracy_max"),
+        spread("novelty", "novelty"),
+        percent("agree", "diversity_agreement"),
+        spread("ms", "ms_per_model", 1, 1),
     ),
     "diversity and likeness": (
-        percent("accuracy_p10", "10th pct"),
-        Column("diversity_l2", "pair L2", 1, 1),
-        Column("novelty_iou", "error IoU", 1, 3),
+        percent("10th pct", "accuracy_p10"),
+        spread("pair L2", "diversity_l2", 1, 1),
+        spread("error IoU", "novelty_iou", 1, 3),
     ),
 }
-
-
-def run(bench: Bench) -> None:
-    """All budgets with every seed, and a figure."""
-    for seed in range(bench.seeds):
-        bench.cell("trained", seed, lambda s=seed: Maker(bench, CODER, s).trained_and_baselines())  # type: ignore[misc]
-        bench.cell("untrained", seed, lambda s=seed: Maker(bench, UNTRAINED, s).untrained())  # type: ignore[misc]
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in bench.rows:
-        if row["seed"] == 0 and row["method"]:
-            curves.setdefault(row["method"], []).append((row["novelty"], row["accuracy_mean"]))
-    figures.save_png(figures.accuracy_novelty(curves), Path(bench.folder) / "generation.png")
 
 
 class Maker:
     """Makes and judges models with one coder and one seed."""
 
-    def __init__(self, bench: Bench, values: Values, seed: int) -> None:
-        self.zoo, self.seed = bench.zoo, seed
-        self.autoencoder, _ = bench.autoencoder(values, seed)
+    def __init__(self, zoo: Bench, values: Values, seed: int) -> None:
+        self.zoo, self.seed = zoo, seed
+        self.autoencoder, _ = zoo.autoencoder(values, seed)
         self.tasks = self.autoencoder.config.tasks
-        zoo, best_N = bench.zoo, generate.best_states(bench.zoo.arch, bench.zoo.train, bench.zoo.images)
+        best_N = generate.best_states(zoo.arch, zoo.train, zoo.images)
         good_N = generate.top(best_N, self.tasks.good)
         self.good_NP, self.z_NZ = zoo.train.theta_BP[good_N], encode_models(self.autoencoder, zoo.train)[good_N]
         self.judge = generate.Judge.make(zoo.arch, zoo.train, best_N, zoo.test, zoo.images, self.tasks)
@@ -115,7 +103,7 @@ class Maker:
 
         def make() -> Tensor:
             targets_MQC = generate.teacher_targets(plain, self.good_NP, count, TEACHERS, self.seed, 0)
-            return decode_latents(plain, refine(plain, first, targets_MQC, steps, 0, self.seed, rate))
+            return decode_latents(plain, plain.refine(first, targets_MQC, steps, 0, "adam", self.seed, rate))
 
         return make
 
@@ -141,3 +129,19 @@ def _samplers(tasks: TasksConfig) -> list[tuple[str, str, TasksConfig, str]]:
     for sampler in ("gaussian", "interpolation", "dimension_kde"):
         add("", sampler, (1.0,))
     return cases
+
+
+def pictures(rows: Sequence[Row], args: Namespace) -> None:
+    """Accuracy against novelty, of the first seed's."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["seed"] == 0 and row["method"]:
+            curves.setdefault(row["method"], []).append((row["novelty"], row["accuracy_mean"]))
+    figures.save_png(figures.accuracy_novelty(curves), args.rows.with_suffix(".png"))
+
+
+CASES = {
+    "trained": lambda zoo, _, seed: Maker(zoo, CODER, seed).trained_and_baselines(),
+    "untrained": lambda zoo, _, seed: Maker(zoo, UNTRAINED, seed).untrained(),
+}
+PARTS = {"generation": part(CASES, TABLES, pictures)}

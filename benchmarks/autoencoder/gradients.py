@@ -1,49 +1,34 @@
 """Predicted against autograd gradients, and structural against behavioural ones by layer."""
 
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Sequence
 
-from benchmarks.autoencoder.bench import RESIDUAL, Bench, Column, Row, Tables, Values
-from distrecon import figures
+from benchmarks.autoencoder.bench import RESIDUAL, Bench, Values, part
+from benchmarks.harness import Row, spread
 from distrecon.autoencoder import gradients
 from distrecon.autoencoder.model import decode_latents
+from distrecon.report import figures
 
 SCALES = (0.001, 0.01, 0.1, 0.3, 1.0)
 MODELS, QUERIES = 60, 128
 CASES: dict[str, Values] = {"Fisher residual": RESIDUAL, "transformer": {}}
 
-TABLES: Tables = {
+TABLES = {
     "cosine of predicted and autograd gradient by the scale of delta (1: as it is)": tuple(
-        Column(f"delta x {scale:g}", f"{scale:g}", 1, 3) for scale in SCALES
+        spread(f"{scale:g}", f"delta x {scale:g}", 1, 3) for scale in SCALES
     ),
     "by layer at delta as it is: cosines with autograd's, shares of the norm": (
-        Column("predicted_cosine", "predicted"),
-        Column("structural_cosine", "structural"),
-        Column("structural_share", "struct. share"),
-        Column("behavioral_share", "behav. share"),
+        spread("predicted", "predicted_cosine"),
+        spread("structural", "structural_cosine"),
+        spread("struct. share", "structural_share"),
+        spread("behav. share", "behavioral_share"),
     ),
 }
 
 
-def run(bench: Bench) -> None:
-    """Both coders with every seed, and a figure of the first seed's."""
-    for seed in range(bench.seeds):
-        for case, values in CASES.items():
-            bench.cell(case, seed, lambda c=case, v=values, s=seed: _coder(bench, c, v, s))  # type: ignore[misc]
-    layers = [layer.name for layer in bench.zoo.arch.layers]
-    first = {row["case"]: row for row in bench.rows if row["seed"] == 0}
-    curves = {case: [(scale, first[case][f"delta x {scale:g}"]) for scale in SCALES] for case in CASES if case in first}
-    shares = {
-        case: {
-            kind: [first[f"{case}, {layer}"][f"{kind}_share"] for layer in layers]
-            for kind in ("structural", "behavioral")
-        }
-        for case in curves
-    }
-    figures.save_png(figures.gradient_analysis(layers, shares, curves), Path(bench.folder) / "gradients.png")
-
-
-def _coder(bench: Bench, case: str, values: Values, seed: int) -> list[Row]:
-    zoo, (autoencoder, _) = bench.zoo, bench.autoencoder(values, seed)
+def coder(zoo: Bench, case: str, seed: int) -> list[Row]:
+    """A row for the scales of delta, and one a layer."""
+    autoencoder, _ = zoo.autoencoder(CASES[case], seed)
     theta_BP = autoencoder.canonical(zoo.test.theta_BP[:MODELS], 0)
     hat_BP = decode_latents(autoencoder, autoencoder.encode(theta_BP).detach())
     inputs = zoo.images.train.images[:QUERIES]
@@ -63,3 +48,21 @@ def _coder(bench: Bench, case: str, values: Values, seed: int) -> list[Row]:
             }
         )
     return rows
+
+
+def pictures(rows: Sequence[Row], args: Namespace) -> None:
+    """A figure of the first seed's."""
+    first = {row["case"]: row for row in rows if row["seed"] == 0}
+    curves = {case: [(scale, first[case][f"delta x {scale:g}"]) for scale in SCALES] for case in CASES if case in first}
+    layers = [name.split(", ")[1] for name in first if name.startswith(f"{next(iter(curves))}, ")]
+    shares = {
+        case: {
+            kind: [first[f"{case}, {layer}"][f"{kind}_share"] for layer in layers]
+            for kind in ("structural", "behavioral")
+        }
+        for case in curves
+    }
+    figures.save_png(figures.gradient_analysis(layers, shares, curves), args.rows.with_suffix(".png"))
+
+
+PARTS = {"gradients": part(dict.fromkeys(CASES, coder), TABLES, pictures)}

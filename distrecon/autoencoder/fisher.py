@@ -24,11 +24,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from distrecon.autoencoder.config import ModelConfig
+from distrecon.autoencoder.coder import CoderConfig
 from distrecon.errors import UserError
 from distrecon.nets import Architecture
 
-ROW_NUMBERS = 30_000_000  # of Jacobian rows held at once: 120 MB in float32
+ROW_NUMBERS = 30_000_000  # of Jacobian rows in memory at once: 120 MB in float32
 LARGEST_BLOCK = 8192  # entries; its matrix has as many squared
 SMALLEST_EIGENVALUE = 1e-10  # of the largest
 
@@ -77,7 +77,7 @@ def jacobian_rows(arch: Architecture, theta_BP: Tensor, inputs: Tensor, temperat
 
 
 def metric(
-    arch: Architecture, theta_BP: Tensor, std_P: Tensor, inputs: Tensor, found: list[Block], config: ModelConfig
+    arch: Architecture, theta_BP: Tensor, std_P: Tensor, inputs: Tensor, found: list[Block], config: CoderConfig
 ) -> list[Tensor]:
     """G + ridge I of each block [E, E], in standardised weights, float64; I alone for the structural metric."""
     if config.fisher_metric == "structural":
@@ -119,7 +119,7 @@ def split_budget(spectra: list[np.ndarray], copies: list[int], budget: int) -> l
 
 
 def fit(
-    config: ModelConfig, arch: Architecture, theta_BP: Tensor, mean_P: Tensor, std_P: Tensor, inputs: Tensor
+    config: CoderConfig, arch: Architecture, theta_BP: Tensor, mean_P: Tensor, std_P: Tensor, queries: Tensor
 ) -> dict[str, Tensor]:
     """The map: `center_P, scale_Z`; of block i `index{i}_NE, encode{i}_KE, decode{i}_EK, factor{i}_EE` (L^T).
 
@@ -131,7 +131,7 @@ def fit(
     x_BP = (theta_BP - mean_P) / std_P
     center_P = x_BP.mean(0)
     few = torch.linspace(0, len(theta_BP) - 1, min(config.fisher_models, len(theta_BP))).round().long()
-    metrics = metric(arch, theta_BP[few], std_P, inputs[: config.fisher_queries].to(theta_BP), found, config)
+    metrics = metric(arch, theta_BP[few], std_P, queries[: config.fisher_queries].to(theta_BP), found, config)
     factors = [torch.linalg.cholesky(g).T for g in metrics]  # L^T, upper
     bases, spectra = [], []
     for block, factor in zip(found, factors, strict=True):

@@ -18,25 +18,19 @@ from torch import Tensor
 from distrecon.autoencoder import novelty
 from distrecon.autoencoder.config import TasksConfig
 from distrecon.autoencoder.model import Autoencoder, check_finite
-from distrecon.autoencoder.refine import refine
 from distrecon.autoencoder.samplers import sample
 from distrecon.errors import UserError
-from distrecon.images import ImageSet, LabelledImages
-from distrecon.images.queries import inputs_for
-from distrecon.nets import Architecture, Scores, align, evaluate, fit, outputs
+from distrecon.images import ImageSet
+from distrecon.nets import Architecture, align, evaluate, fit, inputs_for, outputs
 from distrecon.zoos.models import Models
 
 NOISE_SCALES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # in deviations of a layer's weights
 FINETUNE_LR = 1e-3
 
 
-def scores(arch: Architecture, theta_BP: Tensor, part: LabelledImages) -> Scores:
-    return evaluate(arch, theta_BP, inputs_for(arch, part.images), part.labels_Q)
-
-
 def best_states(arch: Architecture, models: Models, images: ImageSet) -> Tensor:
     """Position of the best state of each model, best model first, by accuracy on validation images."""
-    accuracy_B = scores(arch, models.theta_BP, images.validation).accuracy_B
+    accuracy_B = evaluate(arch, models.theta_BP, images.validation.images, images.validation.labels_Q).accuracy_B
     first: dict[str, int] = {}
     for i in accuracy_B.argsort(descending=True, stable=True).tolist():
         first.setdefault(models.model_id[i], i)
@@ -70,7 +64,8 @@ class Judge:
         heldout_BP, reference_P = test.theta_BP[good], train.theta_BP[0]
         train_NP = align(arch, train.theta_BP, reference_P)
         distance_B = novelty.nearest_aligned(arch, heldout_BP, train_NP, reference_P, config.candidates)
-        wrong_NQ = scores(arch, train.theta_BP[best_N], images.test).predictions_BQ != images.test.labels_Q
+        best = evaluate(arch, train.theta_BP[best_N], images.test.images, images.test.labels_Q)
+        wrong_NQ = best.predictions_BQ != images.test.labels_Q
         return Judge(
             arch, images, config, reference_P, train_NP, wrong_NQ, heldout_BP, float(distance_B.mean().clamp_min(1e-12))
         )
@@ -79,7 +74,7 @@ class Judge:
         """Metrics of generated models, without prefix, and their accuracies [M]."""
         check_finite(theta_MP, "generate")
         arch, config = self.arch, self.config
-        judged = scores(arch, theta_MP, self.images.test)
+        judged = evaluate(arch, theta_MP, self.images.test.images, self.images.test.labels_Q)
         distance_M = novelty.nearest_aligned(arch, theta_MP, self.train_NP, self.reference_P, config.candidates)
         wrong_MQ = judged.predictions_BQ != self.images.test.labels_Q
         metrics = {
@@ -107,20 +102,20 @@ def generate_models(
     """`config.samples` new models [M, P] from good models and their latents, and the milliseconds that each took."""
     arch = autoencoder.architectures[zoo]
     start = perf_counter()
-    scale = autoencoder.coder.behavioral_scale(zoo).detach().to(z_N)  # type: ignore[operator]
+    scale = autoencoder.coder.behavioral_scale(zoo).detach().to(z_N)
 
     def shape(noise_MF: Tensor) -> Tensor:
-        return autoencoder.coder.flat_noise(noise_MF, zoo).detach()  # type: ignore[operator]
+        return autoencoder.coder.flat_noise(noise_MF, zoo).detach()
 
     drawn = sample(sampler, z_N * scale, config.samples * config.select, config.bandwidth, seed, shape) / scale
     drawn = drawn.to(autoencoder.fitted(zoo, "queries"))
     if config.generate_refine:
         targets_BQC = teacher_targets(autoencoder, good_NP, len(drawn), config.teachers, seed, zoo)
-        drawn = refine(autoencoder, drawn, targets_BQC, config.generate_refine, zoo, seed)
+        drawn = autoencoder.refine(drawn, targets_BQC, config.generate_refine, zoo, config.refiner, seed)
     with torch.no_grad():
         theta_MP = autoencoder.decode(drawn, zoo=zoo).float().cpu()
     if config.select > 1:
-        accuracy_M = scores(arch, theta_MP, images.validation).accuracy_B
+        accuracy_M = evaluate(arch, theta_MP, images.validation.images, images.validation.labels_Q).accuracy_B
         theta_MP = theta_MP[accuracy_M.argsort(descending=True, stable=True)[: config.samples]]
     theta_MP = finetuned(arch, theta_MP, images, config.finetune_epochs, seed)
     return theta_MP, 1000 * (perf_counter() - start) / len(theta_MP)
@@ -175,7 +170,8 @@ def matched_noise(
 
     def gap(scale: float) -> float:
         noisy_MP = noisy(good_NP, std_P, scale, count, seed)
-        return abs(float(scores(arch, noisy_MP, images.validation).accuracy_B.mean()) - accuracy)
+        scores = evaluate(arch, noisy_MP, images.validation.images, images.validation.labels_Q)
+        return abs(float(scores.accuracy_B.mean()) - accuracy)
 
     return min(NOISE_SCALES, key=gap)
 
@@ -215,7 +211,7 @@ def generate(
         headline = theta_MP if headline is None else headline
     assert headline is not None
     std_P = autoencoder.fitted(zoo, "std_P").float().cpu()
-    reached = float(scores(arch, headline, images.validation).accuracy_B.mean())
+    reached = float(evaluate(arch, headline, images.validation.images, images.validation.labels_Q).accuracy_B.mean())
     scale = matched_noise(arch, good_NP, std_P, reached, images, config.samples, seed)
     metrics["generate/baseline_noise/scale"] = scale
     report("generate/baseline_noise", noisy(good_NP, std_P, scale, config.samples, seed))

@@ -5,7 +5,7 @@ The poster of "Structure Is Not Enough" (arXiv 2503.17138), with delta_j = theta
     dL_S/dw = 1/k sum_j delta_j^T d theta_hat_j/dw
     dL_B/dw ~ 1/k sum_j delta_j^T F_j d theta_hat_j/dw,   F_j = 1/n sum_i J_theta_j(x_i)^T J_theta_hat_j(x_i),
 
-for L_B = 1/(2kn) sum_j sum_i ||f_theta_hat_j(x_i) - f_theta_j(x_i)||^2. The approximation is
+for the losses of `losses.py` with g the identity. The approximation is
 f_theta_hat - f_theta ~ J_theta delta; it is exact as delta goes to 0, and for a network linear in its weights.
 Gradients here are with respect to theta_hat_j and without the common 1/k; d theta_hat_j/dw only transports them.
 
@@ -21,25 +21,6 @@ from torch import Tensor
 
 from distrecon.autoencoder.losses import behavioral
 from distrecon.nets import Architecture
-
-
-def jacobian(arch: Architecture, theta_BP: Tensor, inputs: Tensor) -> Tensor:
-    """d logits / d theta of every model and query, [B, Q, C, P]; for small networks."""
-    theta_BP = theta_BP.detach().requires_grad_(True)
-    logits_BQC = arch.forward(theta_BP, inputs)
-    rows = [
-        torch.autograd.grad(logits_BQC[:, q, c].sum(), theta_BP, retain_graph=True)[0]
-        for q in range(len(inputs))
-        for c in range(arch.num_outputs)
-    ]
-    return torch.stack(rows, dim=1).unflatten(1, (len(inputs), arch.num_outputs))
-
-
-def fisher_matrix(arch: Architecture, theta_BP: Tensor, theta_hat_BP: Tensor, inputs: Tensor) -> Tensor:
-    """F_j of every model, [B, P, P]; for small networks (P^2 numbers a model)."""
-    original = jacobian(arch, theta_BP, inputs).flatten(1, 2)
-    rebuilt = jacobian(arch, theta_hat_BP, inputs).flatten(1, 2)
-    return original.transpose(1, 2) @ rebuilt / len(inputs)
 
 
 def predicted_gradient(arch: Architecture, theta_BP: Tensor, theta_hat_BP: Tensor, inputs: Tensor) -> Tensor:

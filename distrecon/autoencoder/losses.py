@@ -1,6 +1,19 @@
 """The losses, each a pure function that returns one value per model, so that the caller may average over any batch.
 
-"Structure Is Not Enough" (arXiv 2503.17138): contrastive (NT-Xent, Chen et al. 2020), structural, behavioural, cycle.
+An autoencoder encodes theta to z and decodes z to theta_hat. "Structure Is Not Enough" (arXiv 2503.17138), for k models
+and n queries x_i, with the cycle loss added:
+
+    L   = gamma L_C + (1 - gamma) (beta L_S + (1 - beta) L_B) + lam L_cycle
+    L_C = - log( exp(cos(p, p') / t) / sum over all other views q of exp(cos(p, q) / t) )
+    L_S = 1/k sum_j ||theta_hat_j - theta_j||^2 / P
+    L_B = 1/(2kn) sum_j sum_i ||g(f_theta_hat_j(x_i)) - g(f_theta_j(x_i))||^2
+    L_cycle = 1/k sum_j ||z_j - z(theta_hat_j)||^2 / (numbers of z)
+
+- L_C is NT-Xent (Chen et al. 2020): p, p' are projections of a model's two views, q those of the global batch.
+- L_S takes weights standardised per layer, or scaled otherwise (`loss.structural`).
+- L_B takes g from softmax, identity, centring, or compares outputs otherwise (`BEHAVIORAL`).
+- The factors are the settings `loss.*`. A term that `loss.terms` does not name has no weight: gamma is 0 without C,
+  beta is 0 without S and 1 without B. Each loss is divided by its value at its zoo's first step.
 
 Legend: B models (of this worker), G models of the global batch, P parameters, T tokens, D token size, Q queries,
 C classes, J projection size.
@@ -59,7 +72,7 @@ def structural_per_token(arch: Architecture, difference_BP: Tensor, original_BP:
 
 
 def _half_squared(difference_BQC: Tensor) -> Tensor:
-    """1/(2n) sum_i ||difference_i||^2 per model: the paper's L_B."""
+    """The paper's L_B of each model: its mean over queries."""
     return 0.5 * difference_BQC.square().sum(2).mean(1)
 
 

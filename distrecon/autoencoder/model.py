@@ -1,32 +1,39 @@
-"""The weight autoencoder as users hold it: weights in, latents out, and back.
+"""The weight autoencoder as users see it: weights in, latents out, and back.
 
 It knows its architectures, how weights are standardised (one mean and deviation a layer, over a sample of the zoo), the
-reference that models are aligned to, and a few query inputs for refinement. The learned maps live in a coder: the plain
-transformer, or the Fisher kinds.
+reference that models are aligned to, and a few query inputs for refinement. The learned maps are those of a coder, one
+of `coders.CODERS`.
 
 Legend: B models, P parameters, T tokens, Z latent size, Q queries, F features.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from distrecon.autoencoder import fisher
-from distrecon.autoencoder.config import AutoencoderConfig, ModelConfig
-from distrecon.autoencoder.residual import FisherCoder
-from distrecon.autoencoder.transformer import PlainTransformer
+from distrecon.autoencoder.coder import Coder
+from distrecon.autoencoder.coders import CODERS
+from distrecon.autoencoder.config import AutoencoderConfig
+from distrecon.autoencoder.goal import Goal
+from distrecon.autoencoder.refine import LEARNING_RATE, refine
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
 from distrecon.images.queries import query_pool
-from distrecon.nets import Architecture, align
+from distrecon.nets import Architecture, align, outputs
 from distrecon.zoos.models import Models
 
-DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}  # of the parameters
+# of the parameters, by `optim.precision`
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
 REFINE_QUERIES = 512
 REFERENCE_MODELS, REFERENCE_ROUNDS = 1000, 10
 CHUNK = 256  # models encoded or decoded at once
+REFINE_CHUNK = 128  # models refined at once, and fewer of a network whose parameters times queries exceed this:
+REFINE_NUMBERS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class ZooSample:
 
 
 def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
-    """What the autoencoder keeps of a zoo: reference, standardisation, queries.
+    """What the autoencoder keeps of a zoo: reference, standardisation, queries, and what its coder fits to the sample.
 
     Raises UserError that names the first model whose weights are not finite.
     """
@@ -57,9 +64,11 @@ def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
         mean_P[layer_P == i], std_P[layer_P == i] = values.mean(), values.std().clamp_min(1e-8)
     pool = query_pool("data", zoo.images, arch, REFINE_QUERIES, config.seed).to(sample_BP)
     tensors = {"reference_P": reference_P, "mean_P": mean_P, "std_P": std_P, "queries": pool}
-    if config.model.kind.startswith("fisher") or config.loss.structural == "fisher":
+    fits = [CODERS[config.model.kind].fit, fisher.fit if config.loss.structural == "fisher" else None]
+    if any(fits):
         canonical_BP = align(arch, sample_BP, reference_P) if config.data.align else sample_BP
-        tensors |= fisher.fit(config.model, arch, canonical_BP, mean_P, std_P, pool)
+        for fit in dict.fromkeys(f for f in fits if f is not None):  # the Fisher coders' is the loss's
+            tensors |= fit(config.model, arch, canonical_BP, mean_P, std_P, pool)
     return tensors
 
 
@@ -98,15 +107,9 @@ class Statistics(nn.Module):
         return self.get_buffer(name)
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """The live buffers by name: they follow this module to another device."""
-        return self._buffers  # type: ignore[return-value]
-
-
-def _coder(config: ModelConfig, architectures: Sequence[Architecture], fitted: Sequence[Statistics]) -> nn.Module:
-    if config.kind == "transformer":
-        return PlainTransformer(config, architectures)
-    return FisherCoder(config, architectures, [statistics.tensors for statistics in fitted])
+        return cast(Mapping[str, Tensor], self._buffers)
 
 
 class Autoencoder(nn.Module):
@@ -116,6 +119,8 @@ class Autoencoder(nn.Module):
     without it the number of parameters (or the latent's shape) decides, and UserError asks when that is ambiguous.
     """
 
+    coder: Coder
+
     def __init__(
         self,
         config: AutoencoderConfig,
@@ -124,12 +129,13 @@ class Autoencoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.architectures = config, tuple(architectures)
-        self.statistics = nn.ModuleList(Statistics(tensors) for tensors in fitted)
-        self.coder = _coder(config.model, self.architectures, list(self.statistics))  # type: ignore[arg-type]
+        kept = [Statistics(tensors) for tensors in fitted]
+        self.statistics = nn.ModuleList(kept)
+        self.coder = CODERS[config.model.kind](config.model, self.architectures, [s.tensors for s in kept])
         self.to(DTYPES[config.optim.precision])
 
     def fitted(self, zoo: int, name: str) -> Tensor:
-        """What was fitted to a zoo before training: mean_P, std_P, reference_P, queries."""
+        """What was fitted to a zoo before training: mean_P, std_P, reference_P, queries, and the coder's own."""
         return self.statistics[zoo].get_buffer(name)
 
     # -- choosing the zoo ---------------------------------------------------------------------------------------------
@@ -167,7 +173,7 @@ class Autoencoder(nn.Module):
         return DTYPES[self.config.optim.precision]
 
     def latent_shape(self, zoo: int = 0) -> tuple[int, ...]:
-        return self.coder.latent_shape(zoo)  # type: ignore[operator]
+        return self.coder.latent_shape(zoo)
 
     def canonical(self, theta_BP: Tensor, zoo: int) -> Tensor:
         """The models in the order of units that the autoencoder sees: aligned where `data.align` says so."""
@@ -183,30 +189,49 @@ class Autoencoder(nn.Module):
     def unstandardise(self, x_BP: Tensor, zoo: int) -> Tensor:
         return x_BP * self.fitted(zoo, "std_P") + self.fitted(zoo, "mean_P")
 
-    def encode(self, theta_BP: Tensor, refine: int = 0, zoo: int | Architecture | None = None) -> Tensor:
-        """Latents of models theta[B, P]; `refine` steps on the latent bring it closer to their outputs.
+    def encode(
+        self, theta_BP: Tensor, refine: int = 0, zoo: int | Architecture | None = None, refiner: str = "gauss_newton"
+    ) -> Tensor:
+        """Latents of models theta[B, P]; `refine` steps on the latent bring it closer to their outputs (`refine.py`).
 
-        The transformer's are [B, T, Z], one vector a token; the Fisher kinds' [B, Z], one vector a model.
+        The transformer's are [B, T, Z], one vector a token; the other coders' [B, Z], one vector a model.
         Raises UserError that names a model whose weights are not finite.
         """
         index = self._zoo_by_weights(theta_BP, zoo)
         check_finite(theta_BP, "encode")
         theta_BP = self.canonical(theta_BP.to(self.fitted(index, "mean_P")), index)
-        z = self.coder.encode(self.standardise(theta_BP, index), index)  # type: ignore[operator]
-        if refine:
-            from distrecon.autoencoder.refine import refine_to_originals
+        z = self.coder.encode(self.standardise(theta_BP, index), index)
+        if not refine:
+            return z
+        arch, queries = self.architectures[index], self.fitted(index, "queries")
+        return self.refine(z, outputs(arch, theta_BP, queries).softmax(2), refine, index, refiner)
 
-            return refine_to_originals(self, z, theta_BP, refine, index)
-        return z
+    def refine(
+        self,
+        z: Tensor,
+        targets_BQC: Tensor,
+        steps: int,
+        zoo: int = 0,
+        refiner: str = "gauss_newton",
+        seed: int = 0,
+        learning_rate: float = LEARNING_RATE,
+    ) -> Tensor:
+        """Latents moved by `steps` steps towards networks with these probabilities on the zoo's `queries`."""
+        arch, queries, scale = self.architectures[zoo], self.fitted(zoo, "queries"), self.coder.behavioral_scale(zoo)
+        decode, move = partial(self.decode, zoo=zoo), partial(self.coder.move, zoo=zoo)
+        size = min(REFINE_CHUNK, max(1, REFINE_NUMBERS // (len(queries) * arch.num_parameters)))
+        parts = zip(z.split(size), targets_BQC.split(size), strict=True)
+        goals = ((z_part, Goal(arch, decode, move, scale, queries, targets)) for z_part, targets in parts)
+        return torch.cat([refine(refiner, goal, z_part, steps, seed, learning_rate) for z_part, goal in goals])
 
     def decode(self, z: Tensor, zoo: int | Architecture | None = None) -> Tensor:
-        """Weights [B, P] of latents [B, T, Z]."""
+        """Weights [B, P] of latents [B, *latent_shape]."""
         shapes = [self.latent_shape(i) for i in range(len(self.architectures))]
         index = self.zoo_of(zoo, [tuple(z.shape[1:]) == s for s in shapes], f"latents of shape {tuple(z.shape)}")
         if tuple(z.shape[1:]) != shapes[index]:
             raise UserError(f"latents of {self.architectures[index].name} are [models, {shapes[index]}], not {z.shape}")
         z = z.to(self.fitted(index, "mean_P"))
-        return self.unstandardise(self.coder.decode(z, index), index)  # type: ignore[operator]
+        return self.unstandardise(self.coder.decode(z, index), index)
 
     def embed(self, theta_BP: Tensor, zoo: int | Architecture | None = None) -> Tensor:
         """Features [B, F] for predicting a model's properties (see `pooled`)."""
@@ -224,11 +249,13 @@ def pooled(z_BTZ: Tensor, arch: Architecture) -> Tensor:
 
 
 @torch.no_grad()
-def encode_models(autoencoder: Autoencoder, models: Models, zoo: int = 0, refine: int = 0) -> Tensor:
+def encode_models(
+    autoencoder: Autoencoder, models: Models, zoo: int = 0, refine: int = 0, refiner: str = "gauss_newton"
+) -> Tensor:
     """Latents of all models, in chunks, on the CPU; UserError names a model whose weights are not finite."""
     check_finite(models.theta_BP, "zoo", models.model_id)
     chunks = models.theta_BP.split(CHUNK)
-    return torch.cat([autoencoder.encode(chunk, refine=refine, zoo=zoo).cpu() for chunk in chunks])
+    return torch.cat([autoencoder.encode(chunk, refine, zoo, refiner).cpu() for chunk in chunks])
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from distrecon.autoencoder.novelty import agreement_matrix
 from distrecon.images import LabelledImages
-from distrecon.images.queries import inputs_for
 from distrecon.nets import Architecture, align, evaluate, outputs
 
 ALIGNED = 64  # reconstructions that are matched to their originals for the aligned distance
@@ -28,11 +27,11 @@ def compare(
     - weight_l2 as they stand, weight_l2_aligned after matching units (the first 64 models);
     - output_mse: mean squared difference of logits.
     """
-    inputs = inputs_for(arch, test.images)
-    original = evaluate(arch, original_BP, inputs, test.labels_Q)
-    rebuilt = evaluate(arch, reconstructed_BP, inputs, test.labels_Q)
+    images, labels_Q = test.images, test.labels_Q
+    original = evaluate(arch, original_BP, images, labels_Q)
+    rebuilt = evaluate(arch, reconstructed_BP, images, labels_Q)
     same_BQ = original.predictions_BQ == rebuilt.predictions_BQ
-    wrong_BQ = original.predictions_BQ != test.labels_Q
+    wrong_BQ = original.predictions_BQ != labels_Q
     errs_B = wrong_BQ.any(1)
     on_errors_B = (same_BQ & wrong_BQ).sum(1)[errs_B] / wrong_BQ.sum(1)[errs_B]
     matrix_BB = agreement_matrix(rebuilt.predictions_BQ, original.predictions_BQ, arch.num_outputs)
@@ -51,7 +50,7 @@ def compare(
         "own_nearest": float(own_B.float().mean()),
         "weight_l2": float((reconstructed_BP - original_BP).norm(dim=1).mean()),
         "weight_l2_aligned": float((torch.stack(matched) - original_BP[few]).norm(dim=1).mean()),
-        "output_mse": _output_error(arch, original_BP, reconstructed_BP, inputs),
+        "output_mse": _output_error(arch, original_BP, reconstructed_BP, images),
     }
     arrays = {
         "accuracy": np.stack([original.accuracy_B.numpy(), rebuilt.accuracy_B.numpy()]),
@@ -67,9 +66,9 @@ def _correlation(a_B: Tensor, b_B: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a_B, b_B]))[0, 1])
 
 
-def _output_error(arch: Architecture, a_BP: Tensor, b_BP: Tensor, inputs: Tensor, chunk: int = 64) -> float:
+def _output_error(arch: Architecture, a_BP: Tensor, b_BP: Tensor, images: Tensor, chunk: int = 64) -> float:
     squares = [
-        (outputs(arch, a, inputs) - outputs(arch, b, inputs)).double().square().mean((1, 2))
+        (outputs(arch, a, images) - outputs(arch, b, images)).double().square().mean((1, 2))
         for a, b in zip(a_BP.split(chunk), b_BP.split(chunk), strict=True)
     ]
     return float(torch.cat(squares).mean())

@@ -1,61 +1,59 @@
-"""A tensor per row of a zoo, computed when first asked for and kept: originals' outputs, aligned weights.
+"""A tensor per row of a zoo, computed when first asked for and kept: models' weights, originals' outputs.
 
-A zoo may have millions of states and a worker sees its share of them only, so storage grows by blocks. Blocks lie in a
-folder when one is given (memory-mapped; the caller removes the folder); without one they lie in memory, up to a
-limit, beyond which values are computed anew.
+A zoo may have millions of states and a worker sees its share of them only, so storage grows as rows come, up to a
+limit, beyond which values are computed anew. It lies on the device that works with it.
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-BLOCK = 256  # rows
-MEMORY_LIMIT = 1 << 30  # bytes held without a folder
+MEMORY_LIMIT = 1 << 30  # bytes
 
 
 class RowCache:
-    """`get(row_B, compute)` is [B, *shape]; `compute(missing)` makes the values at those positions of the batch."""
+    """`get(row_B, compute)` is [B, *shape]; `compute(missing)` makes the values at those positions of the batch.
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None = None) -> None:
-        self.shape, self.dtype, self.folder = shape, dtype, folder
+    The two halves of `get`, for who brings other indices to the device with its own: `find` and `values`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.shape = shape
         self.slots: dict[int, int] = {}
-        self.blocks: list[Tensor] = []
+        self.used = 0
+        self.storage = torch.empty(0, *shape, dtype=dtype, device=device)
         size = torch.empty(shape, device="meta").numel() * dtype.itemsize
-        self.capacity = None if folder is not None else MEMORY_LIMIT // max(1, size)
-        self.name = uuid4().hex  # workers of one machine may share the folder
+        self.capacity = MEMORY_LIMIT // max(1, size)
 
     def get(self, row_B: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        place_B, missing = self.find(row_B)
+        return self.values(place_B.to(self.storage.device), row_B, missing, compute)
+
+    def find(self, row_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's place in the storage [B] and the positions of those that are not there yet, both on the CPU."""
         rows = row_B.tolist()
         missing = [i for i, row in enumerate(rows) if row not in self.slots]
-        fresh = compute(torch.tensor(missing)).to("cpu", self.dtype) if missing else None
-        result = torch.empty(len(rows), *self.shape, dtype=self.dtype)
-        for i, row in enumerate(rows):
-            if row in self.slots:
-                block, place = divmod(self.slots[row], BLOCK)
-                result[i] = self.blocks[block][place]
-        if fresh is not None:
-            result[missing] = fresh
-            for i, value in zip(missing, fresh, strict=True):
-                self._keep(rows[i], value)
-        return result
+        place_B = [self.slots.get(row, 0) for row in rows]
+        for place, i in enumerate(missing, self.used):
+            place_B[i] = place
+        return torch.tensor(place_B, dtype=torch.long), torch.tensor(missing, dtype=torch.long)
 
-    def _keep(self, row: int, value: Tensor) -> None:
-        if row in self.slots or (self.capacity is not None and len(self.slots) >= self.capacity):
-            return
-        block, place = divmod(len(self.slots), BLOCK)
-        if block == len(self.blocks):
-            self.blocks.append(self._new_block(block))
-        self.blocks[block][place] = value
-        self.slots[row] = len(self.slots)
+    def values(self, place_B: Tensor, row_B: Tensor, missing: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """[B, *shape] of what `find` said of these rows, `place_B` being on the storage's device by now."""
+        if len(missing):
+            end = self.used + len(missing)
+            fresh = compute(missing).to(self.storage, non_blocking=True)
+            self._grow(end)
+            self.storage[self.used : end] = fresh
+            # what does not fit lies behind the kept rows until the next batch
+            kept = max(0, min(len(missing), self.capacity - self.used))
+            self.slots.update(zip(row_B[missing[:kept]].tolist(), range(self.used, self.used + kept), strict=True))
+            self.used += kept
+        return self.storage.index_select(0, place_B)
 
-    def _new_block(self, number: int) -> Tensor:
-        shape = (BLOCK, *self.shape)
-        if self.folder is None:
-            return torch.empty(shape, dtype=self.dtype)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self.name}-{number}.bin"
-        count = torch.empty(shape, device="meta").numel()
-        return torch.from_file(str(path), shared=True, size=count, dtype=self.dtype).view(shape)
+    def _grow(self, rows: int) -> None:
+        if rows > len(self.storage):
+            larger = self.storage.new_empty(max(rows, min(2 * len(self.storage), self.capacity)), *self.shape)
+            larger[: self.used] = self.storage[: self.used]
+            self.storage = larger

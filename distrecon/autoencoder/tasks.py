@@ -17,13 +17,12 @@ from distrecon.autoencoder.predict import predict
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
-from distrecon.images.queries import inputs_for
-from distrecon.nets import Architecture
+from distrecon.nets import Architecture, inputs_for
 from distrecon.zoos.models import Models
 
 GRADIENT_MODELS, GRADIENT_QUERIES = 32, 64
 
-Show = Callable[[str, int, int], None]  # told of each stage that begins: its name, how many are done, of how many
+Show = Callable[[str, int, int], None]  # called when a stage begins, with its name, how many are done, of how many
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def run_tasks(
     add(*_gradients(arch, originals_BP[:GRADIENT_MODELS], rebuilt_BP[:GRADIENT_MODELS], images))
     if config.tasks.refine:
         begin("refine")
-        refined = encode_models(autoencoder, test, zoo, config.tasks.refine)
+        refined = encode_models(autoencoder, test, zoo, config.tasks.refine, config.tasks.refiner)
         add(*compare(arch, originals_BP, decode_latents(autoencoder, refined, zoo), images.test, "reconstruct/refined"))
     begin("generate")
     found, made, theta_MP = generate(autoencoder, train, test, latents[0], images, config.tasks, config.seed, zoo)

@@ -4,16 +4,20 @@
 - Everything random (views, queries) is drawn for the global batch from (seed, epoch, step), then sliced: any number of
   workers, with any split of the batch, gives the same losses and gradients up to rounding.
 - Contrastive negatives span the global batch (`distributed.global_rows`); gradients are summed once (no DDP wrapper).
-- The originals' outputs on the query pool are computed once a row: a permutation of units never changes them.
-- Each loss is divided by its value at its zoo's first step, as in "Structure Is Not Enough" (arXiv 2503.17138).
+- On the CPU the originals' outputs on the query pool are computed once a row: a permutation of units never changes
+  them. A GPU computes those of the chosen queries anew, some 4 % of a step: the pool's would fill its memory.
+- A GPU never waits for the host: weights stay on it, random indices go there in one copy, losses come back while the
+  next step runs (`Training.steps`).
+- The losses and how they are weighted and scaled: `losses.py`.
 
-Legend: B models of this worker, G of the global batch, P parameters, Q queries, C classes, J projection size.
+Legend: B models of this worker, G of the global batch, P parameters, Q queries, C classes, J projection size,
+U hidden units, N losses.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,30 +26,16 @@ from torch import Tensor
 
 from distrecon.autoencoder import distributed, fisher, losses
 from distrecon.autoencoder.config import AutoencoderConfig, OptimConfig
+from distrecon.autoencoder.flat import FlatParameters
 from distrecon.autoencoder.model import Autoencoder, ZooSample, check_finite, statistics
 from distrecon.autoencoder.rows import RowCache
 from distrecon.errors import UserError
 from distrecon.images.queries import query_pool
 from distrecon.nets import Architecture, outputs, permute, random_permutation
+from distrecon.zoos.models import Batch
 
 SMALLEST_SCALE = {"cycle": 0.01}  # the Fisher coders' latents, of unit variance, start with no cycle loss at all
 TARGET_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """This worker's rows of one global batch: models [offset, offset + b) of `global_size`, all of one zoo.
-
-    `step` counts within the epoch; `row_b` are rows of the zoo (keys of the cached outputs).
-    """
-
-    epoch: int
-    step: int
-    zoo: int
-    row_b: Tensor
-    theta_bP: Tensor
-    global_size: int
-    offset: int
 
 
 def generator(seed: int, epoch: int, step: int, stream: int) -> torch.Generator:
@@ -66,26 +56,87 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
+def computes_at_once(device: torch.device) -> bool:
+    """Whether an operation is done when it returns; elsewhere it is only queued, and asking for a number waits."""
+    return device.type == "cpu"
+
+
+def random_orders(config: AutoencoderConfig, arch: Architecture, batch: Batch) -> Tensor:
+    """The orders of units of two views of this worker's models, [2, b, U], layer after layer; empty for other views."""
+    if config.data.views != "permutation":
+        return torch.empty(2, len(batch.row_b), 0, dtype=torch.long)
+    draw = generator(config.seed, batch.epoch, batch.step, 0)
+    orders = random_permutation(arch, draw, 2 * batch.global_size)
+    order_2GU = torch.cat(orders, dim=1).unflatten(0, (2, batch.global_size))
+    return order_2GU[:, batch.offset : batch.offset + len(batch.row_b)]
+
+
 def views(
-    config: AutoencoderConfig, arch: Architecture, theta_BP: Tensor, batch: Batch, std_P: Tensor
+    config: AutoencoderConfig, arch: Architecture, theta_BP: Tensor, batch: Batch, std_P: Tensor, order_2BU: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Two looks at the same models (the second is None for `none`); with `align` the first stays as it is."""
+    """Two views of the same models (the second is None for `none`); with `align` the first stays as it is."""
     kind, b = config.data.views, slice(batch.offset, batch.offset + len(theta_BP))
     if kind == "none":
         return theta_BP, None
-    draw = generator(config.seed, batch.epoch, batch.step, 0)
     if kind == "noise":
+        draw = generator(config.seed, batch.epoch, batch.step, 0)
         noise_GP = torch.randn(batch.global_size, arch.num_parameters, generator=draw)
-        return theta_BP, theta_BP + config.data.noise * std_P * noise_GP[b].to(theta_BP)
-    orders = [order_GH.chunk(2) for order_GH in random_permutation(arch, draw, 2 * batch.global_size)]
-    first, second = ([order[i][b].to(theta_BP.device) for order in orders] for i in range(2))
-    return (theta_BP if config.data.align else permute(arch, theta_BP, first)), permute(arch, theta_BP, second)
+        return theta_BP, theta_BP + config.data.noise * std_P * noise_GP[b].to(theta_BP, non_blocking=True)
+    units = [layer.out_features for layer in arch.layers[:-1]]
+    if config.data.align:
+        return theta_BP, permute(arch, theta_BP, list(order_2BU[1].split(units, dim=1)))
+    both_BP = permute(arch, torch.cat([theta_BP, theta_BP]), list(order_2BU.flatten(0, 1).split(units, dim=1)))
+    return both_BP[: len(theta_BP)], both_BP[len(theta_BP) :]
+
+
+@contextmanager
+def products(device: torch.device, precision: str) -> Iterator[None]:
+    """Products of float32 matrices and convolutions on a GPU: with rounded factors for `tf32`, else exactly float32."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn  # whose stubs lack its parts
+    switches = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One step's losses on their way to the host."""
+
+    batch: Batch
+    values: Mapping[str, Tensor]  # [B] each, where they were computed
+    mean_N: Tensor  # over the global batch, in the host's memory once `copied`
+    copied: torch.Event | None
+
+    def means(self) -> dict[str, float]:
+        """By name. Raises UserError, on every worker, that names the row of a model whose loss is not finite."""
+        if self.copied is not None and not self.copied.query():
+            self.copied.synchronize()
+        means = dict(zip(self.values, self.mean_N.tolist(), strict=True))
+        # one bad model makes every contrastive loss bad, so the others say first which it was
+        for name, mean in sorted(means.items(), key=lambda item: item[0] == "contrastive"):
+            if not math.isfinite(mean):
+                bad_B = ~self.values[name].isfinite()
+                where = f"row {int(self.batch.row_b[bad_B.cpu()][0])}" if bad_B.any() else "a model of another worker"
+                raise UserError(
+                    f"the {name} loss of {where} (zoo {self.batch.zoo}) is not finite in epoch {self.batch.epoch}, "
+                    f"step {self.batch.step}; a smaller optim.lr may help"
+                )
+        return means
 
 
 class Training:
-    """`step(batch)` until the caller has had enough; `autoencoder` is the result.
+    """`step(batch)` until the caller has had enough, or `steps(batches)`; `autoencoder` is the result.
 
-    `total_steps` sets the learning-rate schedule. `cache_folder` holds the originals' outputs where memory would not.
+    `total_steps` sets the learning-rate schedule.
     """
 
     def __init__(
@@ -94,7 +145,6 @@ class Training:
         zoos: Sequence[ZooSample],
         total_steps: int,
         device: torch.device | str = "cpu",
-        cache_folder: Path | None = None,
     ) -> None:
         self.config, self.total_steps, self.device = config, total_steps, torch.device(device)
         self.zoos = list(zoos)
@@ -103,24 +153,33 @@ class Training:
             fitted = [statistics(config, zoo) for zoo in zoos]
             self.autoencoder = Autoencoder(config, [zoo.architecture for zoo in zoos], fitted).to(self.device)
         distributed.broadcast([*self.autoencoder.parameters(), *self.autoencoder.buffers()])
+        self.on_cpu = computes_at_once(self.device)
+        # on the CPU a parameter is a matter of microseconds, and together they would round otherwise
+        self.flat = None if self.on_cpu else FlatParameters(self.autoencoder)
+        self.parameters = [self.flat.vector] if self.flat else [*self.autoencoder.parameters()]
         self.optimizer = torch.optim.AdamW(
-            self.autoencoder.parameters(),
+            self.parameters,
             lr=config.optim.lr,
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
         self.steps_done = 0
         self.scales: list[dict[str, float]] = [{} for _ in zoos]  # per zoo, each loss at its first step
+        weights = config.loss.weights  # in the order of what `losses` returns
+        table = [[*weights.values()], [SMALLEST_SCALE.get(name, 1e-12) for name in weights]]
+        self.weight_N, self.smallest_N = torch.tensor(table, dtype=torch.float64).to(self.device)
+        self.factors: list[Tensor | None] = [None for _ in zoos]  # per zoo, weights over scales [N], on the device
         self.pools = [self._pool(zoo) for zoo in zoos]
         self.targets = [
-            RowCache(
-                (len(pool), zoo.architecture.num_outputs), TARGET_DTYPES[config.data.target_precision], cache_folder
-            )
+            RowCache((len(pool), zoo.architecture.num_outputs), TARGET_DTYPES[config.data.target_precision])
             for zoo, pool in zip(zoos, self.pools, strict=True)
         ]
+        if not self.on_cpu:
+            for i, zoo in enumerate(zoos):  # brings its index maps there
+                zoo.architecture.tokenize(self.autoencoder.fitted(i, "mean_P")[None])
         self.partners: dict[int, Tensor] = {}
-        self.aligned = [
-            RowCache((zoo.architecture.num_parameters,), self.autoencoder.dtype, cache_folder) for zoo in zoos
+        self.models = [
+            RowCache((zoo.architecture.num_parameters,), self.autoencoder.dtype, self.device) for zoo in zoos
         ]
 
     def _pool(self, zoo: ZooSample) -> Tensor:
@@ -137,23 +196,77 @@ class Training:
 
         Raises UserError that names the row of a model whose weights or losses are not finite, and the step.
         """
+        return self._read(self._update(batch))
+
+    def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, dict[str, float]]]:
+        """`step` for every batch; yields each with its losses.
+
+        A GPU begins the next step before the losses of one are read. Those of an epoch's last step are read first, so
+        that between epochs everything done has been checked. After an error the weights are not to be used.
+        """
+        waiting: Losses | None = None
+        for batch in batches:
+            begun = self._update(batch)
+            if waiting is not None:
+                yield waiting.batch, self._read(waiting)
+            waiting = begun
+            if self.on_cpu or batch.last:
+                yield batch, self._read(begun)
+                waiting = None
+        if waiting is not None:
+            yield waiting.batch, self._read(waiting)
+
+    def _update(self, batch: Batch) -> Losses:
+        """One update, whose losses are under way; on the CPU they are checked before anything changes."""
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.precision == "bf16"):
-            values = self.losses(batch)
-        means = self._means(values, batch)
-        scales = self.scales[batch.zoo]
-        for name, mean in means.items():
-            scales.setdefault(name, max(abs(mean), SMALLEST_SCALE.get(name, 1e-12)))
-        weights = self.config.loss.weights
-        loss = torch.stack([weights[n] / scales[n] * v.sum() / batch.global_size for n, v in values.items()]).sum()
-        loss.backward()
-        distributed.sum_gradients(self.autoencoder.parameters())
+        with products(self.device, self.config.optim.precision):
+            values = self._losses_in_precision(batch)
+            sum_N = torch.stack([v.sum() for v in values.values()])
+            mean_N = distributed.total(sum_N) / batch.global_size
+            under_way = self._sent(values, mean_N, batch)
+            if self.on_cpu:
+                under_way.means()
+            (self._factors(mean_N, batch.zoo) * sum_N / batch.global_size).sum().backward()
+        distributed.sum_gradients(self.parameters)
         if self.config.optim.clip:
-            torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.config.optim.clip)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim_in_use, self.steps_done, self.total_steps)
         self.optimizer.step()
         self.steps_done += 1
+        return under_way
+
+    def _losses_in_precision(self, batch: Batch) -> dict[str, Tensor]:
+        """`losses`, computed as `optim.precision` says, from the flat parameters where there are such."""
+        bf16 = self.config.optim.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            if self.flat is None:
+                return self.losses(batch)
+            return self.flat.call(lambda: self.losses(batch), torch.bfloat16 if bf16 else None)
+
+    def _sent(self, values: Mapping[str, Tensor], mean_N: Tensor, batch: Batch) -> Losses:
+        """The losses, their copy to the host begun."""
+        detached = {name: value.detach() for name, value in values.items()}
+        if self.device.type != "cuda":
+            return Losses(batch, detached, mean_N.cpu(), None)
+        on_host_N, copied = mean_N.to("cpu", non_blocking=True), torch.Event(self.device)
+        copied.record()
+        return Losses(batch, detached, on_host_N, copied)
+
+    def _factors(self, mean_N: Tensor, zoo: int) -> Tensor:
+        """What each loss is multiplied by [N]: its weight over its value at the zoo's first step, never read here."""
+        factor_N = self.factors[zoo]
+        if factor_N is None:
+            scale_N = torch.maximum(mean_N.double().abs(), self.smallest_N)
+            factor_N = self.factors[zoo] = (self.weight_N / scale_N).to(mean_N)
+        return factor_N
+
+    def _read(self, losses: Losses) -> dict[str, float]:
+        """A step's losses by name, and their total."""
+        means, scales = losses.means(), self.scales[losses.batch.zoo]
+        for name, mean in means.items():
+            scales.setdefault(name, max(abs(mean), SMALLEST_SCALE.get(name, 1e-12)))
+        weights = self.config.loss.weights
         total = sum(weights[name] / scales[name] * mean for name, mean in means.items())
         return {f"loss/{name}": mean for name, mean in means.items()} | {"loss/total": total}
 
@@ -161,65 +274,92 @@ class Training:
         """Each loss in use for each of this worker's models [B], differentiable; every worker must take part."""
         config, zoo, autoencoder = self.config, batch.zoo, self.autoencoder
         arch, coder, in_use = self.zoos[zoo].architecture, autoencoder.coder, config.loss.weights
-        theta_BP, mixed_B = self._mixed(self._models(batch), batch)
-        first_BP, second_BP = views(config, arch, theta_BP, batch, autoencoder.fitted(zoo, "std_P"))
-        both = [autoencoder.standardise(v, zoo) for v in (first_BP, second_BP) if v is not None]
-        z = coder.encode(torch.cat(both), zoo)  # type: ignore[operator]
+        order_2BU, query_Q = random_orders(config, arch, batch), self._queries(batch)
+        place_B, missing = self.models[zoo].find(batch.row_b)
+        order_2BU, query_Q, place_B = self._on_device(order_2BU, query_Q, place_B)
+        theta_BP, mixed_B = self._mixed(self._models(batch, place_B, missing), batch)
+        first_BP, second_BP = views(config, arch, theta_BP, batch, autoencoder.fitted(zoo, "std_P"), order_2BU)
+        if "behavioral" in in_use:  # before anything is kept for the backward pass
+            inputs, targets_BQC = self._targets(first_BP, mixed_B, query_Q, batch)
+        seen = [view for view in (first_BP, second_BP) if view is not None]
+        x = autoencoder.standardise(torch.cat(seen), zoo)
+        z = coder.encode(x, zoo)
         values: dict[str, Tensor] = {}
         if "contrastive" in in_use:
             values["contrastive"] = self._contrastive(z, batch)
         # noise is not to be learnt, and with alignment the second view only serves contrast
-        decoded = len(both) if config.data.views == "permutation" and not config.data.align else 1
-        z = z[: decoded * len(theta_BP)]
-        x_hat = coder.decode(z, zoo)  # type: ignore[operator]
-        if "structural" in in_use:
-            per_view = self._structural(x_hat, torch.cat(both[:decoded]), zoo)
-            values["structural"] = per_view.view(decoded, -1).mean(0)
+        decoded = len(seen) if config.data.views == "permutation" and not config.data.align else 1
+        if decoded < len(seen):
+            z, x = z[: len(theta_BP)], x[: len(theta_BP)]
+        x_hat = coder.decode(z, zoo)
+        with torch.autocast(self.device.type, enabled=False):
+            if "structural" in in_use:
+                values["structural"] = self._structural(x_hat, x, zoo).view(decoded, -1).mean(0)
         if "behavioral" in in_use:
             theta_hat_BP = autoencoder.unstandardise(x_hat[: len(theta_BP)].to(autoencoder.dtype), zoo)
-            values["behavioral"] = self._behavioral(theta_hat_BP, first_BP, mixed_B, batch)
+            outputs_BQC = arch.forward(theta_hat_BP, inputs).to(targets_BQC)
+            with torch.autocast(self.device.type, enabled=False):
+                values["behavioral"] = losses.behavioral(
+                    config.loss.behavioral, outputs_BQC, targets_BQC, config.loss.distillation_temperature
+                )
         if "cycle" in in_use:
-            again = coder.encode(x_hat, zoo)  # type: ignore[operator]
-            values["cycle"] = losses.cycle(z, again).view(decoded, -1).mean(0)
+            again = coder.encode(x_hat, zoo)
+            with torch.autocast(self.device.type, enabled=False):
+                values["cycle"] = losses.cycle(z.to(again), again).view(decoded, -1).mean(0)
         return values
 
-    def _models(self, batch: Batch) -> Tensor:
-        arch = self.zoos[batch.zoo].architecture
-        arch.check(batch.theta_bP)
+    def _queries(self, batch: Batch) -> Tensor:
+        """Which queries of the pool this step asks, the same on every worker."""
+        draw = generator(self.config.seed, batch.epoch, batch.step, 1)
+        return torch.randperm(len(self.pools[batch.zoo]), generator=draw)[: self.config.data.queries]
+
+    def _on_device(self, *indices: Tensor) -> list[Tensor]:
+        """Indices, brought to the device in one copy."""
+        flat = torch.cat([index.flatten() for index in indices]).to(self.device, non_blocking=True)
+        parts = flat.split([index.numel() for index in indices])
+        return [part.view(index.shape) for part, index in zip(parts, indices, strict=True)]
+
+    def _models(self, batch: Batch, place_B: Tensor, missing: Tensor) -> Tensor:
+        """The batch's models on the device, in canonical order: kept where that costs something, order or a copy."""
+        self.zoos[batch.zoo].architecture.check(batch.theta_bP)
         rows = [f"in row {int(row)}" for row in batch.row_b]
         check_finite(batch.theta_bP, f"epoch {batch.epoch}, step {batch.step}", rows)
         theta_BP = batch.theta_bP.to(self.autoencoder.dtype)
-        if self.config.data.align:
-            theta_BP = self.aligned[batch.zoo].get(
-                batch.row_b, lambda missing: self.autoencoder.canonical(theta_BP[missing], batch.zoo)
-            )
-        return theta_BP.to(self.device)
+        if self.on_cpu and not self.config.data.align:
+            return theta_BP
+        return self.models[batch.zoo].values(
+            place_B, batch.row_b, missing, lambda those: self.autoencoder.canonical(theta_BP[those], batch.zoo)
+        )
 
-    def _mixed(self, theta_BP: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _mixed(self, theta_BP: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The models, some of them moved towards a model of the zoo's sample, and which; drawn for the global batch."""
         b, size = slice(batch.offset, batch.offset + len(theta_BP)), batch.global_size
         if not self.config.data.mix:
-            return theta_BP, torch.zeros(len(theta_BP), dtype=torch.bool, device=self.device)
+            return theta_BP, None
         draw = generator(self.config.seed, batch.epoch, batch.step, 2)
-        mixed_B = (torch.rand(size, generator=draw) < self.config.data.mix)[b].to(self.device)
-        share_B1 = torch.rand(size, 1, generator=draw)[b].to(theta_BP)
+        mixed_B = (torch.rand(size, generator=draw) < self.config.data.mix)[b].to(self.device, non_blocking=True)
+        share_B1 = torch.rand(size, 1, generator=draw)[b].to(theta_BP, non_blocking=True)
         partners_NP = self._partners(batch.zoo)
-        partner_B = torch.randint(len(partners_NP), (size,), generator=draw)[b]
-        between_BP = torch.lerp(theta_BP, partners_NP[partner_B].to(theta_BP), share_B1)
+        partner_B = torch.randint(len(partners_NP), (size,), generator=draw)[b].to(self.device, non_blocking=True)
+        between_BP = torch.lerp(theta_BP, partners_NP[partner_B], share_B1)
         return torch.where(mixed_B[:, None], between_BP, theta_BP), mixed_B
 
     def _partners(self, zoo: int) -> Tensor:
         """The zoo's sample in canonical order, aligned when first needed."""
         if zoo not in self.partners:
             sample_BP = self.zoos[zoo].sample_BP.to(self.autoencoder.dtype)
-            self.partners[zoo] = self.autoencoder.canonical(sample_BP, zoo)
+            self.partners[zoo] = self.autoencoder.canonical(sample_BP, zoo).to(self.device)
         return self.partners[zoo]
 
     def _contrastive(self, z: Tensor, batch: Batch) -> Tensor:
-        local_BJ = self.autoencoder.coder.project(z, batch.zoo)  # type: ignore[operator]
-        local_2BJ = local_BJ.to(self.autoencoder.dtype).unflatten(0, (2, -1))
-        everyone_2GJ = distributed.global_rows(local_2BJ, batch.offset, batch.global_size)
-        return losses.contrastive(local_2BJ, everyone_2GJ, batch.offset, self.config.loss.temperature)
+        # its product is a loss's, and no switch of TF32 reaches float64
+        dtype = torch.float64 if self.config.optim.precision == "tf32" else self.autoencoder.dtype
+        local_BJ = self.autoencoder.coder.project(z, batch.zoo)
+        with torch.autocast(self.device.type, enabled=False):
+            local_2BJ = local_BJ.to(dtype).unflatten(0, (2, -1))
+            everyone_2GJ = distributed.global_rows(local_2BJ, batch.offset, batch.global_size)
+            loss_B = losses.contrastive(local_2BJ, everyone_2GJ, batch.offset, self.config.loss.temperature)
+        return loss_B.to(self.autoencoder.dtype)
 
     def _structural(self, x_hat: Tensor, x: Tensor, zoo: int) -> Tensor:
         kind, autoencoder = self.config.loss.structural, self.autoencoder
@@ -227,55 +367,51 @@ class Training:
             return losses.structural(x_hat - x)
         theta, difference = autoencoder.unstandardise(x, zoo), (x_hat - x) * autoencoder.fitted(zoo, "std_P")
         if kind == "fisher":
-            return fisher.weighted(autoencoder.statistics[zoo].tensors, x_hat - x)  # type: ignore[arg-type]
+            return fisher.weighted(autoencoder.coder.fitted[zoo], x_hat - x)
         if kind == "token":
             return losses.structural_per_token(self.zoos[zoo].architecture, difference, theta)
         return losses.structural(difference)
 
-    def _behavioral(self, theta_hat_BP: Tensor, theta_BP: Tensor, mixed_B: Tensor, batch: Batch) -> Tensor:
-        data, loss, pool = self.config.data, self.config.loss, self.pools[batch.zoo]
-        arch = self.zoos[batch.zoo].architecture
-        draw = generator(self.config.seed, batch.epoch, batch.step, 1)
-        chosen_Q = torch.randperm(len(pool), generator=draw)[: data.queries]
-        inputs, own_B = pool[chosen_Q.to(pool.device)], (~mixed_B).cpu()
-        cached = self.targets[batch.zoo].get(
-            batch.row_b[own_B], lambda missing: outputs(arch, theta_BP[~mixed_B][missing.to(theta_BP.device)], pool)
-        )
-        targets_BQC = theta_BP.new_empty(len(theta_BP), len(inputs), arch.num_outputs)
-        targets_BQC[~mixed_B] = cached[:, chosen_Q].to(theta_BP)
+    def _targets(
+        self, theta_BP: Tensor, mixed_B: Tensor | None, query_Q: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """The chosen queries and the originals' outputs [B, Q, C] on them.
+
+        The CPU keeps those for the whole pool, but of models that were mixed in this step.
+        """
+        arch, pool, cache = self.zoos[batch.zoo].architecture, self.pools[batch.zoo], self.targets[batch.zoo]
+        inputs = pool[query_Q]
+        if not self.on_cpu:
+            return inputs, outputs(arch, theta_BP, inputs).to(theta_BP)
+        if mixed_B is None:
+            kept_BQC = cache.get(batch.row_b, lambda missing: outputs(arch, theta_BP[missing], pool))
+            return inputs, kept_BQC[:, query_Q].to(theta_BP)
+        own_BP = theta_BP[~mixed_B]
+        kept_BQC = cache.get(batch.row_b[~mixed_B], lambda missing: outputs(arch, own_BP[missing], pool))
+        targets_BQC = theta_BP.new_empty(len(theta_BP), len(query_Q), arch.num_outputs)
+        targets_BQC[~mixed_B] = kept_BQC[:, query_Q].to(theta_BP)
         if mixed_B.any():
             targets_BQC[mixed_B] = outputs(arch, theta_BP[mixed_B], inputs)
-        outputs_BQC = arch.forward(theta_hat_BP, inputs)
-        return losses.behavioral(loss.behavioral, outputs_BQC, targets_BQC, loss.distillation_temperature)
-
-    def _means(self, values: Mapping[str, Tensor], batch: Batch) -> dict[str, float]:
-        """Losses averaged over the global batch; every worker learns of a loss that is not finite."""
-        sums = distributed.total(torch.stack([v.sum() for v in values.values()])) / batch.global_size
-        means = dict(zip(values, sums.tolist(), strict=True))
-        # one bad model makes every contrastive loss bad, so the others say first which it was
-        for name, mean in sorted(means.items(), key=lambda item: item[0] == "contrastive"):
-            if not math.isfinite(mean):
-                bad_B = ~values[name].isfinite()
-                where = f"row {int(batch.row_b[bad_B.cpu()][0])}" if bad_B.any() else "a model of another worker"
-                raise UserError(
-                    f"the {name} loss of {where} (zoo {batch.zoo}) is not finite in epoch {batch.epoch}, "
-                    f"step {batch.step}; a smaller optim.lr may help"
-                )
-        return means
+        return inputs, targets_BQC
 
     # -- to resume ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on identically; caches are made again."""
+        """Everything needed to go on identically, on any kind of device; caches are made again."""
+        optimizer = self.optimizer.state_dict()
         return {
             "autoencoder": self.autoencoder.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.flat.optimizer_state(optimizer) if self.flat else optimizer,
             "steps_done": self.steps_done,
             "scales": self.scales,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.autoencoder.load_state_dict(state["autoencoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        self.optimizer.load_state_dict(self.flat.flat_state(optimizer) if self.flat else optimizer)
         self.steps_done = state["steps_done"]
         self.scales = [dict(s) for s in state["scales"]]
+        for zoo, scales in enumerate(self.scales):
+            scale_N = torch.tensor([*scales.values()], dtype=torch.float64).to(self.device)
+            self.factors[zoo] = (self.weight_N / scale_N).to(self.autoencoder.dtype) if scales else None

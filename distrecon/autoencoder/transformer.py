@@ -8,13 +8,13 @@ whose tokens are padded to the longest.
 Legend: B models, T tokens, D token size, W width, Z latent per token, H heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distrecon.autoencoder.config import ModelConfig
+from distrecon.autoencoder.coder import Coder, CoderConfig
 from distrecon.nets import Architecture
 
 
@@ -35,7 +35,8 @@ class Block(nn.Module):
         return x_BTW + self.down(F.gelu(self.up(self.norm_mlp(x_BTW))))
 
     def _attention(self, x_BTW: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BTW).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, W / H]
+        parts = self.qkv(x_BTW).unflatten(2, (3, self.heads, -1)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)  # each [B, H, T, W / H]
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -45,9 +46,10 @@ class Positions(nn.Module):
     def __init__(self, architectures: Sequence[Architecture], width: int) -> None:
         super().__init__()
         sizes_3 = torch.stack([a.token_positions_T3.amax(0) + 1 for a in architectures]).amax(0)
-        self.embeddings = nn.ModuleList(nn.Embedding(int(size), width) for size in sizes_3)
-        for embedding in self.embeddings:
-            nn.init.normal_(embedding.weight, std=0.02)  # type: ignore[arg-type]
+        embeddings = [nn.Embedding(int(size), width) for size in sizes_3]
+        for embedding in embeddings:
+            nn.init.normal_(embedding.weight, std=0.02)
+        self.embeddings = nn.ModuleList(embeddings)
         for i, arch in enumerate(architectures):
             self.register_buffer(f"index{i}", arch.token_positions_T3, persistent=False)
 
@@ -57,12 +59,13 @@ class Positions(nn.Module):
         return torch.stack([embedding(index_T3[:, i]) for i, embedding in enumerate(self.embeddings)]).sum(0)
 
 
-class PlainTransformer(nn.Module):
-    """Standardised weights [B, P] -> latents [B, T, Z] -> standardised weights."""
+class TransformerCoder(Coder):
+    """Standardised weights [B, P] -> latents [B, T, Z] -> standardised weights; one set of weights for all zoos."""
 
-    def __init__(self, config: ModelConfig, architectures: Sequence[Architecture]) -> None:
-        super().__init__()
-        self.architectures = tuple(architectures)
+    def __init__(
+        self, config: CoderConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        super().__init__(config, architectures, fitted)
         self.token_size = max(a.token_size for a in architectures)
         width, blocks = config.width, range(config.layers)
         self.tokeniser = nn.Linear(self.token_size, width)
@@ -72,30 +75,23 @@ class PlainTransformer(nn.Module):
         self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
         self.detokeniser = nn.Linear(width, self.token_size)
         self.projection = Projection(config.latent, config.projection)
-        self.latent = config.latent
 
     def latent_shape(self, zoo: int) -> tuple[int, ...]:
-        return (self.architectures[zoo].num_tokens, self.latent)
-
-    def behavioral_scale(self, zoo: int) -> Tensor:
-        """Ones: nothing is known about how the latents change the outputs."""
-        return self.to_latent.weight.new_ones(())
-
-    def flat_noise(self, noise_BF: Tensor, zoo: int) -> Tensor:
-        """The noise as it is, for the same reason."""
-        return noise_BF
+        return (self.architectures[zoo].num_tokens, self.config.latent)
 
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
-        """z[B, T, Z]. Padding enters as zeros, whatever it held."""
+        """z[B, T, Z]. Padding enters as zeros."""
         tokens_BTD = self.architectures[zoo].tokenize(x_BP)
-        tokens_BTD = F.pad(tokens_BTD, (0, self.token_size - tokens_BTD.shape[2]))
+        if padding := self.token_size - tokens_BTD.shape[2]:
+            tokens_BTD = F.pad(tokens_BTD, (0, padding))
         return self.to_latent(self.encoder(self.tokeniser(tokens_BTD) + self.encoder_positions(zoo)))
 
     def decode(self, z_BTZ: Tensor, zoo: int) -> Tensor:
         """Standardised weights [B, P]; what the network writes into padding is dropped."""
         arch = self.architectures[zoo]
         hidden_BTW = self.decoder(self.from_latent(z_BTZ) + self.decoder_positions(zoo))
-        return arch.detokenize(self.detokeniser(hidden_BTW)[..., : arch.token_size])
+        tokens_BTD = self.detokeniser(hidden_BTW)
+        return arch.detokenize(tokens_BTD if arch.token_size == self.token_size else tokens_BTD[..., : arch.token_size])
 
     def project(self, z_BTZ: Tensor, zoo: int) -> Tensor:
         """[B, J] for the contrastive loss."""

@@ -23,8 +23,8 @@ from typing import Any
 import yaml
 
 from distrecon import config
-from distrecon.cluster.kinds import KINDS, Kind
 from distrecon.errors import UserError, nearest
+from distrecon.record.kind import Kind
 
 KEYS = ("name", "kind", "metric", "mode", "scheduler", "max_concurrent", "samples", "base", "space")
 SCHEDULERS = ("fifo", "asha")
@@ -42,10 +42,10 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked space file; `base` is a complete run configuration of its kind."""
+    """A checked sweep; `base` is a complete configuration of its kind."""
 
     name: str
-    kind: str
+    kind: Kind
     metric: str
     mode: str
     scheduler: str
@@ -71,8 +71,10 @@ class Sweep:
         return (dict(zip(grids, values, strict=True)) for values in itertools.product(*grids.values()))
 
 
-def read_space(path: str | Path, overrides: Mapping[str, Any] | None = None, smoke: bool = False) -> Sweep:
-    """Reads and checks a space file.
+def read_space(
+    path: str | Path, kinds: Mapping[str, Kind], overrides: Mapping[str, Any] | None = None, smoke: bool = False
+) -> Sweep:
+    """Reads and checks a space file of one of these kinds.
 
     `overrides` are dotted values laid over the base (from `--set` and the other options); with `smoke` the base is
     shrunk and each grid keeps its first and last value. Raises UserError that names the file and the key.
@@ -88,24 +90,17 @@ def read_space(path: str | Path, overrides: Mapping[str, Any] | None = None, smo
     name = _text(data, "name", path)
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise UserError(f"{path}: name {name!r} may hold letters, digits, '_', '-' and '.' only")
-    kind_name = _one_of(data, "kind", KINDS, path)
-    kind = KINDS[kind_name]
+    kind = kinds[_one_of(data, "kind", kinds, path)]
     dimensions = _dimensions(data, kind, path)
     base_values = _mapping(data, "base", path)
     for key in base_values:
         if key in dimensions:
             raise UserError(f"{path}: {key!r} stands both in base and in space")
-    base = config.replace(kind.config_type(), base_values, f"{path}: base")
-    if smoke:
-        base = config.replace(base, kind.smoke, "--smoke")
-        dimensions = {key: _ends(d) for key, d in dimensions.items()}
-    known = config.fields(kind.config_type)
-    base = config.replace(base, {k: v for k, v in (overrides or {}).items() if k in known}, "--set")
-    dimensions = {key: d for key, d in dimensions.items() if key not in (overrides or {})}
+    base, dimensions = _settle(kind, base_values, dimensions, overrides or {}, smoke, f"{path}: base")
     sweep = Sweep(
         name=name,
-        kind=kind_name,
-        metric=_one_of(data, "metric", kind.metrics, path, default=kind.metrics[0]),
+        kind=kind,
+        metric=_one_of(data, "metric", kind.objectives, path, default=kind.objective),
         mode=_one_of(data, "mode", ("max", "min"), path, default=kind.mode),
         scheduler=_one_of(data, "scheduler", SCHEDULERS, path, default="fifo"),
         max_concurrent=_count(data, "max_concurrent", path),
@@ -113,13 +108,39 @@ def read_space(path: str | Path, overrides: Mapping[str, Any] | None = None, smo
         base=base,
         space=dimensions,
     )
-    if sweep.scheduler == "asha" and not sweep.metric.startswith("loss/"):
-        raise UserError(
-            f"{path}: scheduler asha compares trials at every epoch, and {sweep.metric} is known at their end only: "
-            "use metric loss/total, or scheduler fifo"
-        )
-    _check_every_corner(sweep, path)
+    _check_scheduler(sweep, path)
+    _check_every_corner(sweep, str(path))
     return sweep
+
+
+def one_trial(
+    name: str, kind: Kind, values: Mapping[str, Any], overrides: Mapping[str, Any], smoke: bool, source: str
+) -> Sweep:
+    """A sweep of a single trial, which is shown by its `values`; UserError names the source of a wrong one."""
+    known = config.fields(kind.config_type)
+    fixed = {key: Dimension("grid", (config.convert(v, known[key], f"{source} {key}"),)) for key, v in values.items()}
+    base, dimensions = _settle(kind, {}, fixed, overrides, smoke, source)
+    sweep = Sweep(name, kind, kind.objective, kind.mode, "fifo", None, 1, base, dimensions)
+    _check_every_corner(sweep, source)
+    return sweep
+
+
+def _settle(
+    kind: Kind,
+    base_values: Mapping[str, Any],
+    dimensions: dict[str, Dimension],
+    overrides: Mapping[str, Any],
+    smoke: bool,
+    source: str,
+) -> tuple[Any, dict[str, Dimension]]:
+    """The complete base configuration and what is swept, after `--smoke` and the overrides."""
+    base = config.replace(kind.config_type(), base_values, source)
+    if smoke:
+        base = config.replace(base, kind.smoke, "--smoke")
+        dimensions = {key: _ends(d) for key, d in dimensions.items()}
+    known = config.fields(kind.config_type)
+    base = config.replace(base, {k: v for k, v in overrides.items() if k in known}, "--set")
+    return base, {key: d for key, d in dimensions.items() if key not in overrides}
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -198,11 +219,23 @@ def _ends(dimension: Dimension) -> Dimension:
     return dimension
 
 
-def _check_every_corner(sweep: Sweep, path: Path) -> None:
+def _check_scheduler(sweep: Sweep, path: Path) -> None:
+    if sweep.scheduler != "asha":
+        return
+    early = [metric.name for metric in sweep.kind.metrics if metric.every_epoch]
+    if sweep.metric not in early:
+        use = f"metric {' or '.join(early)}, or scheduler fifo" if early else "scheduler fifo"
+        raise UserError(
+            f"{path}: scheduler asha compares trials at every epoch, and {sweep.metric} is known at their end only: "
+            f"use {use}"
+        )
+
+
+def _check_every_corner(sweep: Sweep, source: str) -> None:
     """Builds every grid point and both ends of every range, so that a bad value is found before the first trial."""
     others = {key: d.values for key, d in sweep.space.items() if d.how != "grid"}
     longest = max((len(v) for v in others.values()), default=1)
     for values in sweep.grid():
         for i in range(longest):
             corner = {key: v[min(i, len(v) - 1)] for key, v in others.items()}
-            config.replace(sweep.base, {**values, **corner}, f"{path}: space")
+            config.replace(sweep.base, {**values, **corner}, f"{source}: space")

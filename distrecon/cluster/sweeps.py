@@ -4,11 +4,11 @@ Ctrl-C, a killed driver or a lost node leave the journals and Tune's own state b
 goes on from there: trials that failed run again, those that had finished never do.
 """
 
+import math
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +17,31 @@ from ray.tune import Callback
 
 from distrecon import config as configuration
 from distrecon.cluster import session
-from distrecon.cluster.artifacts import FINISHED
-from distrecon.cluster.journal import Journal, read_sweep
-from distrecon.cluster.kinds import ResourcesConfig
 from distrecon.cluster.space import Dimension, Sweep
-from distrecon.cluster.trials import RUNNERS, reserved
+from distrecon.cluster.trial import run_trial
 from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory
+from distrecon.record.artifacts import FINISHED
+from distrecon.record.folder import RunFolder
+from distrecon.record.journal import Journal
 from distrecon.zoos import Zoo
 from distrecon.zoos.storage import store
 
+ASK_SECONDS = 5.0  # how often a sweep looks whether the cluster has grown
+WAITING = 8  # trials that wait for nodes an autoscaler may bring; each is a small process on the head
 
-@dataclass(frozen=True)
-class Place:
-    """Where a run lives: its folder on the driver, and the storage that every node reaches (the same by default)."""
-
-    folder: Path
-    storage: str
-
-    def journal(self, name: str) -> Journal:
-        return Journal(self.folder / "sweeps" / name / "journal.jsonl")
+# What Tune writes of an actor that ended because its node or process did
+LOST = ("its node has died", "ActorDiedError", "ActorUnavailableError", "The actor died unexpectedly", "actor is dead")
 
 
 class JournalCallback(Callback):
-    """Tells Tune's events to the journal."""
+    """Writes Tune's events to the journal."""
 
     def __init__(self, sweep: Sweep, journal: Journal) -> None:
         self.sweep, self.journal = sweep, journal
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         s = self.sweep
-        self.journal.write("sweep", name=s.name, kind=s.kind, metric=s.metric, mode=s.mode, trials=s.trials)
+        self.journal.write("sweep", name=s.name, kind=s.kind.name, metric=s.metric, mode=s.mode, trials=s.trials)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.journal.write("started", trial=trial.trial_id, config=trial.config)
@@ -57,6 +52,11 @@ class JournalCallback(Callback):
         metrics = {key: value for key, value in result.items() if "/" in key and not key.startswith("config/")}
         self.journal.write("metrics", trial=trial.trial_id, epoch=result.get("epoch", 0), metrics=metrics)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune begins the trial again; one that failed by itself, not with its node, only once."""
+        if not _lost(trial):
+            trial.max_failures = min(trial.max_failures, trial.num_failures)
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         finished = (trial.last_result or {}).get(FINISHED, False)
         self.journal.write(
@@ -65,6 +65,12 @@ class JournalCallback(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.journal.write("finished", trial=trial.trial_id, status="failed", error=root_cause(trial))
+
+
+def _lost(trial: Any) -> bool:
+    """Whether the trial's last failure was the loss of its process or node."""
+    text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
+    return any(sign in text.rpartition("Failure # ")[2] for sign in LOST)
 
 
 def root_cause(trial: Any) -> str:
@@ -87,7 +93,7 @@ def innermost(text: str) -> str:
 
 def run_sweeps(
     sweeps: Sequence[Sweep],
-    place: Place,
+    folder: RunFolder,
     zoos: Mapping[str, Zoo],
     seed: int,
     watch: Callable[[], None],
@@ -99,13 +105,13 @@ def run_sweeps(
     threads = []
     failures: list[str] = []
     for sweep in sweeps:
-        journal = place.journal(sweep.name)
+        journal = folder.journal(sweep.name)
         events, offset = journal.read()
-        failed = any(t.status == "failed" for t in read_sweep(journal.path).trials.values())
+        failed = any(t.status == "failed" for t in folder.read(sweep.name).trials.values())
         if events and events[-1]["event"] == "done" and not failed:
             continue
         thread = threading.Thread(
-            target=_run_sweep, args=(sweep, place, zoos, seed, journal, failures), name=sweep.name, daemon=True
+            target=_run_sweep, args=(sweep, folder, zoos, seed, journal, failures), name=sweep.name, daemon=True
         )
         thread.start()
         threads.append(thread)
@@ -121,28 +127,20 @@ def run_sweeps(
 
 
 def _run_sweep(
-    sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal, failures: list[str]
+    sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo], seed: int, journal: Journal, failures: list[str]
 ) -> None:
     try:
-        _tuner(sweep, place, zoos, seed, journal).fit()
+        _tuner(sweep, folder, zoos, seed, journal).fit()
         journal.write("done")
     except Exception as error:  # handed to the main thread, which raises it
-        told = [event["error"] for event in journal.read()[0] if event.get("error")]
-        failures.append(f"sweep {sweep.name} broke off: {(told or [innermost(str(error))])[-1]}")
+        errors = [event["error"] for event in journal.read()[0] if event.get("error")] or [innermost(str(error))]
+        failures.append(f"sweep {sweep.name} broke off: {errors[-1]}")
 
 
-def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journal: Journal) -> tune.Tuner:
-    storage = f"{place.storage}/tune"
-    used = {name: zoos[name] for name in sweep.zoos}
-    trainable = tune.with_parameters(
-        RUNNERS[sweep.kind],
-        base=configuration.flatten(sweep.base),
-        zoos=used,
-        storage=f"{place.storage}/trials/{sweep.name}",
-    )
-    trainable = tune.with_resources(trainable, reserved(sweep.kind, sweep.base.resources))
-    path = f"{storage}/{sweep.name}"
-    if tune.Tuner.can_restore(path) and _has_state(storage, sweep.name):
+def _tuner(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo], seed: int, journal: Journal) -> tune.Tuner:
+    trainable = _trainable(sweep, folder, zoos)
+    path = f"{folder.tune}/{sweep.name}"
+    if tune.Tuner.can_restore(path) and _has_state(folder.tune, sweep.name):
         return tune.Tuner.restore(
             path, trainable=trainable, resume_unfinished=True, resume_errored=True, param_space=_param_space(sweep)
         )
@@ -154,14 +152,61 @@ def _tuner(sweep: Sweep, place: Place, zoos: Mapping[str, Zoo], seed: int, journ
         tune_config=tune.TuneConfig(
             num_samples=sweep.samples,
             scheduler=_scheduler(sweep),
-            search_alg=tune.search.BasicVariantGenerator(
-                max_concurrent=sweep.max_concurrent or concurrent(sweep.kind, sweep.base.resources), random_state=seed
-            ),
+            search_alg=Variants(sweep, seed),
         ),
         run_config=tune.RunConfig(
-            name=sweep.name, storage_path=storage, callbacks=[JournalCallback(sweep, journal)], verbose=0
+            name=sweep.name,
+            storage_path=folder.tune,
+            callbacks=[JournalCallback(sweep, journal)],
+            failure_config=tune.FailureConfig(max_failures=_restarts(sweep)),
+            verbose=0,
         ),
     )
+
+
+def _restarts(sweep: Sweep) -> int:
+    resources = getattr(sweep.base, "resources", None)
+    return resources.max_failures if resources is not None else 0
+
+
+class Variants(tune.search.BasicVariantGenerator):
+    """The sweep's trials, as many at once as the cluster holds, asked anew as it grows."""
+
+    def __init__(self, sweep: Sweep, seed: int) -> None:
+        super().__init__(random_state=seed)
+        self.sweep, self.asked = sweep, -math.inf
+
+    def next_trial(self) -> Any:
+        if time.monotonic() - self.asked > ASK_SECONDS:
+            self.max_concurrent, self.asked = self.sweep.max_concurrent or concurrent(self.sweep), time.monotonic()
+        return super().next_trial()
+
+    def get_state(self) -> Any:
+        state = super().get_state()
+        return {key: value for key, value in state.items() if key not in ("sweep", "asked")} if state else state
+
+
+def _trainable(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo]) -> Any:
+    """What Tune runs for this sweep: a function of its own, named as the sweep.
+
+    Tune keeps functions and their parameters by name; under one name a sweep would run another's trials.
+    """
+
+    def trial(values: Mapping[str, Any], **fixed: Any) -> None:
+        run_trial(values, **fixed)
+
+    trial.__name__ = trial.__qualname__ = sweep.name
+    function = tune.with_parameters(
+        trial,
+        kind=sweep.kind,
+        base=configuration.flatten(sweep.base),
+        zoos={name: zoos[name] for name in sweep.zoos},
+        storage=folder.trials(sweep.name),
+    )
+    needs = sweep.kind.needs(sweep.base)
+    # a process that only waits for workers of its own is safest on the head
+    place = session.on_head() if needs.process != needs.whole else {}
+    return tune.with_resources(function, {**needs.process, **place})
 
 
 def _has_state(storage: str, name: str) -> bool:
@@ -172,33 +217,32 @@ def _has_state(storage: str, name: str) -> bool:
 
 
 def check_resources(sweeps: Sequence[Sweep]) -> None:
-    """UserError when the cluster could never run one trial of a sweep."""
+    """UserError when the cluster could never run one trial of a sweep; where it grows by itself, nobody knows."""
+    if session.grows():
+        return
+    has = session.available()
     for sweep in sweeps:
-        concurrent(sweep.kind, sweep.base.resources)
+        for name, least in sweep.kind.needs(sweep.base).least.items():
+            if least > has[name]:
+                raise UserError(
+                    f"a trial needs {least:g} {name}s and the whole cluster has at most {has[name]:g}: "
+                    f"lower resources.num_workers or resources.{name.lower()}s_per_worker"
+                    + (", or leave out --use-gpu" if name == "GPU" else "")
+                )
 
 
-def concurrent(kind: str, resources: ResourcesConfig) -> int:
-    """How many trials the cluster holds at once; UserError when not even one fits."""
-    has = session.largest()
-    workers = max(1, resources.num_workers) if kind == "autoencoder" else 1
-    needs = {"CPU": workers * resources.cpus_per_worker}
-    if resources.use_gpu:
-        needs["GPU"] = workers * resources.gpus_per_worker
-    for name, amount in needs.items():
-        least = amount * (resources.min_workers or workers) / workers
-        if least > has[name]:
-            raise UserError(
-                f"a trial needs {least:g} {name}s and the whole cluster has at most {has[name]:g}: "
-                f"lower resources.num_workers or resources.{name.lower()}s_per_worker"
-                + (", or leave out --use-gpu" if name == "GPU" else "")
-            )
-    return max(1, int(min(has[name] // amount for name, amount in needs.items())))
+def concurrent(sweep: Sweep) -> int:
+    """How many of the sweep's trials are begun at once: what the cluster holds now, and where it grows by itself some
+    more, for which it then starts nodes."""
+    has, needs = session.available(), sweep.kind.needs(sweep.base)
+    fits = int(min(has[name] // amount for name, amount in needs.whole.items()))
+    return max(1, fits + (WAITING if session.grows() else 0))
 
 
 def _scheduler(sweep: Sweep) -> Any:
     if sweep.scheduler == "fifo":
         return None
-    epochs = sweep.base.optim.epochs
+    epochs = sweep.kind.epochs(sweep.base) or 1
     # counted in epochs: Tune's own count of reports starts again when a sweep is restored
     return tune.schedulers.ASHAScheduler(
         time_attr="epoch", metric=sweep.metric, mode=sweep.mode, max_t=epochs + 1, grace_period=max(1, epochs // 4)

@@ -7,19 +7,24 @@ import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distrecon import config as configuration
+from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
-from distrecon.autoencoder.training import Batch, Training
-from distrecon.cluster.artifacts import FINISHED, upload
-from distrecon.cluster.kinds import AutoencoderRun
-from distrecon.cluster.scoring import score
+from distrecon.autoencoder.scoring import score
+from distrecon.autoencoder.training import Training
+from distrecon.cluster.resources import ResourcesConfig
+from distrecon.config import setting
+from distrecon.errors import UserError
+from distrecon.record.artifacts import FINISHED, upload
 from distrecon.zoos import Zoo
+from distrecon.zoos.models import Batch
 from distrecon.zoos.stream import plan, stream
 
 STATE = "training.pt"
@@ -28,16 +33,34 @@ SAMPLE = 4096  # training states that statistics and the linear start are comput
 RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
 
 
-def train_autoencoder(
-    run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, name: str, callbacks: Sequence[Any] = ()
-) -> Any:
-    """Trains and scores one autoencoder; returns Ray's Result.
+@dataclass(frozen=True)
+class AutoencoderRun(AutoencoderConfig):
+    """One autoencoder trial: which zoos (shipped names or folders), the autoencoder, what it takes."""
+
+    zoo: tuple[str, ...] = setting(("digits",), "shipped names or folders", filled=True)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shards, workers = self.data.shards, self.resources.num_workers
+        if shards < workers:
+            raise UserError(f"data.shards ({shards}) must be at least resources.num_workers ({workers})")
+
+    @property
+    def autoencoder(self) -> AutoencoderConfig:
+        """What of the run belongs to the autoencoder itself, and is stored with it."""
+        return AutoencoderConfig(**{f.name: getattr(self, f.name) for f in fields(AutoencoderConfig)})
+
+
+def train_autoencoder(run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, name: str, in_trial: bool = False) -> Any:
+    """Trains and scores one autoencoder; returns Ray's Result. `in_trial` of Ray Tune its reports are the trial's too.
 
     Everything lies under `storage`/`name`: each epoch's checkpoint, and with the last report the autoencoder, the
     tasks' arrays and the generated models. A training of the same name continues from its last checkpoint.
     """
     from ray import train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
 
     resources = run.resources
     per_worker = {"CPU": max(0.1, resources.cpus_per_worker - RESERVE)}
@@ -50,6 +73,7 @@ def train_autoencoder(
         "resources_per_worker": per_worker,
         "elastic_resize_monitor_interval_s": RESIZE_SECONDS,
     }
+    callbacks: list[Any] = [TuneReportCallback()] if in_trial else []
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
@@ -58,12 +82,13 @@ def train_autoencoder(
             "artifacts": f"{storage}/{name}",
         },
         scaling_config=train.ScalingConfig(**scaling),
+        torch_config=TorchConfig(backend="gloo" if resources.device == "cpu" else None),
         run_config=train.RunConfig(
             name=name,
             storage_path=storage,
             failure_config=train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=2),
-            callbacks=list(callbacks),
+            callbacks=callbacks,
         ),
     )
     return trainer.fit()
@@ -88,50 +113,61 @@ def train_epochs(
     run: AutoencoderRun, zoos: Sequence[Zoo], training: Training, first_epoch: int, rank: int, world_size: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Trains epoch by epoch, counted from 1; yields each one's mean losses and models a second."""
-    batches = stream(
-        zoos,
-        batch_size=run.optim.batch_size,
-        first_epoch=first_epoch - 1,
-        last_epoch=run.optim.epochs - 1,
-        shards=run.data.shards,
-        rank=rank,
-        world_size=world_size,
-        seed=run.seed,
+    batches = _Timed(
+        stream(
+            zoos,
+            batch_size=run.optim.batch_size,
+            first_epoch=first_epoch - 1,
+            last_epoch=run.optim.epochs - 1,
+            shards=run.data.shards,
+            rank=rank,
+            world_size=world_size,
+            seed=run.seed,
+        )
     )
     sums: dict[str, float] = defaultdict(float)
-    seen, waited, started = 0, 0.0, time.monotonic()
-    asked = started
-    for batch in batches:
-        waited += time.monotonic() - asked
-        step = Batch(
-            batch.epoch, batch.step, batch.zoo_index, batch.row_b, batch.theta_bP, batch.global_size, batch.offset
-        )
-        for key, value in training.step(step).items():
+    seen, started = 0, time.monotonic()
+    for batch, losses in training.steps(batches):
+        for key, value in losses.items():
             sums[key] += value * batch.global_size
         seen += batch.global_size
-        asked = time.monotonic()
-        if batch.step + 1 == batch.steps:
-            spent = asked - started
+        if batch.last:
+            spent = time.monotonic() - started
             means = {key: value / seen for key, value in sums.items()}
             yield (
                 batch.epoch + 1,
                 {
                     **means,
                     "time/models_per_second": seen / spent,
-                    "time/data_wait_share": waited / spent,
+                    "time/data_wait_share": batches.waited / spent,
                     "data/rows": seen,
                 },
             )
             sums.clear()
-            seen, waited, started = 0, 0.0, time.monotonic()
-            asked = started
+            seen, batches.waited, started = 0, 0.0, time.monotonic()
+
+
+class _Timed:
+    """Batches, and the seconds that were spent waiting for them."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches, self.waited = iter(batches), 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            asked = time.monotonic()
+            batch = next(self.batches, None)
+            self.waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
 
 
 def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
     """The training, continued from Ray Train's last checkpoint where there is one, and its next epoch."""
     from ray import train
 
-    device = torch.device("cuda" if run.resources.use_gpu else "cpu")
+    device = _device(run.resources)
     samples = [ZooSample(zoo.architecture, _sample(zoo, run.seed), zoo.images()) for zoo in zoos]
     steps = plan(zoos, batch_size=run.optim.batch_size, shards=run.data.shards, seed=run.seed)
     training = Training(run.autoencoder, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
@@ -142,6 +178,21 @@ def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
         state = torch.load(Path(folder) / STATE, map_location=device, weights_only=True)
     training.load_state_dict(state["training"])
     return training, state["epoch"] + 1
+
+
+def _device(resources: ResourcesConfig) -> torch.device:
+    """The GPU that Ray gave this worker, or the CPU; UserError where a GPU was reserved and torch cannot use it."""
+    from ray.train.torch import get_device
+
+    if not resources.use_gpu or resources.device == "cpu":
+        return torch.device("cpu")
+    device = get_device()
+    if device.type != "cuda":
+        raise UserError(
+            "a GPU is reserved, but torch finds none on this node: install its CUDA build and a driver that fits, "
+            "or rehearse with resources.device=cpu"
+        )
+    return device
 
 
 def _sample(zoo: Zoo, seed: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The network under examination, seen only through its answers: checked, counted, cached, within a budget.
+"""The black box as the method asks it: answers counted, remembered, within a budget, and their noise measured.
 
 Legend: Q queries, I inputs, O outputs.
 """
@@ -12,81 +12,130 @@ import torch
 from torch import Tensor
 
 from distrecon.errors import UserError
-from distrecon.expand_cluster.thresholds import REPEATABLE
+from distrecon.expand_cluster.standard import Standard
+from distrecon.expand_cluster.symptoms import NOISE_LINES, NOISE_SPACING, rounding
 
-Function = Callable[[Tensor], Tensor]  # [Q, I] -> [Q, O]
-NOISE_SPACING = 1e-4  # of the sixth differences: h^6 is far below rounding, h far above the inputs' rounding in float32
-NOISE_POINTS = 24
+Function = Callable[[Tensor], Tensor]  # [Q, I] -> [Q, O], float64 tensors (see answers.py)
+CLOSER = 8  # times that a query is moved half way to the centre because its answer tells no scores
+LEAST_ROWS = 1024  # of memory at first
+ROOM = 0.99  # share of the domain in which lines end, so that differences round them stay inside
 
 
-class BlackBox:
-    """A function [Q, I] -> [Q, O] with its answers in float64.
+class OutOfQueries(UserError):
+    """The query budget does not allow the next queries."""
 
-    Raises UserError when the answers are not tensors of shape [Q, O], are not finite, differ when asked again, or when
-    `budget` queries (0: no limit) are not enough. A repeated query costs nothing.
+
+class Memory:
+    """A function of x[Q, I] whose answers are counted and remembered; a repeated query costs nothing.
+
+    `budget`: queries that may be made (0: no limit). Raises OutOfQueries when it is too small for the next ones.
     """
 
-    def __init__(self, function: Function, input_size: int, budget: int = 0) -> None:
-        if input_size < 1:
-            raise UserError(f"input_size must be at least 1, not {input_size}")
-        self.function, self.inputs, self.budget = function, input_size, budget
-        self.queries = 0
-        self._answers: dict[bytes, np.ndarray] = {}
-        self.outputs = 0
-        probe_QI = torch.randn(16, input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self.outputs = self._ask(probe_QI).shape[1]
-        self.noise = self._noise_level()
-        self._check_repeatable(probe_QI)
+    def __init__(self, function: Function, budget: int = 0) -> None:
+        self.function, self.budget, self.queries = function, budget, 0
+        self._rows: dict[bytes, int] = {}
+        self._x_QI, self._y_QO = np.empty((0, 0)), np.empty((0, 0))
 
     def __call__(self, x_QI: Tensor) -> Tensor:
         """Answers y[Q, O]; only rows never asked before are counted and passed on."""
-        if not len(x_QI):
-            return torch.empty(0, self.outputs, dtype=torch.float64)
         rows = x_QI.contiguous().numpy()
         keys = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
-        fresh = {key: i for i, key in enumerate(keys) if key not in self._answers}
+        fresh = {key: i for i, key in enumerate(keys) if key not in self._rows}
         if fresh:
-            answers = self._ask(x_QI[list(fresh.values())]).numpy()
-            self._answers.update(zip(fresh, answers, strict=True))
-        return torch.from_numpy(np.stack([self._answers[key] for key in keys]))
+            if len(fresh) > self.left():
+                needed = f"{self.queries} spent, {len(fresh)} more are needed"
+                raise OutOfQueries(f"the query budget of {self.budget} is too small: {needed}")
+            asked = list(fresh.values())
+            self._keep(rows[asked], self.function(x_QI[asked]).numpy())
+            self._rows.update(zip(fresh, range(self.queries, self.queries + len(fresh)), strict=True))
+            self.queries += len(fresh)
+        return torch.from_numpy(self._y_QO[[self._rows[key] for key in keys]])
+
+    def asked(self) -> tuple[Tensor, Tensor]:
+        """All queries x[Q, I] and answers y[Q, O] so far, in the order in which they were asked."""
+        return torch.from_numpy(self._x_QI[: self.queries]), torch.from_numpy(self._y_QO[: self.queries])
 
     def left(self) -> float:
         """Queries left in the budget; infinite without one."""
         return self.budget - self.queries if self.budget else math.inf
 
-    def _ask(self, x_QI: Tensor) -> Tensor:
-        if self.budget and self.queries + len(x_QI) > self.budget:
-            raise UserError(
-                f"the query budget of {self.budget} is too small: {self.queries} spent, {len(x_QI)} more are needed"
-            )
-        with torch.no_grad():
-            y = self.function(x_QI)
-        if not isinstance(y, Tensor) or y.ndim != 2 or y.shape != (len(x_QI), self.outputs or y.shape[1]):
-            shape = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            wanted = f"[{len(x_QI)}, {self.outputs or 'O'}]"
-            raise UserError(f"the teacher answered {list(x_QI.shape)} with {shape}, not {wanted}")
-        y = y.detach().to("cpu", torch.float64)
-        if not torch.isfinite(y).all():
-            bad = int((~torch.isfinite(y)).any(1).sum())
-            raise UserError(f"the teacher answered {bad} of {len(x_QI)} queries with values that are not finite")
-        self.queries += len(x_QI)
-        return y
+    def _keep(self, x_QI: np.ndarray, y_QO: np.ndarray) -> None:
+        end = self.queries + len(x_QI)
+        if end > len(self._x_QI):
+            room = max(2 * len(self._x_QI), end, LEAST_ROWS)
+            more_x, more_y = np.empty((room, x_QI.shape[1])), np.empty((room, y_QO.shape[1]))
+            if self.queries:
+                more_x[: self.queries], more_y[: self.queries] = self._x_QI[: self.queries], self._y_QO[: self.queries]
+            self._x_QI, self._y_QO = more_x, more_y
+        self._x_QI[self.queries : end], self._y_QO[self.queries : end] = x_QI, y_QO
 
-    def _check_repeatable(self, x_QI: Tensor) -> None:
-        first, second = self._ask(x_QI), self._ask(x_QI)
-        difference = (first - second).abs().max().item()
-        if difference > REPEATABLE * first.abs().max().item():
-            raise UserError(f"the teacher is not deterministic: the same queries gave answers {difference:.1e} apart")
 
-    def _noise_level(self) -> float:
-        """Standard deviation of the answers' rounding noise, by sixth differences on short lines (Moré and Wild 2011).
+class BlackBox:
+    """What the method asks: a function of u[Q, I] that gives y[Q, O], both float64.
 
-        About 1e-16 of the answers for a float64 teacher and 1e-7 for a float32 one; it bounds what can be recovered.
-        """
+    Without `standard` these are the black box's own inputs and answers, else standard ones (see standard.py). `noise_O`
+    is the standard deviation of each output's rounding noise, measured unless it is given: about 1e-16 of the answers
+    of a float64 function and 1e-7 of a float32 one; it bounds what can be recovered. It is that of inputs such as
+    `noise_QI`. Raises OutOfQueries.
+    """
+
+    def __init__(
+        self,
+        function: Function | Memory,
+        input_size: int,
+        budget: int = 0,
+        standard: Standard | None = None,
+        noise_O: Tensor | None = None,
+    ) -> None:
+        self.memory = function if isinstance(function, Memory) else Memory(function, budget)
+        self.inputs, self.standard = input_size, standard
         generator = torch.Generator().manual_seed(1)
-        start = torch.randn(NOISE_POINTS, 1, self.inputs, generator=generator, dtype=torch.float64)
-        direction = torch.randn(NOISE_POINTS, 1, self.inputs, generator=generator, dtype=torch.float64)
-        steps = torch.arange(7, dtype=torch.float64)[None, :, None] * NOISE_SPACING
-        answers = self._ask((start + steps * direction / direction.norm(dim=2, keepdim=True)).flatten(0, 1))
-        differences = torch.diff(answers.reshape(NOISE_POINTS, 7, -1), n=6, dim=1)[:, 0]
-        return float(differences.square().mean(1).sqrt().median()) / math.sqrt(924)
+        self.noise_QI = self.place(torch.randn(NOISE_LINES, input_size, generator=generator, dtype=torch.float64))
+        if noise_O is None:
+            noise_O = rounding(self, self.place, input_size, torch.Generator().manual_seed(1), NOISE_SPACING)
+        self.outputs, self.noise_O, self.noise = len(noise_O), noise_O, float(noise_O.square().mean().sqrt())
+
+    def __call__(self, u_QI: Tensor) -> Tensor:
+        if not len(u_QI):
+            return torch.empty(0, self.outputs, dtype=torch.float64)
+        if self.standard is None:
+            return self.memory(u_QI)
+        return self.standard.scores(self.memory(self.standard.inputs(u_QI)))
+
+    def place(self, u_QI: Tensor, margin: float = 0.0) -> Tensor:
+        """The same queries, moved inside the domain, and towards the centre where their answers tell no scores."""
+        if self.standard is None:
+            return u_QI
+        u_QI = self.standard.around.inside(u_QI, margin)
+        for _ in range(CLOSER if self.standard.odds is not None else 0):
+            unknown_Q = ~self.standard.known(self.memory(self.standard.inputs(u_QI)))
+            if not unknown_Q.any():
+                break
+            u_QI = torch.where(unknown_Q[:, None], u_QI / 2, u_QI)
+        return u_QI
+
+    def pulled(self, u_QI: Tensor) -> Tensor:
+        """The same queries moved straight towards the centre until they lie inside the domain, with room round them."""
+        return u_QI if self.standard is None else self.standard.around.pulled(u_QI, ROOM)
+
+    def asked(self) -> tuple[Tensor, Tensor]:
+        """All queries u[Q, I] inside the domain and their answers y[Q, O] so far that tell scores."""
+        x_QI, y_QO = self.memory.asked()
+        if self.standard is None:
+            return x_QI, y_QO
+        around = self.standard.around
+        told_Q = self.standard.known(y_QO) & ((x_QI >= around.low_I) & (x_QI <= around.high_I)).all(1)
+        return around.standard(x_QI[told_Q]), self.standard.scores(y_QO[told_Q])
+
+    @property
+    def queries(self) -> int:
+        """Different queries made so far."""
+        return self.memory.queries
+
+    @property
+    def budget(self) -> int:
+        return self.memory.budget
+
+    def left(self) -> float:
+        """Queries left in the budget; infinite without one."""
+        return self.memory.left()

@@ -118,7 +118,7 @@ def _eliminate(problem: Problem, neurons_HK: Tensor, loss: float, skip: bool) ->
         coefficients_FO, _ = solve_outgoing(design_QF, data.y_QO)
         costs_H = drop_costs(design_QF, coefficients_FO, len(neurons_HK))
         cheapest = int(costs_H.argmin())
-        if costs_H[cheapest] > FREE_DROP:
+        if costs_H[cheapest] > max(FREE_DROP, math.sqrt(floor)):  # the root: see FREE_DROP
             break
         kept_HK = torch.cat([neurons_HK[:cheapest], neurons_HK[cheapest + 1 :]])
         if costs_H[cheapest] > floor or loss > floor:

@@ -27,6 +27,7 @@ from distrecon.expand_cluster.thresholds import (
 from distrecon.nets.activations import Activation
 
 GRADIENT_POINTS = 8
+ROOM = 0.1  # round the points, for the differences
 KINK_STEP = 1e-3  # longer differences straddle a kink too often
 SCALES = tuple(2.0**k for k in range(-4, 7))
 SCALE_QUERIES = 300
@@ -72,17 +73,24 @@ class Coordinates:
 
 
 def find_coordinates(
-    box: BlackBox, activation: Activation | None, subspace: bool, generator: torch.Generator
+    box: BlackBox,
+    activation: Activation | None,
+    subspace: bool,
+    generator: torch.Generator,
+    also_SI: Tensor | None = None,
 ) -> Coordinates:
     """Coordinates from the black box's gradients, or the inputs themselves, with probes scaled to excite it.
 
-    The inputs themselves, taken to be standardised, if not `subspace` or if all directions matter.
+    The inputs themselves, taken to be standardised, if not `subspace` or if all directions matter. Gradients are taken
+    at standard normal points and at some of `also_SI`.
 
     `activation` None: unknown. Raises UserError when the answers do not depend on the inputs.
     """
     if not subspace:
         return _inputs_themselves(box.inputs)
     points_SI = torch.randn(GRADIENT_POINTS, box.inputs, generator=generator, dtype=torch.float64)
+    if also_SI is not None:
+        points_SI = torch.cat([points_SI, also_SI[:: max(1, len(also_SI) // (2 * GRADIENT_POINTS))]])
     gradients_GI = torch.empty(0, box.inputs, dtype=torch.float64)
     before = 0
     while len(points_SI):
@@ -116,6 +124,7 @@ def _blind_points(box: BlackBox, coordinates: Coordinates, generator: torch.Gene
     size_Q1 = (x_QI @ coordinates.to_RI.T).norm(dim=1, keepdim=True) / coordinates.rank**0.5
     noise_QI = torch.randn(x_QI.shape, generator=generator, dtype=torch.float64)
     moved_QI = x_QI + coordinates.scale * size_Q1 * noise_QI @ coordinates.outside_II
+    x_QI, moved_QI = box.place(x_QI), box.place(moved_QI)
     here_QO, there_QO = box(x_QI), box(moved_QI)
     change_Q = (there_QO - here_QO).abs().amax(1) / here_QO.std()
     seen_Q = change_Q > max(BLIND, GAP * coordinates.error, GAP * box.noise / float(here_QO.std()))
@@ -128,6 +137,7 @@ def input_gradients(box: BlackBox, activation: Activation | None, x_SI: Tensor) 
     Five-point differences where the activation is smooth. Where it has kinks, two-point ones, and a point with a kink
     between its differences (its second difference is not zero) is left out. Unknown activations count as kinked.
     """
+    x_SI = box.place(x_SI, ROOM)
     center_SO = box(x_SI)
     spread = float(center_SO.std())
     if spread == 0:
@@ -186,7 +196,8 @@ def _scaled(
 
 
 def _nonlinear_share(box: BlackBox, z_QR: Tensor, back_IR: Tensor) -> float:
-    y_QO = box(z_QR @ back_IR.T)
+    x_QI = box.place(z_QR @ back_IR.T)
+    y_QO, z_QR = box(x_QI), x_QI @ torch.linalg.pinv(back_IR).T
     design = torch.cat([z_QR, z_QR.new_ones(len(z_QR), 1)], dim=1)
     rest = y_QO - design @ torch.linalg.lstsq(design, y_QO).solution
     return float(rest.square().sum() / (y_QO - y_QO.mean(0)).square().sum().clamp(min=1e-300))

@@ -61,7 +61,11 @@ class _Scans:
 
     def add(self, from_LR: Tensor, to_LR: Tensor) -> None:
         if self.run.box.left() - self.reserved > SPARE * len(from_LR) * GRID:
-            self.parts.append(scan(self._answer, from_LR, to_LR, self.run.box.noise))
+            self.parts.append(scan(self._answer, self._inside(from_LR), self._inside(to_LR), self.run.box.noise))
+
+    def _inside(self, z_LR: Tensor) -> Tensor:
+        """Ends of lines pulled inside the domain, where there is one."""
+        return self.run.box.pulled(z_LR @ self.coordinates.back_IR.T) @ self.coordinates.to_RI.T
 
     def _answer(self, z: Tensor) -> Tensor:
         x_QI = z.reshape(-1, self.coordinates.rank) @ self.coordinates.back_IR.T
@@ -119,13 +123,19 @@ def _one_layer(run: Run, coordinates: Coordinates) -> FromBends | None:
 def _towards_misfits(
     found: FromBends, coordinates: Coordinates, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Lines from probes that are fitted well to those fitted worst: what is missing bends in between."""
+    """Lines from probes that are fitted well to those fitted worst: what is missing bends in between.
+
+    Where an exact fit is contradicted by answers elsewhere, the lines run to these.
+    """
     data = found.problem.data
     answers_QO = data.y_QO * data.scale + data.mean_O
     order_Q = (found.recovery(data.x_QI) - answers_QO).square().sum(1).argsort()
     count = min(count, len(order_Q) // 2)  # so that no line has the same probe at both ends
     z_QR = data.x_QI @ coordinates.to_RI.T
     good = torch.randint(len(order_Q) // 2, (count,), generator=generator)
+    if found.recovery.contradictions_QI is not None:
+        there_SR = found.recovery.contradictions_QI @ coordinates.to_RI.T
+        return z_QR[order_Q[good]], there_SR[torch.randint(len(there_SR), (count,), generator=generator)]
     return z_QR[order_Q[good]], z_QR[order_Q[-count:]]
 
 

@@ -38,7 +38,8 @@ class Committee:
 class Probes:
     """Where queries are drawn.
 
-    `bends_SI` are inputs at which the black box bends, which other probes would miss; `committee` the students of an
+    `bends_SI` are inputs at which the black box bends, or contradicts what was found before, which other probes would
+    miss; `committee` the students of an
     earlier round that was not verified.
     """
 

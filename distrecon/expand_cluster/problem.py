@@ -32,7 +32,7 @@ class TrainingData:
         """Standardise the answers."""
         mean_O = answers_QO.mean(0)
         scale = float((answers_QO - mean_O).square().mean().sqrt())
-        return TrainingData(x_QI, z_QR, (answers_QO - mean_O) / scale, mean_O, scale)
+        return TrainingData(x_QI, z_QR, (answers_QO - mean_O) / (scale or 1.0), mean_O, scale)
 
 
 @dataclass(frozen=True)

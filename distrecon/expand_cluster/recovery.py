@@ -8,21 +8,26 @@ Legend: N students, Q queries, I inputs, P parameters.
 """
 
 import dataclasses
+import itertools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distrecon.config import flatten
 from distrecon.errors import UserError
-from distrecon.expand_cluster.blackbox import BlackBox, Function
+from distrecon.expand_cluster.blackbox import BlackBox, OutOfQueries
 from distrecon.expand_cluster.collapse import collapse, takes_skip
 from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.expand_cluster.coordinates import Coordinates, find_coordinates
+from distrecon.expand_cluster.examination import Examined, examine
 from distrecon.expand_cluster.from_bends import recover_from_bends
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import pool_neurons
@@ -34,10 +39,14 @@ from distrecon.expand_cluster.run import Progress, Run
 from distrecon.expand_cluster.scores import compare
 from distrecon.expand_cluster.stages import Stages
 from distrecon.expand_cluster.students import solved, train, train_on
-from distrecon.expand_cluster.thresholds import NEARLY_EXACT, UNDERFIT, UNDERFIT_SOLVED
-from distrecon.expand_cluster.verdict import conclude
+from distrecon.expand_cluster.surroundings import Bound
+from distrecon.expand_cluster.thresholds import UNDERFIT, UNDERFIT_SOLVED
+from distrecon.expand_cluster.verdict import conclude, confirm
 from distrecon.nets.activations import ACTIVATIONS
 from distrecon.nets.activations import activation as find_activation
+
+Rows = Tensor | np.ndarray
+Start = Callable[[str, RecoveryConfig, str], Run]
 
 LEAST_GUESS = 4  # neurons that a black box is taken to have at first
 SCALE_ROUNDS = (1.0, 2.0, 0.5)  # of the probes in the rounds of students, in turn
@@ -48,12 +57,17 @@ CANDIDATES = 2  # activations that get a full recovery after the trial
 
 
 def recover_network(
-    black_box: Function,
+    black_box: Any,
     input_size: int,
     activation: str = UNKNOWN,
     hidden_layers: int = 1,
     seed: int = 0,
-    data: Tensor | None = None,
+    data: Rows | None = None,
+    domain: tuple[Bound, Bound] | None = None,
+    outputs: str = "values",
+    max_rows: int | None = None,
+    retries: int = 0,
+    answers: str | Path | None = None,
     *,
     config: RecoveryConfig | None = None,
     progress: Progress | None = None,
@@ -61,53 +75,104 @@ def recover_network(
 ) -> Recovery:
     """Recover the layer sizes and weights of a black box from its answers alone.
 
-    `black_box` is any deterministic function [Q, I] -> [Q, O]; `data` [Q, I] are inputs of interest, queried too;
-    `progress` sees (stage, value). `seed` is combined with `config.seed`. The same arguments give the same result.
-    `activation` "unknown" tries all and goes on with the best two. `stages` is a folder for trained students: an
-    interrupted recovery called again with the same arguments and folder continues after the last of them, to the same
-    result.
+    `black_box` is a deterministic function of [Q, I] with answers [Q, O] or [Q] (torch or numpy), a `torch.nn.Module`,
+    or a method of a scikit-learn estimator. `activation` "unknown" tries those that fit what the black box shows and
+    goes on with the best two.
 
-    Raises UserError for a wrong request: an unknown activation, answers of a wrong shape, not finite or not repeatable,
-    a query budget that is too small, fewer probes than unknowns. A recovery that fails is no error: its `verified` is
-    False and its `reason` says why.
+    - `data` [Q, I]: inputs of interest, which set the centre and the scale of the queries and are asked, too;
+    - `domain` (low, high), numbers or [I]: no query leaves it;
+    - `outputs` "probabilities": rows that add up to 1, or one column of a sigmoid's. The weights then give log-odds
+      relative to one class (see odds.py) and `result(inputs)` probabilities. Rows that add up to 1 are recognised;
+    - `max_rows` of one call; `retries` of a call that raises, after 1, 2, 4, ... seconds;
+    - `answers`: a folder that keeps every answer at once, so that a run that starts again pays for none twice (one or
+      two queries are asked again, to see that it is the same black box);
+    - `progress` sees (stage, value); `seed` is combined with `config.seed`. The same arguments give the same result;
+    - `stages`: a folder for trained students: an interrupted recovery called again with the same arguments and folder
+      continues after the last of them, to the same result.
+
+    Raises UserError for a wrong request: an unknown activation, answers of a wrong shape or not finite, a black box
+    that raises, fewer probes than unknowns. A recovery that fails is no error: its `verified` is False, its `reason`
+    says why, its `findings` what the black box was found to be. When the query budget runs out, the best network so far
+    is returned, unverified.
     """
     config = config or RecoveryConfig()
-    if activation == UNKNOWN:
-        return _try_all(black_box, input_size, hidden_layers, seed, data, config, progress, stages)
-    act = find_activation(activation)
+    names = list(ACTIVATIONS) if activation == UNKNOWN else [find_activation(activation).name]
     if hidden_layers < 1:
         raise UserError(f"hidden_layers must be at least 1, not {hidden_layers}")
-    if data is not None and (data.ndim != 2 or data.shape[1] != input_size):
-        raise UserError(f"data has shape {list(data.shape)}, not [Q, {input_size}]")
+    own_QI = None if data is None else _rows(data, input_size)
     started = time.monotonic()
-    run = Run(
-        box=BlackBox(black_box, input_size, config.budget.queries),
-        activation=act,
-        hidden_layers=hidden_layers,
-        config=config,
-        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + seed),
-        data_QI=data.double() if data is not None else None,
-        deadline=started + config.budget.seconds if config.budget.seconds else None,
-        progress=progress or (lambda stage, value: None),
-        stages=Stages(stages, [input_size, activation, hidden_layers, seed, flatten(config)]) if stages else None,
-        seconds={"queries": time.monotonic() - started},
-    )
-    with run.timed("queries"):
-        coordinates = find_coordinates(run.box, act, config.probes.subspace, run.generator)
-    run.progress("directions", coordinates.rank)
-    return _with_totals(run, *_attempts(run, coordinates))
+    seeded = config.seed * 1_000_003 + seed
+    generator = torch.Generator().manual_seed(seeded)
+    budget = config.budget.queries
+    examined = examine(black_box, input_size, own_QI, domain, outputs, max_rows, retries, answers, budget, generator)
+    request = [input_size, hidden_layers, seed, flatten(config)]
+    if examined.stopped is not None:
+        return _finish(examined, _empty(examined.box, names[0], hidden_layers, str(examined.stopped)), own_QI)
+
+    def start(name: str, config: RecoveryConfig, folder: str) -> Run:
+        kept = stages / folder if stages and folder else stages
+        return Run(
+            box=examined.box,
+            activation=find_activation(name),
+            hidden_layers=hidden_layers,
+            config=config,
+            generator=torch.Generator().manual_seed(seeded),
+            data_QI=None if own_QI is None else examined.around.standard(own_QI),
+            deadline=started + config.budget.seconds if config.budget.seconds else None,
+            progress=progress or (lambda stage, value: None),
+            stages=Stages(kept, [*request, name]) if kept else None,
+            seconds={"examination": time.monotonic() - started},
+        )
+
+    if activation == UNKNOWN:
+        recovery = _try_all(start, _possible(examined, names), config)
+    else:
+        recovery = _recover(start(activation, config, ""))
+    return _finish(examined, recovery, own_QI)
 
 
-def _try_all(
-    black_box: Function,
-    input_size: int,
-    hidden_layers: int,
-    seed: int,
-    data: Tensor | None,
-    config: RecoveryConfig,
-    progress: Progress | None,
-    stages: Path | None,
-) -> Recovery:
+def _rows(data: Rows, input_size: int) -> Tensor:
+    rows_QI = torch.as_tensor(data)
+    if rows_QI.ndim != 2 or rows_QI.shape[1] != input_size or not len(rows_QI):
+        raise UserError(f"data has shape {list(rows_QI.shape)}, not [Q, {input_size}]")
+    if not torch.isfinite(rows_QI).all():
+        raise UserError("data has values that are not finite")
+    return rows_QI.double()
+
+
+def _possible(examined: Examined, names: list[str]) -> list[str]:
+    """The activations of piecewise linear functions, where that was found; else all."""
+    if examined.named("piecewise linear") is None:
+        return names
+    return [name for name in names if ACTIVATIONS[name].symmetry == "scaled"]
+
+
+def _recover(run: Run) -> Recovery:
+    """The best recovery with one activation, in standard inputs and scores; what there is when the queries run out."""
+    try:
+        recovery = _attempts(run)
+    except OutOfQueries as error:
+        best: Recovery | None = None
+        for candidate in run.candidates:
+            best = _better(candidate, best)
+        if best is None:
+            recovery = _empty(run.box, run.activation.name, run.hidden_layers, str(error))
+        else:
+            recovery = dataclasses.replace(best, verified=False, reason=f"{error}; the best network so far")
+    return dataclasses.replace(recovery, history=run.history, seconds=dict(run.seconds))
+
+
+def _empty(box: BlackBox, activation: str, hidden_layers: int, reason: str) -> Recovery:
+    """A network of one neuron a layer that gives the mean of the answers: nothing was found."""
+    sizes = [box.inputs, *[1] * hidden_layers, box.outputs]
+    weights = [
+        (torch.zeros(out, cols, dtype=torch.float64), torch.zeros(out, dtype=torch.float64))
+        for cols, out in itertools.pairwise(sizes)
+    ]
+    return Recovery(weights, activation, False, reason, [], {"recover/train_loss": 1.0, "recover/students": 0})
+
+
+def _try_all(start: Start, names: list[str], config: RecoveryConfig) -> Recovery:
     """A few students a short fit with every activation, then all rounds with the best of them, best first."""
     brief = dataclasses.replace(
         config,
@@ -115,27 +180,14 @@ def _try_all(
         solver=dataclasses.replace(config.solver, iterations=BRIEF_ITERATIONS),
         budget=dataclasses.replace(config.budget, attempts=1),
     )
-
-    def recover_as(name: str, config: RecoveryConfig, folder: str) -> Recovery:
-        kept = stages / folder if stages else None
-        return recover_network(
-            black_box, input_size, name, hidden_layers, seed, data, config=config, progress=progress, stages=kept
-        )
-
-    losses, queries = {}, 0
-    for name in ACTIVATIONS:
-        trial = recover_as(name, brief, f"{name}-brief")
-        losses[name] = trial.metrics["recover/train_loss"]
-        queries += trial.metrics["recover/queries"]
+    trials = {name: _recover(start(name, brief, f"{name}-brief")) for name in names}
     best: Recovery | None = None
-    for name in sorted(losses, key=losses.__getitem__)[:CANDIDATES]:
-        recovery = recover_as(name, config, name)
-        queries += recovery.metrics["recover/queries"]
-        best = _better(recovery, best)
+    for name in sorted(trials, key=lambda name: trials[name].metrics["recover/train_loss"])[:CANDIDATES]:
+        best = _better(_recover(start(name, config, name)), best)
         if best.verified:
             break
     assert best is not None
-    return dataclasses.replace(best, metrics={**best.metrics, "recover/queries": queries})
+    return best
 
 
 def _better(new: Recovery, old: Recovery | None) -> Recovery:
@@ -147,31 +199,49 @@ def _better(new: Recovery, old: Recovery | None) -> Recovery:
     return new if new.metrics["recover/train_loss"] < old.metrics["recover/train_loss"] else old
 
 
-def _attempts(run: Run, coordinates: Coordinates) -> tuple[Recovery, Coordinates]:
+def _coordinates(run: Run, contradictions_QI: Tensor | None = None) -> Coordinates:
+    """The relevant directions, also those that show only where answers contradict what was found without them."""
+    with run.timed("queries"):
+        subspace, generator = run.config.probes.subspace, run.generator
+        coordinates = find_coordinates(run.box, run.activation, subspace, generator, contradictions_QI)
+    run.progress("directions", coordinates.rank)
+    return coordinates
+
+
+def _attempts(run: Run) -> Recovery:
     """From the bends of a piecewise linear black box, or rounds of students until one is verified.
 
-    Each round takes fresh probes of another scale. After an underfit the next students are wider; else, now and again,
-    they train longer on more probes. Returns the best recovery and the coordinates that were used last.
+    Each round takes fresh probes of another scale, a share of them round inputs whose answers contradicted an exact fit
+    before; these may show directions that were not seen. After an underfit the next students are wider; else, now and
+    again, they train longer on more probes.
     """
+    coordinates = _coordinates(run)
+    bends = recover_from_bends(run, coordinates)
+    contradictions_QI = bends.recovery.contradictions_QI if bends is not None else None
+    if contradictions_QI is not None:
+        coordinates = _coordinates(run, contradictions_QI)
+        bends = recover_from_bends(run, coordinates) or bends
+    if bends is not None and (bends.recovery.verified or bends.loss <= bends.problem.floor):  # no student fits better
+        return bends.recovery
+    best = bends.recovery if bends is not None else None
     guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
     patience, committee = 1, None
-    bends = recover_from_bends(run, coordinates)
-    if bends is not None and (bends.recovery.verified or bends.loss <= NEARLY_EXACT):  # no student fits better
-        return bends.recovery, bends.problem.probes.coordinates
-    best = bends.recovery if bends is not None else None
     for attempt in range(run.config.budget.attempts):
         used = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
-        outcome = _round(run, Probes(used, committee=committee), guess, patience, attempt)
+        outcome = _round(run, Probes(used, contradictions_QI, committee), guess, patience, attempt)
         best, committee = _better(outcome.recovery, best), outcome.committee
         if outcome.recovery.verified or run.out_of_time():
             break
+        if outcome.recovery.contradictions_QI is not None:
+            contradictions_QI = outcome.recovery.contradictions_QI
+            coordinates = _coordinates(run, contradictions_QI)
         loss = outcome.recovery.metrics["recover/student_loss_best"]
         if outcome.underfit and not run.config.students.width and (loss > UNDERFIT or attempt % 2 == 0):
             guess *= 2
         elif attempt % 2:
             patience *= 2
     assert best is not None
-    return best, used
+    return best
 
 
 @dataclass(frozen=True)
@@ -243,17 +313,30 @@ def _collapse(run: Run, problem: Problem, net: DenseNet, theta_NP: Tensor) -> Re
     return conclude(run, problem, found, metrics)
 
 
-def _with_totals(run: Run, recovery: Recovery, coordinates: Coordinates) -> Recovery:
-    """The recovery with the run's totals among its metrics, and how it compares on the data or on probes."""
-    x_QI = coordinates.draw(run.config.probes.fresh, run.generator) if run.data_QI is None else run.data_QI
-    metrics = {
+def _finish(examined: Examined, recovery: Recovery, own_QI: Tensor | None) -> Recovery:
+    """The recovery in the black box's own inputs and answers, with totals, and how it compares on data or draws."""
+    box, standard = examined.box, examined.box.standard
+    assert standard is not None
+    x_QI = standard.inputs(examined.sample.u_QI) if own_QI is None or len(own_QI) > box.left() else own_QI
+    answers_QO = box.memory(x_QI)
+    recovery = confirm(box, recovery)
+    certificate, contradictions_QI = recovery.certificate, recovery.contradictions_QI
+    own = dataclasses.replace(
+        recovery,
+        weights=standard.own(recovery.weights),
+        odds=standard.odds,
+        findings=examined.findings,
+        certificate=certificate.own(standard) if certificate is not None else None,
+        contradictions_QI=standard.inputs(contradictions_QI) if contradictions_QI is not None else None,
+    )
+    own.metrics = {
         **recovery.metrics,
         "recover/layer_sizes": recovery.layer_sizes,
         **{f"recover/size_layer{i + 1}": size for i, size in enumerate(recovery.layer_sizes)},
-        **compare(recovery, run.box(x_QI), x_QI),
+        **compare(own, answers_QO, x_QI),
         "recover/verified": int(recovery.verified),
-        "recover/noise": run.box.noise,
-        "recover/queries": run.box.queries,
-        "time/seconds": sum(run.seconds.values()),
+        "recover/noise": box.noise,
+        "recover/queries": box.queries,
+        "time/seconds": sum(recovery.seconds.values()),
     }
-    return dataclasses.replace(recovery, metrics=metrics, history=run.history, seconds=dict(run.seconds))
+    return own

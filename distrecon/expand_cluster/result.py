@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distrecon.expand_cluster.certificate import Certificate
+from distrecon.expand_cluster.diagnosis import Finding
 from distrecon.expand_cluster.neurons import LayerClustering
+from distrecon.expand_cluster.odds import Odds
 from distrecon.expand_cluster.weights import Weights, layer_sizes, network, write_weights
 
 
@@ -16,8 +19,11 @@ class Recovery:
     """A recovered network and how it was found.
 
     `weights` is [(W[out, in], b[out]), ...] in float64; `verified` is the verdict (the rule is in verdict.py), `reason`
-    why it is so. `linkage` has the LayerClustering of every hidden layer that was clustered.
-    `metrics` are named as in summary.json; `history` has the students' loss curves as (stage, step, [losses]).
+    why it is so, and `certificate` what it rests on (None where no network was found). `contradictions_QI` are some
+    inputs at which the black box's answers contradict a fit that was exact elsewhere. `findings` say what the black box
+    was found to be. Where its answers are probabilities, `odds` tells how scores, which the weights give, become
+    probabilities. `linkage` has the LayerClustering of every hidden layer that was clustered. `metrics` are named as in
+    summary.json; `history` has the students' loss curves as (stage, step, [losses]).
     """
 
     weights: Weights
@@ -28,6 +34,10 @@ class Recovery:
     metrics: dict[str, Any] = field(default_factory=dict)
     history: list[tuple[str, int, list[float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    odds: Odds | None = None
+    certificate: Certificate | None = None
+    contradictions_QI: Tensor | None = None
 
     @property
     def layer_sizes(self) -> list[int]:
@@ -35,8 +45,9 @@ class Recovery:
         return [len(b) for _, b in self.weights[:-1]]
 
     def __call__(self, inputs_QI: Tensor) -> Tensor:
-        """Outputs y[Q, O] of the recovered network, in float64."""
-        return network(self.weights, self.activation)(inputs_QI.double())
+        """What the black box answers, y[Q, O] in float64: outputs, or probabilities where it gives those."""
+        scores_QO = network(self.weights, self.activation)(inputs_QI.double())
+        return scores_QO if self.odds is None else self.odds.of_classes(scores_QO)
 
     def report(self) -> str:
         """A few lines of text: sizes, verdict, precision, cost."""
@@ -44,6 +55,8 @@ class Recovery:
             f"network      {'-'.join(map(str, layer_sizes(self.weights)))} {self.activation}",
             f"verdict      {'verified' if self.verified else 'UNVERIFIED'}: {self.reason}",
         ]
+        lines += [f"found        {finding}" for finding in self.findings]
+        lines += self.certificate.lines() if self.certificate is not None else []
         labels = {
             "recover/output_rmse": "output RMSE on fresh queries (relative)",
             "recover/agreement": "argmax agreement on the given inputs",

@@ -14,8 +14,10 @@ from torch import Tensor
 from distrecon.errors import UserError
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.config import RecoveryConfig
+from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.problem import Problem, TrainingData
+from distrecon.expand_cluster.result import Recovery
 from distrecon.expand_cluster.stages import Stages
 from distrecon.expand_cluster.thresholds import DIRECTION_MARGIN, NOISE_MARGIN
 from distrecon.nets.activations import Activation
@@ -28,7 +30,11 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage of one recovery shares; `history` and `seconds` (by stage) grow as it goes."""
+    """What every stage of one recovery shares.
+
+    `history`, `seconds` (by stage), `candidates` (all networks so far, those not yet verified too) and `explored` (the
+    coordinates of training queries) grow as it goes.
+    """
 
     box: BlackBox
     activation: Activation
@@ -41,6 +47,8 @@ class Run:
     stages: Stages | None
     history: list[tuple[str, int, list[float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    candidates: list[Recovery] = field(default_factory=list)
+    explored: list[Coordinates] = field(default_factory=list)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -63,10 +71,13 @@ class Run:
                 f"probes.count = {settings.count} gives {settings.count * outputs} equations, "
                 f"fewer than the students' {unknowns} unknowns"
             )
+        self.explored.append(probes.coordinates)
         with self.timed("queries"):
             count = patience * (settings.count or max(LEAST_QUERIES, EQUATIONS * unknowns // outputs))
-            x_QI = probes.training(count, settings, self.data_QI, self.generator)
+            x_QI = self.box.place(probes.training(count, settings, self.data_QI, self.generator))
             data = TrainingData.of(x_QI, x_QI @ probes.coordinates.to_RI.T, self.box(x_QI))
+        if not data.scale > 0:
+            raise UserError(f"all of {count} answers are the same: the black box does not depend on the inputs asked")
         exact = max(self.config.solver.floor, (NOISE_MARGIN * self.box.noise / data.scale) ** 2)
         floor = max(exact, (DIRECTION_MARGIN * probes.coordinates.error) ** 2)
         return Problem(data, self.activation, self.config, probes, floor, exact, self.deadline)

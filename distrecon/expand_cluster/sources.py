@@ -4,14 +4,13 @@ Legend: Q queries, I inputs, O outputs.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from distrecon.errors import UserError
-from distrecon.expand_cluster.blackbox import Function
 from distrecon.expand_cluster.weights import Weights, network, read_weights
 
 
@@ -19,7 +18,7 @@ from distrecon.expand_cluster.weights import Weights, network, read_weights
 class Source:
     """A black box, its input size where that is known, its weights where they may be used to score a recovery."""
 
-    black_box: Function
+    black_box: Callable[..., Any]
     input_size: int | None
     weights: Weights | None
 
@@ -27,7 +26,8 @@ class Source:
 def load_black_box(spec: str, activation: str) -> Source:
     """The black box named by `spec`: a .safetensors file of dense layers, or MODULE:CALLABLE.
 
-    The answers keep the file's own precision. Raises UserError that says what cannot be read.
+    CALLABLE may be a method, such as classifier.predict_proba. The answers keep the file's own precision. Raises
+    UserError that says what cannot be read.
     """
     if Path(spec).suffix == ".safetensors":
         weights = read_weights(Path(spec))
@@ -39,12 +39,10 @@ def load_black_box(spec: str, activation: str) -> Source:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(f"the teacher's module {module_name!r} cannot be imported: {error}") from None
-    found = getattr(module, name, None)
+    try:
+        found = attrgetter(name)(module)
+    except AttributeError:
+        found = None
     if not callable(found):
         raise UserError(f"the teacher's module {module_name!r} has no callable {name!r}")
-
-    def answer(x_QI: Tensor) -> Tensor:
-        parameter = next(found.parameters(), None) if isinstance(found, torch.nn.Module) else None
-        return found(x_QI if parameter is None else x_QI.to(parameter))
-
-    return Source(answer, None, None)
+    return Source(found, None, None)

@@ -20,7 +20,7 @@ NONLINEAR = 0.25  # of the largest nonlinear share of the outputs: the probes' s
 
 # Exactness of a fit
 CONVERGED = 1e-29  # relative loss at which the solver stops: a hundred times float64's rounding
-NOISE_MARGIN = 10.0  # x noise: relative error of an exact fit to noisy answers; the largest of many answers is 4 or 5
+NOISE_MARGIN = 5.0  # x noise: relative error of an exact fit to noisy answers, which leaves 1 to 2 (float32)
 DIRECTION_MARGIN = 100.0  # x the directions' relative error: likewise in relevant directions, which the fit cannot mend
 NEARLY_EXACT = 1e-12  # relative loss: a fit worse than this misses a neuron, whose share is 1e-6 of the outputs or more
 PROMISING = 1e-10  # relative loss: a fit below it that still falls when its iterations are over is continued
@@ -38,7 +38,8 @@ LOSS_MARGIN = 3.0  # x root of the student's loss: likewise, as a smaller contri
 # Missing and redundant neurons
 COPY = 1e-9  # of a neuron's norm: what is left of it after projection on the others, if it is a copy of them
 SINGULAR = 1e-15  # of the largest singular value: smaller ones are rounding, so that coinciding neurons cost nothing
-FREE_DROP = 1e-8  # relative loss added: neurons that cost less to drop are candidates for elimination, then tried
+FREE_DROP = 1e-8  # relative loss added: neurons that cost less to drop are candidates for elimination, then tried.
+# At least the root of the floor: two neurons that differ by delta do the work of one to delta^2, and one costs that.
 KEEPS_FIT = 2.0  # x the loss before: a drop that leaves more than this was of a neuron that is needed
 FREE = 0.1  # x the loss before: likewise in a deep network, where freed fits converge and others stay as they are
 PURSUED = 1e-4  # relative error of the next pre-activations at which the clustered neurons are enough for a first fit
@@ -67,8 +68,10 @@ LEAST_LINES = 3  # distinct lines that must find a first-layer hyperplane: two b
 CROSSED = 0.95  # share of the lines crossing a hyperplane that must bend there; at flat angles noise may hide it
 
 # Verdict
-AGREEMENT = 10.0  # x root of the floor: relative RMSE of fresh queries, most of them far out, where errors grow
-NEEDED = 100.0  # x the floor: relative loss that dropping any neuron must add; below, the fit does without it
+AGREEMENT = 10.0  # x what is due at each answer: root mean square of an output's disagreement; exact recoveries of
+# float64 black boxes had at most .1 of it, of float32 ones 2
+AGREEMENT_WORST = 100.0  # likewise: the largest of them; these had at most 1 (float64) and 13 (float32)
+NEEDED = 100.0  # x the square of what is due: what dropping any neuron must add; below, the fit does without it
 VANISHING = 1e-12  # of the largest eigenvalue of a Gram matrix: counts as zero; rounding makes it 1e-15 or so
 
 # Scores against a known teacher

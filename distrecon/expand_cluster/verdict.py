@@ -1,14 +1,15 @@
-"""The verdict on a network that was found, after its last digits were polished. Verified means, on fresh queries:
+"""The verdict on a network that was found, after its last digits were polished. Verified means:
 
-1. the answers agree to the numerical floor (relative RMSE); most of these queries lie farther out than the training
-   ones, and the user's data are among them;
+1. it agrees, output by output, with every answer of the run and with fresh ones at least as far out as any of them: to
+   what rounding and an exact fit explain at each input, on the whole and at every single one (certificate.py);
 2. no hidden neuron can be dropped;
-3. no neuron of a piecewise linear network is on one side of its kink at all of them;
+3. no neuron of a piecewise linear network is on one side of its kink at all fresh queries;
 4. every weight shows in some answer: neurons respond to each of their inputs (training queries count here, too).
 
 Legend: Q queries, I inputs, R relevant input directions, H hidden, O outputs.
 """
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -16,17 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distrecon.expand_cluster.blackbox import BlackBox
+from distrecon.expand_cluster.certificate import Certificate, Comparison, Tolerance, certify, compare, outputs_and_terms
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.outgoing import drop_costs, features, solve_outgoing
+from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.problem import Found, Problem
-from distrecon.expand_cluster.result import Recovery, relative_rmse
+from distrecon.expand_cluster.result import Recovery
 from distrecon.expand_cluster.run import Run
-from distrecon.expand_cluster.thresholds import AGREEMENT, NEEDED, VANISHING
+from distrecon.expand_cluster.thresholds import (
+    AGREEMENT,
+    AGREEMENT_WORST,
+    DIRECTION_MARGIN,
+    NEEDED,
+    VANISHING,
+)
 from distrecon.expand_cluster.weights import Weights, from_theta, to_theta
 from distrecon.nets.activations import Activation
 
 DETERMINING = 5000  # training queries that are asked, besides the fresh ones, whether they determine all weights
 FRESH_SCALES = (1.0, 3.0, 10.0, 30.0)  # of the queries that verify a result, in turn
+ELSEWHERE = 4  # for so many of them one is drawn in other rounds' coordinates, and one in the range of all answers
+BEYOND = 1.05  # x the range of all answers: how far these go
+RANGES = (1.0, 0.3, 0.1, 0.03)  # of that, in turn
+CONTRADICTIONS = 64  # that are kept for the next round, at most
 
 
 def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str, Any]) -> Recovery:
@@ -39,16 +53,27 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
         metrics = {**metrics, "recover/train_loss": 1.0}
         return Recovery(weights, run.activation.name, False, "no student has neurons that contribute", [], metrics)
     weights = from_theta(found.net, found.theta_1P[0], data.mean_O, data.scale, coordinates.to_RI)
-    polished = found.loss <= problem.floor and _polishable(run, problem, weights)
+    run.candidates.append(
+        Recovery(weights, run.activation.name, False, "", found.linkage, {**metrics, "recover/train_loss": found.loss})
+    )
+    polished, loss = found.loss <= problem.floor and _polishable(run, problem, weights), found.loss
     if polished:
         with run.timed("polish"):
-            weights = _polish(run, problem, weights)
-    floor = problem.polished_floor if polished else problem.floor
-    verified, reason = _verify(run, problem, weights, floor, found.loss)
+            weights, loss = _polish(run, problem, weights)
     run.progress("size", sum(found.net.sizes[1:-1]))
-    metrics = {**metrics, "recover/train_loss": found.loss}
-    reason = f"{reason}; {found.note}" if found.note else reason
-    return Recovery(weights, run.activation.name, verified, reason, found.linkage, metrics)
+    verdict = judge(run, problem, weights, polished, loss)
+    metrics = {**metrics, **verdict.certificate.metrics(), "recover/train_loss": found.loss}
+    reason = verdict.objection or _agreement(verdict.certificate)
+    return Recovery(
+        weights,
+        run.activation.name,
+        not verdict.objection,
+        f"{reason}; {found.note}" if found.note else reason,
+        found.linkage,
+        metrics,
+        certificate=verdict.certificate,
+        contradictions_QI=verdict.contradictions_QI,
+    )
 
 
 def _polishable(run: Run, problem: Problem, weights: Weights) -> bool:
@@ -56,51 +81,200 @@ def _polishable(run: Run, problem: Problem, weights: Weights) -> bool:
     return problem.probes.coordinates.rank < run.box.inputs and unknowns <= run.config.solver.polish_parameters
 
 
-def _polish(run: Run, problem: Problem, weights: Weights) -> Weights:
-    """The last digits, in all inputs at once: frees the first layer from the relevant directions' own rounding."""
+def _polish(run: Run, problem: Problem, weights: Weights) -> tuple[Weights, float]:
+    """The last digits, in all inputs at once, and the loss left: frees the first layer of the directions' error."""
     net, data = DenseNet((run.box.inputs, *(len(b) for _, b in weights)), run.activation), problem.data
     solution = problem.fit(net, to_theta(weights, data.mean_O, data.scale), data.x_QI)
-    return from_theta(net, solution.theta_NP[0], data.mean_O, data.scale)
+    return from_theta(net, solution.theta_NP[0], data.mean_O, data.scale), float(solution.loss_N[0])
 
 
-def _verify(run: Run, problem: Problem, weights: Weights, floor: float, train_loss: float) -> tuple[bool, str]:
-    """Whether all of the rule holds, and what was measured or which part fails."""
-    activation, probes = run.activation, problem.probes
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What is held against a network ("" if nothing), what was compared, and inputs that contradict an exact fit."""
+
+    objection: str
+    certificate: Certificate
+    contradictions_QI: Tensor | None = None
+
+
+def judge(run: Run, problem: Problem, weights: Weights, polished: bool, train_loss: float) -> Verdict:
+    """Whether all of the rule holds for a network fitted to the problem's data, with this relative loss."""
+    floor = problem.polished_floor if polished else problem.floor
     with run.timed("queries"):
-        x_QI = probes.draw(run.config.probes.fresh, run.generator, FRESH_SCALES)
-        if run.data_QI is not None:
-            x_QI = torch.cat([x_QI, run.data_QI[: run.config.probes.fresh]])
-        answers_QO = run.box(x_QI)
-        error = relative_rmse(answers_QO, Recovery(weights, activation.name, False, "")(x_QI))
-    allowed = AGREEMENT * math.sqrt(floor)
-    if not error <= allowed:
-        if train_loss > floor:
+        probes_QI, fresh_QI = _fresh(run, problem.probes)
+        answers_QO = run.box(fresh_QI)
+    with run.timed("verdict"):
+        tolerance, spread_O = _tolerance(run, problem, weights, polished)
+        x_QI, y_QO = fresh_QI, answers_QO
+        comparison = compare(weights, run.activation.name, x_QI, y_QO, tolerance)
+        objection = _disagreement(comparison, "fresh")
+        exact = train_loss <= AGREEMENT**2 * floor
+        if exact:
+            x_QI, y_QO = run.box.asked()
+            comparison = compare(weights, run.activation.name, x_QI, y_QO, tolerance)
+            objection = objection or _disagreement(comparison, "of the run's")
+        certificate = certify(comparison, tolerance, x_QI, len(fresh_QI), run.box.noise_O, spread_O)
+        if objection and train_loss > floor:
             left = f"{math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
-            return False, f"the best fit leaves a relative error of {left}"
-        return False, f"fresh queries differ by {error:.1e} (relative RMSE; allowed {allowed:.1e})"
-    needed = _least_needed(activation, weights, x_QI)
-    if needed <= NEEDED * floor:
-        return False, f"a neuron can be dropped without leaving the floor (cost {needed:.1e})"
+            objection = f"the best fit leaves a relative error of {left}"
+        if objection:
+            return Verdict(objection, certificate, _contradictions(comparison, x_QI) if exact else None)
+        relative_O = tolerance.unit_O / spread_O
+        return Verdict(_weakness(run, problem, weights, probes_QI, relative_O), certificate)
+
+
+def confirm(box: BlackBox, recovery: Recovery) -> Recovery:
+    """A verified recovery beside all answers once more, some of which were given after its verdict."""
+    certificate = recovery.certificate
+    if certificate is None or not recovery.verified:
+        return recovery
+    unit_O = torch.tensor(certificate.allowed, dtype=torch.float64) / AGREEMENT_WORST
+    tolerance = Tolerance(unit_O, torch.tensor(certificate.terms, dtype=torch.float64))
+    x_QI, y_QO = box.asked()
+    comparison = compare(recovery.weights, recovery.activation, x_QI, y_QO, tolerance)
+    spread_O = torch.tensor(certificate.spread, dtype=torch.float64)
+    certificate = certify(comparison, tolerance, x_QI, certificate.fresh, box.noise_O, spread_O)
+    objection = _disagreement(comparison, "of the run's")
+    return dataclasses.replace(
+        recovery,
+        verified=not objection,
+        reason=objection or _agreement(certificate),
+        metrics={**recovery.metrics, **certificate.metrics()},
+        certificate=certificate,
+    )
+
+
+def _agreement(certificate: Certificate) -> str:
+    return (
+        f"{certificate.given} answers of the run and {certificate.fresh} fresh ones agree "
+        f"(at most {100 * max(certificate.worst_share):.2g} % of what is allowed) and every neuron is needed"
+    )
+
+
+def _disagreement(comparison: Comparison, whose: str) -> str:
+    """Which output disagrees, and by how much; "" if all agree."""
+    if comparison.agrees_O.all():
+        return ""
+    output = int((~comparison.agrees_O).nonzero()[0])
+    text = (
+        f"output {output}: {int(comparison.contradicted_Q.sum())} of {comparison.count} {whose} answers contradict it"
+    )
+    return (
+        f"{text}, by up to {float(comparison.largest_O[output]):.1e} (in units of what rounding and fit explain: "
+        f"at most {float(comparison.ratio_O[output]):.1e}, allowed {AGREEMENT_WORST:g}; root mean square "
+        f"{float(comparison.mean_ratio_O[output]):.1e}, allowed {AGREEMENT:g})"
+    )
+
+
+def _contradictions(comparison: Comparison, x_QI: Tensor) -> Tensor:
+    """Some of the inputs at which answers contradict, from the least to the worst; the worst where none does alone."""
+    order_Q = comparison.ratio_Q.argsort()
+    contradicted = max(int(comparison.contradicted_Q.sum()), min(CONTRADICTIONS, len(order_Q)))
+    chosen = torch.linspace(len(order_Q) - contradicted, len(order_Q) - 1, min(contradicted, CONTRADICTIONS)).round()
+    return x_QI[order_Q[chosen.long()]].clone()
+
+
+def _fresh(run: Run, probes: Probes) -> tuple[Tensor, Tensor]:
+    """Queries that had no part in the fit: those in the problem's coordinates, and all of them.
+
+    All are also those of other rounds' coordinates, those in the range of all answers so far and beyond, and the user's
+    data.
+    """
+    count, generator = run.config.probes.fresh, run.generator
+    own_QI = run.box.place(probes.draw(count, generator, FRESH_SCALES))
+    few = max(2, count // ELSEWHERE)
+    others = [coordinates for coordinates in run.explored if coordinates is not probes.coordinates]
+    parts = [coordinates.draw(math.ceil(few / len(others)), generator, FRESH_SCALES) for coordinates in others]
+    data = [] if run.data_QI is None else [run.data_QI[:count]]
+    elsewhere_QI = run.box.place(torch.cat([*parts, beyond(run.box.asked()[0], few, generator)]))
+    return torch.cat([own_QI, *data]), torch.cat([own_QI, *data, elsewhere_QI])
+
+
+def beyond(asked_QI: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """x[count, I] over the range of the inputs asked so far.
+
+    Two of them, in opposite corners, lie beyond it: in each coordinate, and the first in its norm.
+    """
+    low_I, high_I = asked_QI.amin(0), asked_QI.amax(0)
+    middle_I, half_I = (low_I + high_I) / 2, BEYOND * (high_I - low_I) / 2
+    unit_QI = 2 * torch.rand(count, len(low_I), generator=generator, dtype=torch.float64) - 1
+    unit_QI *= torch.tensor(RANGES, dtype=torch.float64).repeat(count // len(RANGES) + 1)[:count, None]
+    unit_QI[0] = torch.where(middle_I >= 0, 1.0, -1.0)
+    unit_QI[1] = -unit_QI[0]
+    return middle_I + half_I * unit_QI
+
+
+def _tolerance(run: Run, problem: Problem, weights: Weights, polished: bool) -> tuple[Tolerance, Tensor]:
+    """What disagreement is due, and the answers' standard deviation per output (1 where it is 0), [O].
+
+    The fit's own error relative to the spread, or the noise, which was measured elsewhere and is carried over in
+    proportion to the terms; whatever is larger, and never below float64's rounding of the answers.
+    """
+    data = problem.data
+    spread_O = data.scale * data.y_QO.std(0)
+    spread_O = torch.where(spread_O > 0, spread_O, torch.ones_like(spread_O))
+    here_O, there_O = (
+        outputs_and_terms(weights, run.activation.name, x_QI)[1].square().mean(0).sqrt().clamp(min=1e-300)
+        for x_QI in (data.x_QI, run.box.noise_QI)
+    )
+    fit = math.sqrt(run.config.solver.floor)
+    if not polished:
+        fit = max(fit, DIRECTION_MARGIN * problem.probes.coordinates.error)
+    noise_O = run.box.noise_O * here_O / there_O
+    rounding_O = torch.finfo(torch.float64).eps * (data.mean_O.abs() + spread_O)
+    return Tolerance(torch.maximum(torch.maximum(fit * spread_O, noise_O), rounding_O), here_O), spread_O
+
+
+def _weakness(run: Run, problem: Problem, weights: Weights, x_QI: Tensor, relative_O: Tensor) -> str:
+    """What the queries do not determine of a network that agrees; "" if nothing."""
+    activation = run.activation
+    needed, layer, neuron = _least_needed(activation, weights, x_QI, relative_O)
+    if not needed > NEEDED:
+        return f"a neuron can be dropped: that costs {needed:.1e} times what a fit may leave (needed: {NEEDED:g})"
+    if needed < 1 / float(relative_O.min()) and _fits_without(run, problem, weights, layer, neuron):
+        return f"a neuron can be dropped: the others of hidden layer {layer + 1}, fitted again, do without it"
     straight = _never_bent(activation, weights, x_QI)
     if straight:
-        return False, f"{straight} neurons are on one side of their kink at all queries, which do not determine them"
+        return f"{straight} neurons are on one side of their kink at all queries, which do not determine them"
     asked_QI = torch.cat([x_QI, problem.data.x_QI[:DETERMINING]])
-    loose = _undetermined(activation, weights, asked_QI, asked_QI @ probes.coordinates.to_RI.T)
+    loose = _undetermined(activation, weights, asked_QI, asked_QI @ problem.probes.coordinates.to_RI.T)
     if loose:
-        return False, f"{loose} neurons respond to an input at none of the queries, which do not determine its weight"
-    return True, f"{len(x_QI)} fresh queries agree to {error:.1e} (relative RMSE) and every neuron is needed"
+        return f"{loose} neurons respond to an input at none of the queries, which do not determine its weight"
+    return ""
 
 
-def _least_needed(activation: Activation, weights: Weights, x_QI: Tensor) -> float:
-    """Smallest relative cost, to the next layer's pre-activations, of dropping any hidden neuron."""
-    least, hidden_QH = math.inf, x_QI
-    for (w, b), (w_next, b_next) in itertools.pairwise(weights):
+def _least_needed(activation: Activation, weights: Weights, x_QI: Tensor, relative_O: Tensor) -> tuple[float, int, int]:
+    """Smallest cost of dropping a hidden neuron, its layer and number.
+
+    The cost is the squared error of the next layer's pre-activations after their weights are solved again. Each of them
+    counts relative to its spread and to what a fit may leave of it, `relative_O` for the outputs.
+    """
+    least, hidden_QH = (math.inf, 0, 0), x_QI
+    for layer, ((w, b), (w_next, b_next)) in enumerate(itertools.pairwise(weights)):
         design_QF = features(torch.cat([w, b[:, None]], dim=1), hidden_QH, activation, False)
         next_QH = design_QF @ torch.cat([w_next, b_next[:, None]], dim=1).T
+        rounding_H = torch.finfo(torch.float64).eps * next_QH.abs().amax(0)
+        due = relative_O if layer == len(weights) - 2 else relative_O.min()
+        next_QH = next_QH / (due * torch.maximum(next_QH.std(0), rounding_H).clamp(min=1e-300))
         coefficients_FH, _ = solve_outgoing(design_QF, next_QH)
-        least = min(least, float((drop_costs(design_QF, coefficients_FH, len(b)) / next_QH.var()).min()))
+        costs_H = drop_costs(design_QF, coefficients_FH, len(b))
+        least = min(least, (float(costs_H.min()), layer, int(costs_H.argmin())))
         hidden_QH = design_QF[:, :-1]
     return least
+
+
+def _fits_without(run: Run, problem: Problem, weights: Weights, layer: int, neuron: int) -> bool:
+    """Whether the network fits as exactly without a neuron, when all its weights are free to move.
+
+    Two neurons that differ by a small delta do the work of one to order delta^2, and more. Dropping one of them costs
+    delta^2 while the others stay, so only costs below the root of the floor need this test.
+    """
+    (w, b), (w_next, b_next), data = weights[layer], weights[layer + 1], problem.data
+    kept = torch.arange(len(b)) != neuron
+    fewer = [*weights[:layer], (w[kept], b[kept]), (w_next[:, kept], b_next), *weights[layer + 2 :]]
+    net = DenseNet((run.box.inputs, *(len(b) for _, b in fewer)), run.activation)
+    solution = problem.fit(net, to_theta(fewer, data.mean_O, data.scale), data.x_QI)
+    return float(solution.loss_N[0]) <= problem.floor
 
 
 def _never_bent(activation: Activation, weights: Weights, x_QI: Tensor) -> int:

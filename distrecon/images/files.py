@@ -18,7 +18,7 @@ Labelled = tuple[Tensor, Tensor]
 
 
 def find(directory: Path | None, what: str, *names: str) -> Path:
-    """The first of the files that is there, also with .gz; UserError names the directory and what was looked for."""
+    """The first of the files that is there, also with .gz; UserError names the directory and what it should hold."""
     if directory is None:
         raise UserError(f"{what} needs the directory where its files lie")
     for name in names:

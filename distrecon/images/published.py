@@ -89,7 +89,7 @@ def _grey_crop_28(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Published:
-    """How a set is read and prepared; `validation` images are set aside from the training files."""
+    """How a set is read and prepared; `validation` images are taken from the training files."""
 
     read: Callable[[Path | None, str], Pair]
     validation: int
@@ -121,13 +121,13 @@ def published(name: str, directory: Path | None) -> ImageSet:
             raise UserError(
                 f"{directory}: {name} has labels from 0 to {len(spec.classes) - 1}, found {int(labels.max())}"
             )
-    aside = min(spec.validation, -(-len(pixels) // 5))  # an excerpt of the files keeps most images for training
+    held_out = min(spec.validation, -(-len(pixels) // 5))  # an excerpt of the files keeps most images for training
 
     def prepare(images: Tensor, labels: Tensor) -> LabelledImages:
         return LabelledImages((spec.pixels(images).float() / 255 - spec.mean) / spec.deviation, labels)
 
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    train, validation = order[: len(order) - aside], order[len(order) - aside :]
+    train, validation = order[: len(order) - held_out], order[len(order) - held_out :]
     return ImageSet(
         name,
         prepare(pixels[train], labels_Q[train]),
@@ -199,10 +199,10 @@ def _from_parts(name: str, parts: dict[str, files.Labelled], classes: tuple[str,
     if "validation" not in parts:
         pixels, labels = parts["train"]
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        aside = max(1, len(pixels) // 10)
+        held_out = max(1, len(pixels) // 10)
         parts = parts | {
-            "train": (pixels[order[:-aside]], labels[order[:-aside]]),
-            "validation": (pixels[order[-aside:]], labels[order[-aside:]]),
+            "train": (pixels[order[:-held_out]], labels[order[:-held_out]]),
+            "validation": (pixels[order[-held_out:]], labels[order[-held_out:]]),
         }
     for part, (pixels, _) in parts.items():
         if not len(pixels):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -95,10 +95,13 @@ class Architecture(Chain):
 
     def tokenize(self, theta_BP: Tensor) -> Tensor:
         """tokens[B, T, D]; padding is zero."""
+        if theta_BP.device.type != "cpu":
+            index_N, _ = _token_gathers(self, theta_BP.device)
+            return F.pad(theta_BP, (0, 1)).index_select(1, index_N).unflatten(1, (self.num_tokens, self.token_size))
         rows = [
             F.pad(torch.cat([weight.flatten(2), bias_BO[:, :, None]], 2), (0, self.token_size - layer.fan_in - 1))
             for layer, (weight, bias_BO) in zip(self.layers, self.weights_and_biases(theta_BP), strict=True)
-        ]  # what token_index_TD says, layer by layer: faster than a gather, its gradient many times
+        ]  # what token_index_TD says, layer by layer: on the CPU faster than a gather, its gradient many times
         return torch.cat(rows, dim=1)
 
     def detokenize(self, tokens_BTD: Tensor) -> Tensor:
@@ -106,11 +109,15 @@ class Architecture(Chain):
         expected, shape = (self.num_tokens, self.token_size), tuple(tokens_BTD.shape[1:])
         if shape != expected:
             raise UserError(f"{self.name} has tokens of shape {expected}, not {shape}")
-        parts, row = [], 0
-        for layer in self.layers:
-            rows_BOD = tokens_BTD[:, row : row + layer.out_features]
-            parts += [rows_BOD[:, :, : layer.fan_in].flatten(1), rows_BOD[:, :, layer.fan_in]]
-            row += layer.out_features
+        if tokens_BTD.device.type != "cpu":
+            return tokens_BTD.flatten(1).index_select(1, _token_gathers(self, tokens_BTD.device)[1])
+        parts = []
+        for layer, rows_BOD in zip(
+            self.layers, tokens_BTD.split([layer.out_features for layer in self.layers], dim=1), strict=True
+        ):
+            padding = self.token_size - layer.fan_in - 1
+            weight_BOF, bias_BO1, _ = rows_BOD.split([layer.fan_in, 1, padding], dim=2)
+            parts += [weight_BOF.flatten(1), bias_BO1.flatten(1)]
         return torch.cat(parts, dim=1)
 
     # -- function ----------------------------------------------------------------------------------------------------
@@ -130,3 +137,11 @@ class Architecture(Chain):
         """The architecture that `to_dict` wrote."""
         layers = tuple(Layer(**layer) for layer in data["layers"])
         return Architecture(data["name"], layers, data["activation"], tuple(data["input_shape"]))
+
+
+@lru_cache(maxsize=16)
+def _token_gathers(arch: Architecture, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What tokens [T * D] read of theta and one zero, and theta of tokens: for GPUs, where a gather is one kernel."""
+    index_N = arch.token_index_TD.flatten()
+    both = torch.cat([index_N, index_N.argsort()[: arch.num_parameters]]).to(device, non_blocking=True)
+    return both[: len(index_N)], both[len(index_N) :]

@@ -12,8 +12,10 @@ from torch import Tensor
 from distrecon.errors import UserError
 from distrecon.nets.architectures import Architecture
 from distrecon.nets.fit import cross_entropy
+from distrecon.nets.layers import convolutions
 
 CHUNK_NUMBERS = 60_000_000  # intermediate numbers of a chunk in `plain.forward`: 240 MB in float32; fewer elsewhere
+GPU_CHUNK_NUMBERS = 1 << 28  # of a GPU's chunk in its widest layer: 1 GiB in float32, and up to three times that in all
 
 
 def inputs_for(arch: Architecture, images: Tensor, what: str = "images") -> Tensor:
@@ -57,8 +59,22 @@ def evaluate(arch: Architecture, theta_BP: Tensor, images: Tensor, labels_Q: Ten
 def _chunks(arch: Architecture, theta_BP: Tensor, images: Tensor) -> Iterator[Tensor]:
     """logits[b, Q, C] of some models after the other."""
     inputs = inputs_for(arch, images)
-    for theta_bP in theta_BP.split(models_per_chunk(arch, len(inputs))):
-        yield arch.forward(theta_bP, inputs)
+    if theta_BP.device.type == "cpu":
+        models, count = models_per_chunk(arch, len(inputs)), len(inputs)
+    else:
+        models, count = gpu_chunk(arch, len(theta_BP), len(inputs))
+    for theta_bP in theta_BP.split(models):
+        parts = [arch.forward(theta_bP, part) for part in inputs.split(max(1, count))]
+        yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def gpu_chunk(arch: Architecture, models: int, inputs: int) -> tuple[int, int]:
+    """How many models and how many inputs at once keep logits and the widest layer within GPU_CHUNK_NUMBERS."""
+    models = max(1, min(models, GPU_CHUNK_NUMBERS // (8 * max(1, inputs) * arch.num_outputs)))
+    widths = [layer.out_features for layer in arch.layers]
+    if arch.layers[0].kernel:
+        widths += [layer.out_features * height * width for layer, (height, width), _ in convolutions(arch)]
+    return models, max(1, min(inputs, GPU_CHUNK_NUMBERS // (models * max(widths))))
 
 
 def models_per_chunk(arch: Architecture, inputs: int) -> int:

@@ -95,7 +95,7 @@ def fit(
     order = torch.Generator().manual_seed(seed)
     for epoch in range(1, epochs + 1):
         total_B = theta_BP.new_zeros(len(theta_BP))
-        for batch in torch.randperm(len(inputs), generator=order).split(batch_size):
+        for batch in torch.randperm(len(inputs), generator=order).to(inputs.device).split(batch_size):
             theta_BP.requires_grad_(True)
             loss_B = cross_entropy(arch.forward(theta_BP, inputs[batch]), labels_Q[batch])
             (grad_BP,) = torch.autograd.grad(loss_B.sum(), theta_BP)

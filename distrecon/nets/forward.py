@@ -1,7 +1,8 @@
-"""Batched forward pass: B different models on the same Q inputs, by the faster of two ways to one result.
+"""Batched forward pass: B different models on the same Q inputs, by the fastest of three ways to one result.
 
-- `plain.py`: differentiable torch operations, for every transform of autograd and every device.
+- `plain.py`: differentiable torch operations, for every network, transform of autograd and device.
 - `convolution/`: convolutional networks on the CPU, several times faster, with a backward pass of its own.
+- `grouped.py`: convolutional networks on other devices, as grouped convolutions.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from distrecon.errors import UserError
-from distrecon.nets import convolution, plain
+from distrecon.nets import convolution, grouped, plain
 from distrecon.nets.layers import Chain
 
 
@@ -22,23 +23,29 @@ def forward(chain: Chain, theta_BP: Tensor, inputs: Tensor) -> Tensor:
         wanted = ", ".join(map(str, chain.input_shape))
         raise UserError(f"{chain.name} reads inputs of shape [Q, {wanted}], not {tuple(inputs.shape)}")
     chain.check(theta_BP)
-    if not _fast(chain, theta_BP, inputs):
+    if not _convolutional(chain) or not len(theta_BP) or not len(inputs):
+        return plain.forward(chain, theta_BP, inputs)
+    on_cpu = theta_BP.device.type == inputs.device.type == "cpu"
+    plainly = _only_backward(theta_BP, inputs)
+    if on_cpu and (not plainly or inputs.requires_grad):
         return plain.forward(chain, theta_BP, inputs)
     if torch.is_autocast_enabled(theta_BP.device.type) and theta_BP.dtype == torch.float32:
-        theta_BP = theta_BP.to(torch.get_autocast_dtype(theta_BP.device.type))
-    return convolution.forward(chain, theta_BP, inputs.to(theta_BP.dtype))
+        theta_BP = theta_BP.to(torch.get_autocast_dtype(theta_BP.device.type))  # once, before anything is built of it
+    inputs = inputs.to(theta_BP.dtype)
+    if on_cpu:
+        return convolution.forward(chain, theta_BP, inputs)
+    return grouped.forward(chain, theta_BP, inputs, transformed=not plainly)
 
 
-def _fast(chain: Chain, theta_BP: Tensor, inputs: Tensor) -> bool:
-    """Whether only a backward pass in theta can be asked for, of a convolutional network on the CPU."""
+def _convolutional(chain: Chain) -> bool:
+    """Whether convolutions come first and linear layers last."""
+    return chain.layers[0].kernel > 0 and not chain.layers[-1].kernel
+
+
+def _only_backward(theta_BP: Tensor, inputs: Tensor) -> bool:
+    """Whether no transform of autograd but backward passes can be asked for."""
     return (
-        chain.layers[0].kernel > 0
-        and not chain.layers[-1].kernel
-        and theta_BP.device.type == inputs.device.type == "cpu"
-        and len(theta_BP) > 0
-        and len(inputs) > 0
-        and not inputs.requires_grad
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         # private, but the question torch's own autograd.Function.apply asks; there is no public one
         and not torch._C._are_functorch_transforms_active()
         and forward_ad.unpack_dual(theta_BP).tangent is None

@@ -80,11 +80,10 @@ class Chain:
     def weights_and_biases(self, theta_BP: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Views of theta: per layer the weight [B, *weight_shape] and the bias [B, out]."""
         self.check(theta_BP)
-        views = []
-        for layer, start, end in zip(self.layers, self.offsets, self.offsets[1:], strict=False):
-            split = end - layer.out_features
-            views.append((theta_BP[:, start:split].unflatten(1, layer.weight_shape), theta_BP[:, split:end]))
-        return views
+        sizes = [size for layer in self.layers for size in (layer.out_features * layer.fan_in, layer.out_features)]
+        parts = theta_BP.split(sizes, dim=1)  # at once: the gradient is then one concatenation
+        pairs = zip(self.layers, parts[::2], parts[1::2], strict=True)
+        return [(weight.unflatten(1, layer.weight_shape), bias_BO) for layer, weight, bias_BO in pairs]
 
     def check(self, theta_BP: Tensor) -> None:
         """Raises UserError unless theta is [B, P]."""

@@ -5,6 +5,8 @@ flattening, the units are channels and the next linear layer reads `positions` n
 matching of Git Re-Basin (Ainsworth et al., ICLR 2023, algorithm 1): coordinate descent over layers, each an assignment.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -54,12 +56,46 @@ def _input_columns(layer: Layer, inputs_BI: Tensor | None, count: int, device: t
     return (inputs_BI[:, :, None] * block + torch.arange(block, device=device)).flatten(1)
 
 
+def _gathered_index(arch: Architecture, permutation: list[Tensor]) -> Tensor:
+    """`_permutation_index` in few kernels, for GPUs: it is linear in the order of all hidden units and a zero."""
+    start_P, own_P, step_P, read_P, block_P = _coefficients(arch, permutation[0].device)
+    order_BU = torch.cat([*permutation, permutation[0].new_zeros(len(permutation[0]), 1)], dim=1)
+    index_BP = torch.addcmul(start_P, order_BU[:, own_P], step_P)
+    return index_BP.addcmul_(order_BU[:, read_P], block_P)
+
+
+@lru_cache(maxsize=16)
+def _coefficients(arch: Architecture, device: torch.device) -> tuple[Tensor, ...]:
+    """start_P, and of the unit that a parameter belongs to, then of the one that it reads: its place, times what."""
+    hidden = [layer.out_features for layer in arch.layers[:-1]]
+    firsts, none = [sum(hidden[:i]) for i in range(len(hidden))], sum(hidden)
+    parts: list[list[Tensor]] = [[], [], [], []]
+    for i, layer in enumerate(arch.layers):
+        out, fan_in = layer.out_features, layer.fan_in
+        block = fan_in // hidden[i - 1] if i else 0
+        read_F = firsts[i - 1] + torch.arange(fan_in) // block if i else torch.full((fan_in,), none)
+        own_O = firsts[i] + torch.arange(out) if i < len(hidden) else torch.full((out,), none)
+        moves = int(i < len(hidden))
+        own = own_O[:, None].expand(out, fan_in)
+        rows = (own, torch.full_like(own, fan_in * moves), read_F.expand(out, fan_in), torch.full_like(own, block))
+        biases = (own_O, torch.full_like(own_O, moves), torch.full_like(own_O, none), torch.zeros_like(own_O))
+        for part, weights, bias in zip(parts, rows, biases, strict=True):
+            part += [weights.flatten(), bias]
+    own_P, step_P, read_P, block_P = map(torch.cat, parts)
+    identity_U = torch.cat([*map(torch.arange, hidden), torch.zeros(1, dtype=torch.long)])
+    identity_P = torch.arange(arch.num_parameters)  # what the identity reads
+    start_P = identity_P - identity_U[own_P] * step_P - identity_U[read_P] * block_P
+    packed = torch.stack([start_P, own_P, step_P, read_P, block_P])
+    return packed.to(device, non_blocking=True).unbind()
+
+
 def permute(arch: Architecture, theta_BP: Tensor, permutation: list[Tensor]) -> Tensor:
     """Reorders the hidden units of every model; one permutation may serve all models. The functions stay the same."""
     arch.check(theta_BP)
     if not permutation:
         return theta_BP
-    index_BP = _permutation_index(arch, [p.to(theta_BP.device) for p in permutation])
+    on_cpu = theta_BP.device.type == "cpu"
+    index_BP = (_permutation_index if on_cpu else _gathered_index)(arch, [p.to(theta_BP.device) for p in permutation])
     return theta_BP.gather(1, index_BP.expand(len(theta_BP), -1))
 
 

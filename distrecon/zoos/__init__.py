@@ -4,6 +4,7 @@ Importing this package does not import Ray; `zoos.train`, `zoos.stream` and `zoo
 """
 
 from distrecon.zoos.models import Models
+from distrecon.zoos.write import write_zoo
 from distrecon.zoos.zoo import Zoo, open_zoo
 
-__all__ = ["Models", "Zoo", "open_zoo"]
+__all__ = ["Models", "Zoo", "open_zoo", "write_zoo"]

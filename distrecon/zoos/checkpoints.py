@@ -1,4 +1,4 @@
-"""Reads strangers' checkpoint files without running anything that is in them."""
+"""Reads checkpoint files of unknown origin without running anything that is in them."""
 
 import io
 import pickle

@@ -1,23 +1,35 @@
-"""The images that published zoos bring along: `dataset.pt`, where it holds tensors or torch's own TensorDataset.
+"""Images in a zoo's own folder, so that the zoo can be copied: an image set given with the weights, the files that it
+was trained on, or a published zoo's `dataset.pt`.
 
-Files that hold anything else (datasets of somebody's classes) are refused.
+`dataset.pt` is read where it holds tensors or torch's own TensorDataset; anything else (datasets of other classes) is
+refused.
 """
 
-import io
+import json
+import os
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from distrecon.errors import UserError
+from distrecon.images import ImageSet, LabelledImages
+from distrecon.images import load as load_images
+from distrecon.zoos import format as zoo_format
 from distrecon.zoos.checkpoints import load
 from distrecon.zoos.storage import Store
 
 FILE = "dataset.pt"
 FOLDER = "images"
+VALUES = "values"  # of a file's pixels, in its metadata
+ROWS = 1000  # images that are coded at once
+KEPT_PIXELS = 256 * 2**20  # images of more are left where they lie; all of CIFAR-10 are 176 * 2**20
 PARTS = {  # names in arrays' files -> names in published files
     "train": ("train", "trainset", "train_set"),
     "validation": ("validation", "val", "valset", "val_set"),
@@ -27,7 +39,7 @@ IMAGES, LABELS = ("images", "data", "x", "inputs"), ("labels", "targets", "y")
 
 
 def copy_images(source: Store, where: Store) -> dict[str, Any]:
-    """Writes the tensors of `dataset.pt` as an array image set into the zoo's folder `images`; its entry in `zoo.json`.
+    """Writes the tensors of `dataset.pt` as an image set into the zoo's folder `images`; its entry in `zoo.json`.
 
     Raises UserError for a file that is damaged, holds more than tensors, or has no training and test images.
     """
@@ -41,13 +53,90 @@ def copy_images(source: Store, where: Store) -> dict[str, Any]:
                 parts[part] = pair
     if not {"train", "test"} <= parts.keys():
         raise UserError(f"{FILE}: no training and test images as plain tensors in it")
-    for part, (images, labels) in parts.items():
-        for name, tensor in (("images", images), ("labels", labels)):
-            buffer = io.BytesIO()
-            np.save(buffer, tensor.numpy())
-            where.write(f"{FOLDER}/{part}_{name}.npy", buffer.getvalue())
-    classes = [str(i) for i in range(int(parts["train"][1].max()) + 1)]
-    return {"name": "arrays", "directory": FOLDER, "preprocessing": "as in dataset.pt", "classes": classes}
+    with tempfile.TemporaryDirectory() as folder:  # the reader of arrays makes an image set of them
+        for part, (images, labels_Q) in parts.items():
+            np.save(f"{folder}/{part}_images.npy", images.numpy())
+            np.save(f"{folder}/{part}_labels.npy", labels_Q.numpy())
+        return write_images(where, load_images("arrays", folder))
+
+
+# -- images inside a zoo ----------------------------------------------------------------------------------------------
+
+
+def entry(where: Store, images: ImageSet | None, directory: str | None, keep: bool | None) -> dict[str, Any]:
+    """What `zoo.json` says of a new zoo's images, which are put into the zoo with `keep`.
+
+    None: if they lie in a directory, without which the zoo could not be used elsewhere, and are not very many.
+    """
+    if images is None or not (keep if keep is not None else directory is not None and _pixels(images) <= KEPT_PIXELS):
+        return zoo_format.image_entry(images, os.path.abspath(directory) if directory is not None else None)
+    return write_images(where, images)
+
+
+def _pixels(images: ImageSet) -> int:
+    return sum(getattr(images, part).images.numel() for part in PARTS)
+
+
+def write_images(where: Store, images: ImageSet) -> dict[str, Any]:
+    """Writes an image set into the zoo's folder `images`, one Parquet file a part; its entry in `zoo.json`."""
+    for part in PARTS:
+        where.write(f"{FOLDER}/{part}.parquet", _to_parquet(getattr(images, part)))
+    return {**zoo_format.image_entry(images), "stored": FOLDER}
+
+
+def read_images(where: Store, entry: Mapping[str, Any]) -> ImageSet:
+    """The image set that `write_images` wrote, bit for bit; UserError names a file that is missing or damaged."""
+    parts = {part: _from_parquet(where, f"{entry['stored']}/{part}.parquet") for part in PARTS}
+    return ImageSet(entry["name"], **parts, classes=tuple(entry["classes"]), preprocessing=entry["preprocessing"])
+
+
+def _to_parquet(part: LabelledImages) -> pa.Buffer:
+    """Columns image [C, H, W] and label. Pixels of at most 256 different values, as all that were bytes, are one byte
+    each, which counts in the file's list `values`."""
+    pixels, values = part.images.detach().cpu().contiguous().numpy(), _values(part.images)
+    if values is not None:
+        codes = [np.searchsorted(values, chunk).astype(np.uint8) for chunk in np.array_split(pixels, _chunks(pixels))]
+        pixels = np.concatenate(codes)
+    table = pa.table(
+        {"image": pa.FixedShapeTensorArray.from_numpy_ndarray(pixels), "label": part.labels_Q.cpu().numpy()}
+    )
+    if values is not None:
+        table = table.replace_schema_metadata({VALUES: json.dumps(values.tolist())})
+    sink = pa.BufferOutputStream()
+    split = {"image.list.element": "BYTE_STREAM_SPLIT"}  # Parquet widens bytes to four, of which three are nothing
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, column_encoding=split, row_group_size=ROWS)
+    return sink.getvalue()
+
+
+def _from_parquet(where: Store, file: str) -> LabelledImages:
+    try:
+        with where.open(file) as source:
+            table = pq.read_table(source).combine_chunks()
+    except FileNotFoundError:
+        raise UserError(f"{where.path(file)} is missing; the zoo says that its images lie there") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{where.path(file)} is damaged: {error}") from None
+    pixels = np.concatenate([chunk.to_numpy_ndarray() for chunk in table["image"].chunks])
+    if (listed := (table.schema.metadata or {}).get(VALUES.encode())) is not None:
+        values, codes = np.array(json.loads(listed), np.float32), pixels
+        pixels = np.empty(codes.shape, np.float32)
+        for chunk, of in zip(*(np.array_split(array, _chunks(codes)) for array in (pixels, codes)), strict=True):
+            chunk[...] = values[of]
+    return LabelledImages(torch.from_numpy(np.array(pixels)), torch.from_numpy(table["label"].to_numpy().copy()))
+
+
+def _values(images: Tensor) -> np.ndarray | None:
+    """The different values of the pixels, rising, if there are at most 256."""
+    found = np.empty(0, np.float32)
+    for chunk in images.split(ROWS):
+        found = np.union1d(found, chunk.detach().cpu().numpy())
+        if len(found) > 256:
+            return None
+    return found
+
+
+def _chunks(pixels: np.ndarray) -> int:
+    return max(1, len(pixels) // ROWS)
 
 
 def _pair(value: Any) -> tuple[Tensor, Tensor] | None:

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from distrecon.errors import UserError
+from distrecon.images import ImageSet
 from distrecon.nets import Architecture
 from distrecon.zoos.storage import Store
 
@@ -198,6 +199,14 @@ def weights_array(column: pa.ChunkedArray) -> np.ndarray:
 # -- zoo.json ---------------------------------------------------------------------------------------------------------
 
 
+def image_entry(images: ImageSet | None, directory: str | None = None) -> dict[str, Any]:
+    """What `zoo.json` says of the images that the models were trained on, which lie in `directory`; None: not known."""
+    if images is None:
+        return {"name": None, "directory": None, "preprocessing": None, "classes": []}
+    classes = list(images.classes)
+    return {"name": images.name, "directory": directory, "preprocessing": images.preprocessing, "classes": classes}
+
+
 def commit(
     store: Store,
     *,
@@ -210,7 +219,7 @@ def commit(
 ) -> dict[str, Any]:
     """Writes `zoo.json`, which makes the given parts a zoo; returns its content.
 
-    `image_set` has name, directory (or None), preprocessing, classes; `origin` has kind ("trained", "imported", ...)
+    `image_set` is an `image_entry`; `origin` has kind ("trained", "imported", ...)
     and its settings; `excluded` lists models that were left out, each with model_id and reason.
     """
     states: Counter[str] = Counter()

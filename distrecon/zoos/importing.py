@@ -1,4 +1,4 @@
-"""Imports published zoos: strangers' checkpoints become rows, in parallel over Ray, and what cannot is listed.
+"""Imports published zoos: checkpoint files become rows, in parallel over Ray, and what cannot is listed.
 
 A file that holds more than tensors is refused, never executed. NaN or exploded weights, missing metrics, truncated
 files, other shapes, repeated epochs are skipped, counted and listed with their reasons in `import_report.json`.
@@ -37,7 +37,8 @@ class ImportOptions:
     """What to take from a source, and what it does not say itself.
 
     `epochs`: only these; `architecture`: one of the known names, where several have the same weights; `activation`:
-    where the source's configuration does not tell it; `strict`: stop at the first thing that would be skipped.
+    where the source's configuration does not name it; `store_images`: as of `write_zoo`;
+    `strict`: stop at the first thing that would be skipped.
     """
 
     epochs: tuple[int, ...] | None = None
@@ -45,6 +46,7 @@ class ImportOptions:
     activation: str | None = None
     images: str | None = None
     images_directory: str | None = None
+    store_images: bool | None = None
     name: str | None = None
     seed: int = 0
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -91,7 +93,7 @@ def import_zoo(
     """Imports everything at `source` into the zoo at `out`, which is made or appended to.
 
     Raises UserError when there is nothing to import, when nothing could be read, when the architecture or activation
-    cannot be told, or with `strict` for the first thing that would be skipped.
+    are not known, or with `strict` for the first thing that would be skipped.
     """
     options = options or ImportOptions()
     where, origin = store(out), find(store(source))
@@ -172,7 +174,7 @@ def _named_activation(state: State) -> str | None:
 def _activation(state: State, options: ImportOptions) -> str:
     named = options.activation or _named_activation(state)
     if named is None:
-        raise UserError(f"{state.file}: its activation is not told: give --activation")
+        raise UserError(f"{state.file}: its activation is not known: give --activation")
     return named
 
 
@@ -180,9 +182,8 @@ def _image_set(where: Store, origin: Source, options: ImportOptions) -> tuple[di
     """The zoo's entry for its images, and why `dataset.pt` is not it."""
     if options.images is not None:
         images = load(options.images, options.images_directory)
-        told = {"preprocessing": images.preprocessing, "classes": list(images.classes)}
-        return {"name": options.images, "directory": options.images_directory, **told}, []
-    unknown: dict[str, Any] = {"name": None, "directory": None, "preprocessing": None, "classes": []}
+        return datasets.entry(where, images, options.images_directory, options.store_images), []
+    unknown = zoo_format.image_entry(None)
     if not origin.store.exists(datasets.FILE):
         return unknown, []
     try:
@@ -195,16 +196,16 @@ def _units(
     where: Store, origin: Source, options: ImportOptions, known: Mapping[str, tuple[str, frozenset[int]]]
 ) -> tuple[list[ImportUnit], list[dict[str, str]]]:
     """The models by task, as an interrupted import had them, or all anew in a seeded random order; repeated ids."""
-    told = {"kind": "import", "source": str(origin.store), "options": json.loads(json.dumps(asdict(options)))}
-    told["options"].pop("strict")
+    request = {"kind": "import", "source": str(origin.store), "options": json.loads(json.dumps(asdict(options)))}
+    request["options"].pop("strict")
     interrupted = build.begun(where)
     if interrupted is None:
-        content = {**told, **_listing(origin, options, known)}
+        content = {**request, **_listing(origin, options, known)}
         build.begin(where, content)
         first = build.next_part(where)
     else:
         first, content = interrupted
-        if {key: content.get(key) for key in told} != told:
+        if {key: content.get(key) for key in request} != request:
             raise UserError(
                 f"{where} has an unfinished {content['kind']} of {content.get('source', 'a zoo')} "
                 "with other options: finish it by the same command, or delete its folder 'unfinished'"

@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 
 from distrecon.errors import UserError, nearest
-from distrecon.images.queries import inputs_for
 from distrecon.nets import evaluate
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.storage import store
@@ -114,7 +113,7 @@ def _recompute(zoo: Zoo, sample: int, seed: int, directory: str | None) -> tuple
     rows_S = np.sort(np.random.default_rng(seed).permutation(zoo.num_states)[:sample])
     table = pa.concat_tables([t.select(["model_id", "epoch", "test_accuracy"]) for t in zoo.tables()]).take(rows_S)
     theta_SP = torch.from_numpy(zoo.read_rows(rows_S))
-    scores = evaluate(arch, theta_SP, inputs_for(arch, images.test.images), images.test.labels_Q)
+    scores = evaluate(arch, theta_SP, images.test.images, images.test.labels_Q)
     problems, known = [], 0
     for row, found in zip(table.to_pylist(), scores.accuracy_B.tolist(), strict=True):
         if row["test_accuracy"] is None:
@@ -122,10 +121,10 @@ def _recompute(zoo: Zoo, sample: int, seed: int, directory: str | None) -> tuple
         known += 1
         if abs(row["test_accuracy"] - found) > ACCURACY_TOLERANCE:
             problems.append(
-                f"model {row['model_id']!r}, epoch {row['epoch']}: test accuracy {row['test_accuracy']:.4f} is told, "
-                f"{found:.4f} on {images.name}"
+                f"model {row['model_id']!r}, epoch {row['epoch']}: "
+                f"test accuracy {row['test_accuracy']:.4f} is recorded, {found:.4f} on {images.name}"
             )
-    return known, "" if known else "the zoo tells no accuracies", problems
+    return known, "" if known else "the zoo records no accuracies", problems
 
 
 # -- describing -------------------------------------------------------------------------------------------------------
@@ -140,7 +139,7 @@ def describe(zoo: Zoo) -> str:
     lines = [
         f"{info['name']}  ({zoo.store})",
         f"  architecture  {arch.name}, {arch.activation}, {arch.num_parameters:,} parameters, {arch.num_tokens} tokens",
-        f"  images        {zoo.image_set or 'not told'}",
+        f"  images        {zoo.image_set or 'not known'}",
         f"  models        {zoo.num_models:,} with {zoo.num_states:,} states, {len(info['excluded']):,} excluded",
         "  splits        " + ", ".join(f"{s} {info['splits'][s]['models']:,}" for s in zoo_format.SPLITS),
         f"  on disk       {size / 2**20:,.1f} MiB in {len(zoo.parts):,} files, {len(zoo.row_groups):,} row groups",
@@ -155,11 +154,11 @@ def describe(zoo: Zoo) -> str:
 
 def facts(zoo: Zoo) -> dict[str, Any]:
     """What a zoo is, as plain data: `describe` for programs."""
-    told = ("name", "models", "states", "splits", "image_set", "origin", "excluded")
+    keys = ("name", "models", "states", "splits", "image_set", "origin", "excluded")
     arch = zoo.architecture
     return {
         "zoo": str(zoo.store),
-        **{key: zoo.info[key] for key in told},
+        **{key: zoo.info[key] for key in keys},
         "architecture": {"name": arch.name, "activation": arch.activation, "parameters": arch.num_parameters},
     }
 
@@ -171,7 +170,7 @@ def _accuracies(table: pa.Table) -> list[str]:
         column = table.filter(pc.equal(table["epoch"], epoch))["test_accuracy"]
         values = np.array([v for v in column.to_pylist() if v is not None])
         if not len(values):
-            lines.append(f"  epoch {epoch:<7}  not told{len(column):46,}")
+            lines.append(f"  epoch {epoch:<7}  unknown {len(column):46,}")
             continue
         counts = np.histogram(values, bins=20, range=(0, 1))[0]
         bars = "".join(BARS[int(np.ceil(c / counts.max() * (len(BARS) - 1)))] for c in counts)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from distrecon.config import replace
+from distrecon.config import check, replace, setting
 from distrecon.errors import UserError, nearest
 from distrecon.images import IMAGE_SETS, ImageSet
 from distrecon.nets import ACTIVATIONS, ARCHITECTURES, INITIALISATIONS, Architecture, architecture
@@ -18,17 +18,14 @@ from distrecon.zoos.format import SPLITS
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """Name and activation; channels, image size and classes follow from the image set. `hidden` is for `mlp` only."""
+    """Name and activation; channels, image size and classes follow from the image set."""
 
-    name: str = "cnn_small"
-    activation: str = "relu"
-    hidden: tuple[int, ...] = ()
+    name: str = setting("cnn_small", choices=ARCHITECTURES)
+    activation: str = setting("relu", choices=ACTIVATIONS)
+    hidden: tuple[int, ...] = setting((), "sizes of an mlp's hidden layers", least=1)
 
     def __post_init__(self) -> None:
-        if self.name not in ARCHITECTURES:
-            raise UserError(f"unknown architecture {self.name!r}{nearest(self.name, ARCHITECTURES)}")
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"unknown activation {self.activation!r}{nearest(self.activation, ACTIVATIONS)}")
+        check(self, "architecture")
         if self.hidden and self.name != "mlp":
             raise UserError(f"architecture.hidden is for mlp, not for {self.name}")
 
@@ -50,90 +47,74 @@ class ArchitectureConfig:
 class ImagesConfig:
     """The image set, and where its files lie when it does not come with the package."""
 
-    name: str = "digits"
-    directory: str | None = None
+    name: str = setting("digits", "the image set", choices=IMAGE_SETS)
+    directory: str | None = setting(None, "where its files lie")
 
     def __post_init__(self) -> None:
-        if self.name not in IMAGE_SETS:
-            raise UserError(f"unknown image set {self.name!r}{nearest(self.name, IMAGE_SETS)}")
+        check(self, "images")
 
 
 @dataclass(frozen=True)
 class GridConfig:
     """Every combination of these is trained with `seeds` different seeds."""
 
-    initialisation: tuple[str, ...] = INITIALISATIONS
-    scale: tuple[float, ...] = (1.0,)
-    lr: tuple[float, ...] = (1e-3,)
-    weight_decay: tuple[float, ...] = (1e-3,)
-    seeds: int = 1
+    initialisation: tuple[str, ...] = setting(INITIALISATIONS, choices=INITIALISATIONS, filled=True)
+    scale: tuple[float, ...] = setting((1.0,), "factors of the initial weights", above=0, filled=True)
+    lr: tuple[float, ...] = setting((1e-3,), above=0, filled=True)
+    weight_decay: tuple[float, ...] = setting((1e-3,), least=0, filled=True)
+    seeds: int = setting(1, "models of each combination", least=1)
 
     def __post_init__(self) -> None:
-        for name in ("initialisation", "scale", "lr", "weight_decay"):
-            if not getattr(self, name):
-                raise UserError(f"grid.{name} is empty")
-        for kind in self.initialisation:
-            if kind not in INITIALISATIONS:
-                raise UserError(f"grid.initialisation: unknown {kind!r}{nearest(kind, INITIALISATIONS)}")
-        if self.seeds < 1:
-            raise UserError("grid.seeds must be at least 1")
-        for name in ("scale", "lr"):
-            if min(getattr(self, name)) <= 0:
-                raise UserError(f"grid.{name} must be positive")
+        check(self, "grid")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Epochs, which of them are kept as states, batches."""
 
-    epochs: int = 50
-    checkpoints: tuple[int, ...] = (20, 30, 40, 50)
-    batch_size: int = 32
-    optimizer: str = "adam"
+    epochs: int = setting(50, least=1)
+    checkpoints: tuple[int, ...] = setting((20, 30, 40, 50), "epochs that are kept as states", least=1, filled=True)
+    batch_size: int = setting(32, least=1)
+    optimizer: str = setting("adam", choices=OPTIMIZERS)
 
     def __post_init__(self) -> None:
-        if not self.checkpoints or min(self.checkpoints) < 1 or max(self.checkpoints) > self.epochs:
+        check(self, "training")
+        if max(self.checkpoints) > self.epochs:
             raise UserError(
                 f"training.checkpoints must be epochs from 1 to {self.epochs}, not {list(self.checkpoints)}"
             )
         if list(self.checkpoints) != sorted(set(self.checkpoints)):
             raise UserError(f"training.checkpoints must rise, not {list(self.checkpoints)}")
-        if self.batch_size < 1:
-            raise UserError("training.batch_size must be at least 1")
-        if self.optimizer not in OPTIMIZERS:
-            raise UserError(f"training.optimizer: unknown {self.optimizer!r}{nearest(self.optimizer, OPTIMIZERS)}")
 
 
 @dataclass(frozen=True)
 class SplitConfig:
     """Shares of the models; the rest is for testing."""
 
-    train: float = 0.8
-    val: float = 0.05
+    train: float = setting(0.8, "share of the models", above=0, most=1)
+    val: float = setting(0.05, "share of the models; the rest is for testing", least=0, most=1)
 
     def __post_init__(self) -> None:
-        if not (0 < self.train <= 1 and 0 <= self.val < 1 and self.train + self.val <= 1):
-            raise UserError(
-                f"split.train and split.val must be shares that leave some rest, not {self.train}, {self.val}"
-            )
+        check(self, "split")
+        if self.train + self.val > 1:
+            raise UserError(f"split.train and split.val must be at most 1 together, not {self.train}, {self.val}")
 
 
 @dataclass(frozen=True)
 class ZooConfig:
     """A zoo to train. `group_size` models are trained together, as one task, and see the same batches in order."""
 
-    name: str = "zoo"
+    name: str = setting("zoo", "of the zoo; its models' ids begin with it")
     images: ImagesConfig = field(default_factory=ImagesConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
-    group_size: int = 64
-    seed: int = 0
+    group_size: int = setting(64, "models trained together, as one task", least=1)
+    seed: int = setting(0, "of everything random")
 
     def __post_init__(self) -> None:
-        if self.group_size < 1:
-            raise UserError("group_size must be at least 1")
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ line an epoch) and `checkpoint_000020/checkpoints` (a state dict).
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def _list(store: Store, folder: str) -> tuple[list[str], list[str]]:
 
 
 def _trials(store: Store, folder: str, folders: list[str], depth: int) -> Iterator[str]:
-    """Folders of models below a folder. Names as Ray Tune gives them are believed without a look inside."""
+    """Folders of models below a folder. Names as Ray Tune gives them are taken without opening them."""
     for name in folders:
         path = f"{folder}/{name}".lstrip("/")
         if "_trainable_" in name:
@@ -174,7 +175,7 @@ class TuneTree:
 class FileFolder:
     """Checkpoint files side by side, with the rows of a table of properties by file name, if there is one.
 
-    A row tells model_id and epoch; without them, `net7_epoch_20.pt` is epoch 20 of `net7`.
+    A row names model_id and epoch; without them, `net7_epoch_20.pt` is epoch 20 of `net7`.
     """
 
     store: Store
@@ -267,9 +268,14 @@ def problem(metrics: Metrics | None) -> str | None:
     missing = [metric for metric in REQUIRED if metrics.get(metric) is None]
     if missing:
         return f"missing metrics ({', '.join(missing)})"
-    for metric, value in metrics.items():
-        if value is not None and value - value != 0:  # NaN or infinite
-            return f"non-finite metrics ({metric} is {value})"
-        if metric in ACCURACIES and value is not None and not 0 <= value <= 1:
-            return f"impossible metrics ({metric} is {value}, not a share)"
+    reasons = (impossible(metric, value) for metric, value in metrics.items())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def impossible(metric: str, value: float | None) -> str | None:
+    """Why a metric cannot have this value, or None; an unknown value is no problem."""
+    if value is not None and not math.isfinite(value):
+        return f"non-finite metrics ({metric} is {value})"
+    if value is not None and metric in ACCURACIES and not 0 <= value <= 1:
+        return f"impossible metrics ({metric} is {value}, not a share)"
     return None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distrecon.errors import UserError
 from distrecon.zoos import format as zoo_format
+from distrecon.zoos.models import Batch
 from distrecon.zoos.order import Order, spans
 from distrecon.zoos.zoo import Zoo
 
@@ -29,26 +30,8 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 64 * 2**20  # of weights, all workers together: what a shuffle mixes and a reading task returns
 WINDOWS_AHEAD = 2  # reading tasks in flight on each worker
-WINDOWS_HELD = 6  # being read, read, and in use, on each worker: what bounds the memory
+WINDOWS_IN_MEMORY = 6  # being read, read, and in use, on each worker
 READ_CPUS = 0.0  # reading starts even where training has taken all the processors
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A worker's share of one step's global batch.
-
-    The global batch is the workers' shares in rank order; this one starts at `offset` of its `global_size` rows. Where
-    the last batch is small, a share may be empty (0 rows), so that every worker makes the same number of steps.
-    """
-
-    epoch: int  # as counted by the caller: first_epoch, first_epoch + 1, ...
-    step: int  # in the epoch, from 0
-    steps: int  # of the epoch
-    zoo_index: int  # the zoo that all rows are from
-    row_b: Tensor  # rows' numbers in that zoo, int64
-    theta_bP: Tensor  # float32
-    global_size: int
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -164,7 +147,8 @@ def _stream(
             row_b, theta_bP = next(sources[index])
             position[index] += 1
             offset = sum(sizes[: owned.start])
-            yield Batch(epoch, step, len(schedule), index, row_b, theta_bP, sum(sizes), offset)
+            last = step + 1 == len(schedule)
+            yield Batch(epoch, step, index, row_b, theta_bP, sum(sizes), offset, last)
 
 
 def _rows_of_zoo(
@@ -227,7 +211,7 @@ def _read_ahead(
 
 
 def _context(window_bytes: int) -> "ray.data.DataContext":
-    """Results in order, a few windows held at most, and no chatter: a training run has hundreds of streams."""
+    """Results in order, a few windows in memory at most, and no messages: a training run has hundreds of streams."""
     import ray.data
     from ray.data import ExecutionResources
 
@@ -236,7 +220,7 @@ def _context(window_bytes: int) -> "ray.data.DataContext":
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=WINDOWS_HELD * max(window_bytes, 2**20)
+        object_store_memory=WINDOWS_IN_MEMORY * max(window_bytes, 2**20)
     )
     context.raise_original_map_exception = True
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)

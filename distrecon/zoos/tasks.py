@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import ray
+import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -15,6 +16,12 @@ def connect() -> None:
     """Starts a local Ray session unless one is running."""
     if not ray.is_initialized():
         ray.init(address="local", log_to_driver=False, include_dashboard=False)
+
+
+def assigned_device() -> str:
+    """`cuda` in a task to which Ray gave a GPU or a share of one, else `cpu`: others' GPUs are not to be touched."""
+    gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU") if ray.is_initialized() else None
+    return "cuda" if gpus and torch.cuda.is_available() else "cpu"
 
 
 def run(

@@ -19,8 +19,8 @@ from torch import Tensor
 from distrecon import config as configuration
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, load
-from distrecon.nets import Architecture, evaluate, fit, initialise
-from distrecon.zoos import build
+from distrecon.nets import Architecture, evaluate, fit, initialise, inputs_for
+from distrecon.zoos import build, datasets, tasks
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.settings import ModelPlan, ZooConfig, groups
 from distrecon.zoos.storage import Store, store
@@ -32,10 +32,11 @@ def ensure(
     folder: str | os.PathLike[str] | Store,
     progress: build.Progress | None = None,
     resources: dict[str, Any] | None = None,
+    store_images: bool | None = None,
 ) -> Zoo:
     """The zoo of this configuration at `folder`: opened if it is there, continued if it was begun, else trained.
 
-    `resources` are Ray's for one task, e.g. `{"num_gpus": 0.5}`; one CPU by default.
+    `resources` are Ray's for one task, e.g. `{"num_gpus": 0.5}`; one CPU by default. `store_images`: see `write_zoo`.
     Raises UserError when the folder holds a zoo of another configuration (naming the first key that differs).
     """
     where = folder if isinstance(folder, Store) else store(folder)
@@ -49,7 +50,7 @@ def ensure(
         _check_same(where, interrupted[1], config)
     else:
         build.begin(where, _origin(config))
-    return _train(config, arch, images, where, progress, resources or {"num_cpus": 1})
+    return _train(config, arch, images, where, progress, resources or {"num_cpus": 1}, store_images)
 
 
 def _origin(config: ZooConfig) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def _train(
     where: Store,
     progress: build.Progress | None,
     resources: dict[str, Any],
+    store_images: bool | None,
 ) -> Zoo:
     every = [Group(number, tuple(models)) for number, models in enumerate(groups(config))]
     reports = list(build.run(every, train_group, where, config, arch, images, progress=progress, resources=resources))
@@ -95,12 +97,7 @@ def _train(
         where,
         name=config.name,
         arch=arch,
-        image_set={
-            "name": images.name,
-            "directory": config.images.directory,
-            "preprocessing": images.preprocessing,
-            "classes": list(images.classes),
-        },
+        image_set=datasets.entry(where, images, config.images.directory, store_images),
         parts=parts,
         origin=_origin(config),
         excluded=[excluded for report in reports for excluded in report["excluded"]],
@@ -133,12 +130,9 @@ def _fit_group(
     group: Group, config: ZooConfig, arch: Architecture, images: ImageSet
 ) -> tuple[list[_Checkpoint], pa.Table]:
     """The states at the checkpoint epochs, and every epoch's metrics."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def inputs(labelled: Any) -> tuple[Tensor, Tensor]:
-        return labelled.images.view(len(labelled), *arch.input_shape).to(device), labelled.labels_Q.to(device)
-
-    train, validation, test = (inputs(part) for part in (images.train, images.validation, images.test))
+    device = tasks.assigned_device()
+    parts = (images.train, images.validation, images.test)
+    train, validation, test = ((inputs_for(arch, p.images).to(device), p.labels_Q.to(device)) for p in parts)
     models = group.models
     theta_BP = initialise(arch, [m.initialisation for m in models], [m.seed for m in models], [m.scale for m in models])
     checkpoints, history = [], []

@@ -21,6 +21,7 @@ from torch import Tensor
 from distrecon.errors import UserError, nearest
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture
+from distrecon.zoos import datasets
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.models import Models
 from distrecon.zoos.storage import Store, store
@@ -49,6 +50,7 @@ class Zoo:
 
     store: Store
     info: dict[str, Any]  # the content of zoo.json
+    images_directory: str | None = None  # where its images lie, if not in the zoo
 
     @property
     def name(self) -> str:
@@ -65,19 +67,34 @@ class Zoo:
 
     @property
     def image_set(self) -> str | None:
-        """Name of the image set its models were trained on; None where an imported zoo does not tell."""
+        """Name of the image set its models were trained on; None where it is not known."""
         return self.info["image_set"]["name"]
 
+    @property
+    def image_folder(self) -> str | None:
+        """The folder of this machine, outside of the zoo, that its images are read from; None where there is none."""
+        entry = self.info["image_set"]
+        inside = "stored" in entry or (entry["directory"] is not None and self.store.exists(entry["directory"]))
+        return self.images_directory or (None if inside else entry["directory"])
+
     def images(self, directory: str | Path | None = None) -> ImageSet:
-        """The images its models were trained on, from `directory` or where they were when it was trained."""
+        """The images its models were trained on: from `directory`, or the one that the zoo was opened with (or its
+        folder of the set's name), else those in the zoo, else from where they were when it was made."""
         if self.image_set is None:
-            raise UserError(
-                f"{self.store} does not tell which images its models were trained on: import it with --images"
-            )
+            raise UserError(f"{self.store} names no image set that its models were trained on: import it with --images")
+        if (given := directory or self.images_directory) is not None:
+            inner = Path(given) / self.image_set
+            return load(self.image_set, inner if inner.is_dir() else given)
+        if "stored" in self.info["image_set"]:
+            return datasets.read_images(self.store, self.info["image_set"])
         own = self.info["image_set"]["directory"]
-        if own is not None and self.store.exists(own):  # brought along with the zoo
+        if own is not None and self.store.local and self.store.exists(own):  # arrays that lie in the zoo
             own = self.store.path(own)
-        return load(self.image_set, directory or own)
+        if own is not None and not Path(own).is_dir():
+            raise UserError(
+                f"{self.store}: its images, {self.image_set}, are not in {own}: say where they lie with --images DIR"
+            )
+        return load(self.image_set, own)
 
     @property
     def num_states(self) -> int:
@@ -188,12 +205,16 @@ class Zoo:
         return dataset if columns is None else dataset.select_columns(list(columns))
 
 
-def open_zoo(path: str | os.PathLike[str] | Store, filesystem: Any = None) -> Zoo:
+def open_zoo(
+    path: str | os.PathLike[str] | Store, filesystem: Any = None, images: str | os.PathLike[str] | None = None
+) -> Zoo:
     """The zoo at a local path, a URL (`s3://...`), or a path on a pyarrow or fsspec filesystem.
+
+    `images` is the directory where its images lie, for a zoo that has them neither in itself nor where they were.
 
     Raises UserError when there is none, when it is unfinished, or when its format is newer than this distrecon knows.
     """
     where = path if isinstance(path, Store) else store(path, filesystem)
     if where.exists(zoo_format.UNFINISHED) and not where.exists(zoo_format.MANIFEST):
         raise UserError(f"{where} is an unfinished zoo: run the command that began it again, and it continues")
-    return Zoo(where, zoo_format.read_manifest(where))
+    return Zoo(where, zoo_format.read_manifest(where), os.path.abspath(images) if images is not None else None)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from distrecon.autoencoder import gradients
-from distrecon.nets import architecture
+from distrecon.nets import Architecture, architecture
 from tests.autoencoder.small import random_models
 
 
@@ -17,18 +18,37 @@ def case():
     return arch, theta_BP, delta_BP, torch.randn(7, 5, generator=draw, dtype=torch.float64)
 
 
+def jacobian(arch: Architecture, theta_BP: Tensor, inputs: Tensor) -> Tensor:
+    """d logits / d theta of every model and query, [B, Q, C, P]; for small networks."""
+    theta_BP = theta_BP.detach().requires_grad_(True)
+    logits_BQC = arch.forward(theta_BP, inputs)
+    rows = [
+        torch.autograd.grad(logits_BQC[:, q, c].sum(), theta_BP, retain_graph=True)[0]
+        for q in range(len(inputs))
+        for c in range(arch.num_outputs)
+    ]
+    return torch.stack(rows, dim=1).unflatten(1, (len(inputs), arch.num_outputs))
+
+
+def fisher_matrix(arch: Architecture, theta_BP: Tensor, theta_hat_BP: Tensor, inputs: Tensor) -> Tensor:
+    """F_j of every model, [B, P, P]; for small networks (P^2 numbers a model)."""
+    original = jacobian(arch, theta_BP, inputs).flatten(1, 2)
+    rebuilt = jacobian(arch, theta_hat_BP, inputs).flatten(1, 2)
+    return original.transpose(1, 2) @ rebuilt / len(inputs)
+
+
 def test_jacobian_is_finite_differences(case):
     arch, theta_BP, delta_BP, inputs = case
     h = 1e-6
     slope = (arch.forward(theta_BP + h * delta_BP, inputs) - arch.forward(theta_BP - h * delta_BP, inputs)) / (2 * h)
-    jacobian_BQCP = gradients.jacobian(arch, theta_BP, inputs)
+    jacobian_BQCP = jacobian(arch, theta_BP, inputs)
     torch.testing.assert_close(torch.einsum("bqcp,bp->bqc", jacobian_BQCP, delta_BP), slope, rtol=1e-6, atol=1e-8)
 
 
 def test_predicted_gradient_is_delta_times_the_matrix(case):
     arch, theta_BP, delta_BP, inputs = case
     theta_hat_BP = theta_BP + delta_BP
-    f_BPP = gradients.fisher_matrix(arch, theta_BP, theta_hat_BP, inputs)
+    f_BPP = fisher_matrix(arch, theta_BP, theta_hat_BP, inputs)
     expected_BP = torch.einsum("bp,bpq->bq", delta_BP, f_BPP)
     found_BP = gradients.predicted_gradient(arch, theta_BP, theta_hat_BP, inputs)
     torch.testing.assert_close(found_BP, expected_BP, rtol=1e-9, atol=1e-12)

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from distrecon.autoencoder import Training, ZooSample, load_autoencoder, save_autoencoder
+from distrecon.autoencoder import Batch, Training, ZooSample, load_autoencoder, save_autoencoder
+from distrecon.autoencoder.coder import Coder
+from distrecon.autoencoder.coders import CODERS
 from distrecon.errors import UserError
 from distrecon.images.queries import query_pool
 from distrecon.nets import architecture, outputs, permute, random_permutation
@@ -173,3 +175,49 @@ def test_query_sets(arch, images):
         query_pool("datta", images, arch, 5)
     with pytest.raises(UserError, match=r"\(1, 8, 8\).*cnn3 reads \(3, 32, 32\)"):
         query_pool("data", images, architecture("cnn3"), 5)
+
+
+class Shrinking(Coder):
+    """The smallest coder: the sample's largest standardised weights [Z] of each model; it has one learned number."""
+
+    @staticmethod
+    def fit(config, arch, theta_BP, mean_P, std_P, queries):
+        largest = ((theta_BP - mean_P) / std_P).square().sum(0).topk(config.latent).indices
+        return {"kept_Z": largest}
+
+    def __init__(self, config, architectures, fitted):
+        super().__init__(config, architectures, fitted)
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def latent_shape(self, zoo):
+        return (self.config.latent,)
+
+    def encode(self, x_BP, zoo):
+        return self.factor * x_BP[:, self.fitted[zoo]["kept_Z"]]
+
+    def decode(self, z_BZ, zoo):
+        x_BP = z_BZ.new_zeros(len(z_BZ), self.architectures[zoo].num_parameters)
+        return x_BP.index_copy(1, self.fitted[zoo]["kept_Z"], z_BZ)
+
+    def project(self, z_BZ, zoo):
+        return z_BZ
+
+
+def test_a_new_coder_is_a_class_and_an_entry(zoo, theta_BP, tmp_path, monkeypatch):
+    monkeypatch.setitem(CODERS, "shrinking", Shrinking)
+    training = Training(tiny(model__kind="shrinking"), [zoo], 3)
+    for step in range(3):
+        training.step(Batch(0, step, 0, torch.arange(6), theta_BP[:6], 6, 0))
+    autoencoder = training.autoencoder
+    assert autoencoder.coder.factor.item() != 1.0
+    z = autoencoder.encode(theta_BP[:4], refine=2)
+    assert z.shape == (4, 4)
+    rebuilt_BP = autoencoder.decode(autoencoder.encode(theta_BP[:4]))
+    canonical_BP = autoencoder.canonical(theta_BP[:4], 0)
+    kept_Z = autoencoder.fitted(0, "kept_Z")
+    expected = autoencoder.fitted(0, "mean_P")[kept_Z] + autoencoder.coder.factor.item() * (
+        canonical_BP[:, kept_Z] - autoencoder.fitted(0, "mean_P")[kept_Z]
+    )
+    torch.testing.assert_close(rebuilt_BP[:, kept_Z], expected)
+    save_autoencoder(tmp_path, autoencoder)
+    torch.testing.assert_close(load_autoencoder(tmp_path).encode(theta_BP[:4], refine=2), z, rtol=0, atol=0)

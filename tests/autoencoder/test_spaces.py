@@ -6,6 +6,7 @@ import pytest
 
 from distrecon import config
 from distrecon.cluster.space import read_space
+from distrecon.kinds import KINDS
 
 SPACES = Path(__file__).parents[2] / "tune_spaces"
 TRIALS = {"paper_losses": 5, "paper_beta": 4, "paper_query_sets": 6, "paper_cycle_consistency": 4}
@@ -13,11 +14,11 @@ TRIALS = {"paper_losses": 5, "paper_beta": 4, "paper_query_sets": 6, "paper_cycl
 
 @pytest.mark.parametrize("name", TRIALS)
 def test_paper_spaces(name):
-    sweep = read_space(SPACES / f"{name}.yaml")
-    assert (sweep.name, sweep.kind, sweep.trials) == (name, "autoencoder", TRIALS[name])
+    sweep = read_space(SPACES / f"{name}.yaml", KINDS)
+    assert (sweep.name, sweep.kind.name, sweep.trials) == (name, "autoencoder", TRIALS[name])
     assert (sweep.base.model.width, sweep.base.model.layers, sweep.base.model.heads) == (256, 8, 8)
     rates = {config.replace(sweep.base, v).autoencoder.optim_in_use.lr for v in sweep.grid()}
     assert rates == ({1e-4, 1e-5} if name == "paper_losses" else {1e-5})
-    small = read_space(SPACES / f"{name}.yaml", smoke=True)
+    small = read_space(SPACES / f"{name}.yaml", KINDS, smoke=True)
     assert small.trials == 2
     assert small.base.model.width < 64

@@ -275,7 +275,7 @@ def test_best_states_are_one_a_model_and_in_order(arch, splits, images):
     ids = [f"m{i // 3}" for i in range(len(train))]
     best = generate.best_states(arch, replace(train, model_id=ids), images)
     assert sorted(ids[i] for i in best) == sorted(set(ids))
-    accuracy_B = generate.scores(arch, train.theta_BP, images.validation).accuracy_B
+    accuracy_B = evaluate(arch, train.theta_BP, images.validation.images, images.validation.labels_Q).accuracy_B
     assert (accuracy_B[best].diff() <= 0).all()
     for i in best.tolist():
         siblings = [j for j, name in enumerate(ids) if name == ids[i]]
@@ -290,7 +290,7 @@ def test_selection_on_validation_images_and_fine_tuning_help(autoencoder, arch, 
     def mean_accuracy(part, **values):
         settings = tiny(**values).tasks
         theta_MP, _ = generate.generate_models(autoencoder, train.theta_BP, z, images, settings, "gaussian")
-        return float(generate.scores(arch, theta_MP, part).accuracy_B.mean())
+        return float(evaluate(arch, theta_MP, part.images, part.labels_Q).accuracy_B.mean())
 
     assert mean_accuracy(images.validation, tasks__select=8) > mean_accuracy(images.validation)
     assert mean_accuracy(images.test, tasks__finetune_epochs=4) > mean_accuracy(images.test) + 0.05

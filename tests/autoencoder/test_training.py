@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from distrecon.autoencoder import PAPER, AutoencoderConfig, Batch, Training, ZooSample
-from distrecon.autoencoder.rows import BLOCK, RowCache
-from distrecon.autoencoder.training import generator, learning_rate, views
+from distrecon.autoencoder import rows as rows_of_zoo
+from distrecon.autoencoder.rows import RowCache
+from distrecon.autoencoder.training import generator, learning_rate, random_orders, views
 from distrecon.config import replace
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, LabelledImages
@@ -58,10 +59,12 @@ def test_views(arch, theta_BP, images, kind):
     whole = Batch(1, 2, 0, torch.arange(6), theta_BP[:6], 6, 0)
     part = Batch(1, 2, 0, torch.arange(2, 5), theta_BP[2:5], 6, 2)
     std_P = torch.ones(arch.num_parameters)
-    first_BP, second_BP = views(config, arch, whole.theta_bP, whole, std_P)
-    for whole_view, part_view in zip(
-        (first_BP, second_BP), views(config, arch, part.theta_bP, part, std_P), strict=True
-    ):
+
+    def seen(batch):
+        return views(config, arch, batch.theta_bP, batch, std_P, random_orders(config, arch, batch))
+
+    first_BP, second_BP = seen(whole)
+    for whole_view, part_view in zip((first_BP, second_BP), seen(part), strict=True):
         assert torch.equal(whole_view[2:5], part_view)
     assert not torch.equal(first_BP, second_BP)
     if kind == "permutation":
@@ -71,40 +74,39 @@ def test_views(arch, theta_BP, images, kind):
             torch.testing.assert_close(outputs(arch, view_BP, inputs), original, rtol=1e-4, atol=1e-5)
             assert not torch.equal(view_BP, theta_BP[:6])
     other = Batch(1, 3, 0, whole.row_b, whole.theta_bP, 6, 0)
-    assert not torch.equal(views(config, arch, other.theta_bP, other, std_P)[1], second_BP)
+    assert not torch.equal(seen(other)[1], second_BP)
 
 
-def test_cached_targets_are_the_originals_outputs(zoo, theta_BP, tmp_path):
-    """Whether outputs come from memory, from a file or are computed anew makes no difference to the losses."""
+def test_cached_targets_are_the_originals_outputs(zoo, theta_BP):
+    """Whether outputs come from memory or are computed anew makes no difference to the losses."""
     config = tiny(data__views="permutation", data__align=False, data__target_precision="float64")
-    plain, filed, fresh = (Training(config, [zoo], 8, cache_folder=folder) for folder in (None, tmp_path, None))
+    plain, fresh = (Training(config, [zoo], 8) for _ in range(2))
     fresh.targets[0].capacity = 0
-    histories = [run(training, theta_BP, range(8)) for training in (plain, filed, fresh)]
-    assert histories[0] == histories[1]
-    for a, b in zip(histories[0], histories[2], strict=True):
+    histories = [run(training, theta_BP, range(8)) for training in (plain, fresh)]
+    for a, b in zip(*histories, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     assert len(plain.targets[0].slots) == 24
     assert not fresh.targets[0].slots
-    assert list(tmp_path.iterdir())
     expected = outputs(zoo.architecture, theta_BP[:3], plain.pools[0])
     found = plain.targets[0].get(torch.arange(3), lambda missing: pytest.fail("must be kept"))
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_row_cache_over_blocks_and_limits(tmp_path):
-    cache = RowCache((2,), torch.float32, tmp_path)
+def test_row_cache_as_it_grows_and_at_its_limit(monkeypatch):
     value = lambda rows: torch.stack([rows * 1.0, rows * 2.0], 1)  # noqa: E731
-    rows = torch.arange(0, 3 * (BLOCK + 10), 3)
-    assert torch.equal(cache.get(rows, lambda m: value(rows[m])), value(rows))
-    assert len(cache.blocks) == 2
+    cache, rows = RowCache((2,), torch.float32), torch.arange(0, 600, 3)
+    for part in rows.split(30):
+        assert torch.equal(cache.get(part, lambda m, part=part: value(part[m])), value(part))
     again = rows.flip(0)[:50]
     assert torch.equal(cache.get(again, lambda m: pytest.fail("must be kept")), value(again))
     twice = torch.tensor([7, 7, 0])
     assert torch.equal(cache.get(twice, lambda m: value(twice[m])), value(twice))
+    monkeypatch.setattr(rows_of_zoo, "MEMORY_LIMIT", 3 * 8)
     small = RowCache((2,), torch.float32)
-    small.capacity = 3
-    assert torch.equal(small.get(rows[:9], lambda m: value(rows[:9][m])), value(rows[:9]))
-    assert len(small.slots) == 3
+    for part in (rows[:9], rows[4:6], rows[:9]):
+        assert torch.equal(small.get(part, lambda m, part=part: value(part[m])), value(part))
+    assert sorted(small.slots) == [0, 3, 6]
+    assert torch.equal(small.get(rows[:3], lambda m: pytest.fail("must be kept")), value(rows[:3]))
 
 
 @pytest.mark.parametrize("kind", ["transformer", "fisher_residual"])
@@ -173,16 +175,16 @@ def test_what_is_not_finite_is_named(zoo, theta_BP):
         ({"loss__terms": "C"}, "trains no decoder"),
         ({"loss__terms": "C+D"}, "loss.terms: 'D'"),
         ({"loss__terms": "S+S"}, "twice"),
-        ({"loss__beta": 1.5}, "loss.beta must lie between 0 and 1"),
-        ({"loss__beta": float("nan")}, "loss.beta"),
-        ({"loss__temperature": 0.0}, "loss.temperature"),
+        ({"loss__beta": 1.5}, "loss.beta must be between 0 and 1, not 1.5"),
+        ({"loss__beta": float("nan")}, "loss.beta must be a finite number, not nan"),
+        ({"loss__temperature": 0.0}, "loss.temperature must be above 0, not 0.0"),
         ({"data__queries": 50}, r"data.queries \(50\) cannot exceed data.query_pool \(40\)"),
         ({"data__views": "none"}, "needs two views"),
         ({"optim__precision": "int8"}, "optim.precision"),
         ({"optim__lr_without_b": -1.0}, "optim.lr_without_b must be at least 0"),
         ({"model__fisher_metric": "structure"}, "model.fisher_metric.*did you mean 'structural'"),
         ({"tasks__samplers": ["joint"]}, "tasks.samplers.*did you mean 'joint_kde'"),
-        ({"tasks__good": 0.0}, "tasks.good"),
+        ({"tasks__good": 0.0}, "tasks.good must be above 0 and at most 1, not 0.0"),
     ],
 )
 def test_settings_that_cannot_work_are_named(values, message):

@@ -1,7 +1,8 @@
-"""`ray up` with this checkout's cluster.yaml on this machine alone, its provider exchanged for `local`.
+"""`ray up` with this checkout's cluster.yaml on this machine alone: every setup and start command as it stands there.
 
-Run by test_ray_up.py as root inside fresh network and mount namespaces (`unshare -n -m`): the loopback interface here
-is nobody else's, and the home directory is a temporary one. Prints one JSON line of what happened at each step.
+Only the provider is exchanged for `local`, the bucket for a folder, and the package index for a folder of wheels. Run
+by test_ray_up.py as root inside fresh network and mount namespaces (`unshare -n -m`): the loopback interface here is
+nobody else's, and the home directory is a temporary one. Prints one JSON line of what happened at each step.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import yaml
@@ -35,8 +37,8 @@ def must(command: str, timeout: int = 240, **env: str) -> str:
     return done.stdout
 
 
-def private_home(folder: Path) -> Path:
-    """Mounts an empty home over the real one, keeping what of it this Python needs."""
+def private_home(folder: Path, wheels: Path) -> Path:
+    """Mounts an empty home over the real one; Python comes from where it is installed, packages from `wheels`."""
     home, real = folder / "home", Path.home()
     home.mkdir()
     base = Path(sys.base_prefix)
@@ -44,8 +46,10 @@ def private_home(folder: Path) -> Path:
         kept = home / base.relative_to(real)
         kept.mkdir(parents=True)
         must(f"mount --bind {base} {kept}")
+    (home / ".config" / "pip").mkdir(parents=True)
+    (home / ".config" / "pip" / "pip.conf").write_text(f"[global]\nno-index = true\nfind-links = {wheels}\n")
+    (home / ".profile").write_text(f"export PATH={base}/bin:$PATH\n")
     must(f"mount --rbind {home} {real}")
-    (real / "venv").symlink_to(sys.prefix)
     return real
 
 
@@ -65,54 +69,88 @@ def start_sshd(folder: Path, home: Path) -> None:
 
 
 def cluster_file(folder: Path) -> Path:
-    """cluster.yaml as it is, but for the provider and for what would download packages or start MLflow."""
-    cluster = yaml.safe_load((CHECKOUT / "cluster.yaml").read_text())
+    """cluster.yaml as it is, but for the provider, the key to log in with and the bucket."""
+    cluster = yaml.safe_load((CHECKOUT / "cluster.yaml").read_text().replace("s3://my-bucket", str(folder / "bucket")))
     for key in ("available_node_types", "head_node_type", "max_workers", "upscaling_speed", "idle_timeout_minutes"):
         cluster.pop(key)
     cluster["provider"] = {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []}
     cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(folder / "user")}
     cluster["file_mounts"]["~/distrecon"] = str(CHECKOUT)
-    left_out = ("pip install", "python3 -m venv", "mlflow server")
-    for key in ("setup_commands", "head_start_ray_commands"):
-        cluster[key] = [c for c in cluster[key] if not any(words in c for words in left_out)]
     path = folder / "cluster.yaml"
     path.write_text(yaml.safe_dump(cluster))
     return path
 
 
-def main(folder: Path) -> None:
+def mlflow_answers(seconds: float) -> bool:
+    """Whether the tracking server is healthy within so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            return urllib.request.urlopen("http://127.0.0.1:5000/health", timeout=5).status == 200
+        except OSError:
+            time.sleep(1)
+    return False
+
+
+def mlflow_runs() -> list[str]:
+    """The state of every run that the tracking server knows."""
+
+    def ask(what: str, body: dict) -> dict:
+        headers = {"Content-Type": "application/json"}
+        url = f"http://127.0.0.1:5000/api/2.0/mlflow/{what}/search"
+        return json.load(urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)))
+
+    ids = [e["experiment_id"] for e in ask("experiments", {"max_results": 100})["experiments"]]
+    return [r["info"]["status"] for r in ask("runs", {"experiment_ids": ids, "max_results": 100}).get("runs", [])]
+
+
+def processes(words: str) -> list[int]:
+    found = sh(f"pgrep -f '{words}'").stdout.split()
+    return [int(pid) for pid in found if int(pid) != os.getpid()]
+
+
+def main(folder: Path, wheels: Path) -> None:
     must("ip link set lo up")
-    home = private_home(folder)
+    home = private_home(folder, wheels)
     start_sshd(folder, home)
     cluster = cluster_file(folder)
-    ray = f"{home}/venv/bin/ray"
-    must(f"mkdir -p -m 700 ~/.ray && {ray} get-auth-token --generate && chmod 600 ~/.ray/auth_token")
-    told: dict = {}
+    launcher = f"{sys.executable} -m ray.scripts.scripts"  # the laptop's; the head has what setup_commands installed
+    must(f"mkdir -p -m 700 ~/.ray && {launcher} get-auth-token --generate && chmod 600 ~/.ray/auth_token")
+    found: dict = {}
     began = time.monotonic()
-    must(f"{ray} up -y --no-config-cache {cluster}", RAY_AUTH_MODE="token")
-    told["up_seconds"] = round(time.monotonic() - began, 1)
-    told["synced"] = (home / "distrecon" / "pyproject.toml").exists()
-    told["token_mode"] = oct((home / ".ray" / "auth_token").stat().st_mode & 0o777)
+    must(f"{launcher} up -y --no-config-cache {cluster}", timeout=900, RAY_AUTH_MODE="token")
+    found["up_seconds"] = round(time.monotonic() - began, 1)
+    ray = f"{home}/venv/bin/ray"
+    found["synced"] = (home / "distrecon" / "distrecon" / "zoos").exists()
+    found["installed"] = must(f"{home}/venv/bin/pip list --format=freeze").split()
+    found["token_mode"] = oct((home / ".ray" / "auth_token").stat().st_mode & 0o777)
+    found["mlflow"] = mlflow_answers(120)
     (home / "space.yaml").write_text(SPACE)
     job = f"{ray} job submit --address http://127.0.0.1:8265"
-    work = f"{home}/venv/bin/python -m distrecon.tune --address auto --space {home}/space.yaml --out {home}/runs/small"
-    env = f"env PYTHONPATH={home}/distrecon RAY_AUTH_MODE=token"
-    told["job"] = sh(f"{job} -- {env} {work}", RAY_AUTH_MODE="token").returncode
-    must(f"{ray} rsync-down {cluster} {home}/runs/small/ {folder}/fetched/", RAY_AUTH_MODE="token")
-    told["summary"] = json.loads((folder / "fetched" / "summary.json").read_text())["sweeps"][0]["trials"]
+    work = f"python -m distrecon.tune --address auto --space {home}/space.yaml --out {home}/runs/small"
+    must(f"{job} -- {work}", timeout=400, RAY_AUTH_MODE="token")
+    must(f"{launcher} rsync-down {cluster} {home}/runs/small/ {folder}/fetched/", RAY_AUTH_MODE="token")
+    found["summary"] = json.loads((folder / "fetched" / "summary.json").read_text())["sweeps"][0]["trials"]
+    found["mlflow_runs"] = mlflow_runs()
+    # a second `ray up` starts Ray anew and leaves MLflow's server alone; a server that dies is started again
+    servers = processes("[m]lflow server --host")
+    must(f"{launcher} up -y --no-config-cache {cluster}", timeout=900, RAY_AUTH_MODE="token")
+    found["same_mlflow"] = processes("[m]lflow server --host") == servers
+    must("pkill -9 -f '^[^ ]*python[^ ]* [^ ]*mlflow server'; pkill -9 -f 'mlflow[.]server' || true")
+    time.sleep(2)
+    found["mlflow_again"] = mlflow_answers(120)
     wrong = folder / "wrong_token"
     wrong.write_text("0" * 64)
     refused = sh(f"{job} -- true", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(wrong))
-    told["wrong_token"] = refused.returncode
+    found["wrong_token"] = refused.returncode
     absent = sh(f"{job} -- true", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(folder / "none"))
-    told["no_token"] = absent.returncode
-    told["refusals"] = [(r.stdout + r.stderr)[-600:] for r in (refused, absent)]
-    told["listening"] = must("cat /proc/net/tcp | awk '$4 == \"0A\" {print $2}'").split()
-    must(f"{ray} down -y {cluster}", RAY_AUTH_MODE="token")
+    found["no_token"] = absent.returncode
+    found["refusals"] = [(r.stdout + r.stderr)[-600:] for r in (refused, absent)]
+    must(f"{launcher} down -y {cluster}", RAY_AUTH_MODE="token")
     alive = must("ps -eo stat,comm").splitlines()
-    told["left"] = [line for line in alive if not line.startswith("Z") and line.split()[1] in ("raylet", "gcs_server")]
-    print(json.dumps(told))
+    found["left"] = [line for line in alive if not line.startswith("Z") and line.split()[1] in ("raylet", "gcs_server")]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -2,11 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import environment
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
@@ -37,3 +40,44 @@ def test_a_training_that_loses_a_node_ends_like_an_undisturbed_one(tmp_path, nod
     assert told["steps"][0] == told["steps"][1]
     assert set(told["rows"]) == {told["states"]}, "an epoch saw more or fewer rows than the zoo has"
     assert told["largest_gap"] < tolerance
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_without_the_node_of_a_trials_driver(tmp_path):
+    """Through Tune: the trial begins again on another node, from its last epoch, and ends as if nothing was."""
+    script = Path(__file__).with_name("driver_loss.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert told["victim"] in told["before"].values()
+    assert told["started"][0] == 2
+    assert told["started"][1] > 2, "no trial began again"
+    assert told["status"] == ["completed", "completed"], told["errors"]
+    for epochs in told["epochs"][1].values():
+        assert epochs == sorted(set(epochs)), "a finished epoch was trained again"
+        assert epochs[-1] == 10
+    assert told["largest_gap"] < 1e-5
+    assert told["score_gap"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_sweep_on_gpus_that_come_when_they_are_asked_for(tmp_path):
+    """From a head without GPUs: the autoscaler starts nodes, both are used, and nothing needs a real GPU."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("autoscaling_cluster.py")
+    tune = "-m distrecon.tune --use-gpu --set resources.device=cpu --smoke --address auto --out out".split()
+    done = subprocess.run(
+        [sys.executable, str(script), str(port), sys.executable, *tune],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(told["workers"]) == 2, "the sweep's two autoencoder trials shared a node"
+    assert set(told["workers"]) <= set(told["nodes"])

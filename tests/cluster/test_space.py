@@ -3,8 +3,10 @@
 import pytest
 import yaml
 
-from distrecon.cluster.space import read_space
+from distrecon.cluster.space import one_trial
+from distrecon.cluster.space import read_space as read
 from distrecon.errors import UserError
+from distrecon.kinds import KINDS
 
 GOOD = {
     "name": "sweep",
@@ -12,6 +14,10 @@ GOOD = {
     "base": {"optim.epochs": 3},
     "space": {"loss.terms": {"grid": ["C+S", "C+S+B"]}, "loss.beta": {"grid": [0.1, 0.2, 0.5]}},
 }
+
+
+def read_space(path, overrides=None, smoke=False):
+    return read(path, KINDS, overrides, smoke)
 
 
 def write(tmp_path, **changes):
@@ -97,3 +103,20 @@ def test_a_file_that_is_no_space_is_refused(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.yaml: no such space file"):
         read_space(tmp_path / "nowhere.yaml")
+
+
+def test_one_trial_needs_no_file():
+    overrides, small = {"optim.epochs": 7}, KINDS["autoencoder"]
+    sweep = one_trial("train", small, {"zoo": ["mine"]}, overrides, False, "--zoo")
+    assert (sweep.name, sweep.trials, sweep.zoos, sweep.base.optim.epochs) == ("train", 1, {"mine"}, 7)
+    assert (sweep.metric, sweep.mode) == ("reconstruct/agreement_on_errors", "max")
+    assert list(sweep.grid()) == [{"zoo": ("mine",)}]
+    with pytest.raises(UserError, match=r"--zoo.*zoo is empty: it must list at least one value"):
+        one_trial("train", small, {"zoo": []}, {}, False, "--zoo")
+
+
+def test_early_stopping_is_offered_for_the_metrics_that_every_epoch_has(tmp_path):
+    assert read_space(write(tmp_path, scheduler="asha", metric="loss/total")).scheduler == "asha"
+    path = write(tmp_path, kind="expand_cluster", base={}, space={"seed": {"grid": [0]}}, scheduler="asha")
+    with pytest.raises(UserError, match="known at their end only: use scheduler fifo"):
+        read_space(path)

@@ -1,10 +1,13 @@
 """Sweeps on Ray Tune: trials that failed run again when the sweep is run again in its folder."""
 
+from pathlib import Path
+
 import pytest
 
-from distrecon.cluster.journal import read_sweep
 from distrecon.cluster.space import read_space
-from distrecon.cluster.sweeps import Place, run_sweeps
+from distrecon.cluster.sweeps import run_sweeps
+from distrecon.kinds import KINDS
+from distrecon.record.folder import RunFolder
 
 SPACE = """
 name: recoveries
@@ -18,17 +21,33 @@ space: {seed: {grid: [0, 1]}}
 def test_failed_trials_run_again_under_their_own_names(tmp_path):
     file = tmp_path / "space.yaml"
     file.write_text(SPACE)
-    place = Place(tmp_path / "run", str(tmp_path / "run"))
+    folder = RunFolder(tmp_path / "run")
     in_the_way = tmp_path / "run" / "trials" / "recoveries"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("a file where the trials' folder should be")
 
     def trials():
-        run_sweeps([read_space(str(file), {}, False)], place, {}, 0, lambda: None)
-        found = read_sweep(place.journal("recoveries").path).trials
+        run_sweeps([read_space(file, KINDS)], folder, {}, 0, lambda: None)
+        found = folder.read("recoveries").trials
         return list(found), [trial.status for trial in found.values()]
 
     names, statuses = trials()
     assert statuses == ["failed", "failed"]
     in_the_way.unlink()
     assert trials() == (names, ["completed", "completed"])
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_sweeps_side_by_side_keep_their_own_settings(tmp_path):
+    """Also those that start after another sweep of the same kind began."""
+    sweeps, folder = [], RunFolder(tmp_path / "run")
+    for name, size in (("small", 1), ("large", 3)):
+        file = tmp_path / f"{name}.yaml"
+        text = SPACE.replace("recoveries", name).replace("[2]", f"[{size}]")
+        file.write_text(f"{text}max_concurrent: 1\n")
+        sweeps.append(read_space(file, KINDS))
+    run_sweeps(sweeps, folder, {}, 0, lambda: None)
+    for name, size in (("small", 1), ("large", 3)):
+        found = folder.read(name).trials.values()
+        assert [trial.metrics["recover/layer_sizes"] for trial in found] == [[size]] * 2
+        assert {path.name for path in Path(folder.trials(name)).iterdir()} == {trial.trial for trial in found}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from distrecon import config
-from distrecon.cluster.kinds import KINDS, AutoencoderRun
-from distrecon.cluster.training import train_autoencoder
+from distrecon.cluster.training import AutoencoderRun, train_autoencoder
+from distrecon.kinds import KINDS
 from distrecon.zoos.settings import SMOKE_ZOO
 from distrecon.zoos.train import ensure
 

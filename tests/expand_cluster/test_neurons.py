@@ -71,7 +71,7 @@ def test_a_tree_read_at_once_equals_a_walk_over_its_merges(seed, count, students
     if shape == "tied":
         vectors_VK = vectors_VK[torch.randint(3, (count,), generator=generator) % count]
     if shape == "chain":
-        vectors_VK = vectors_VK.sign() * 3.0 ** torch.arange(count)[:, None]
+        vectors_VK = (vectors_VK.sign() + 1e-3 * vectors_VK) * 3.0 ** torch.arange(count)[:, None]  # no two alike
     students = np.random.default_rng(seed).integers(0, students, count)
     merges = average_linkage(vectors_VK, "odd" if sign_free else "none")
     unit = torch.nn.functional.normalize(vectors_VK, dim=1).numpy()

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from distrecon.expand_cluster import synthetic_teacher
@@ -28,7 +29,16 @@ def test_a_teacher_from_a_file_is_recovered_and_written(teacher_file, tmp_path, 
     assert main([*arguments, "--data", str(tmp_path / "data.npy")]) == 0
     summary = json.loads(capsys.readouterr().out)
     written = json.loads((out / "summary.json").read_text())
+    uri = summary.pop("mlflow")
     assert summary == {"command": "distrecon.recover", "exit_code": 0, "folder": str(out), **written}
+    (trial,) = written["sweeps"][0]["trials"]
+    assert {key: trial["metrics"][key] for key in written["metrics"]} == written["metrics"]
+    assert written["weights"] == "models/recovered.safetensors"
+    assert "Clustering of" in (out / "report.html").read_text()
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("recover").experiment_id], "tags.trial_id != ''")
+    assert run.data.metrics["recover/verified"] == 1
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "model")] == ["model/recovered.safetensors"]
     assert summary["metrics"]["recover/layer_sizes"] == [3]
     assert summary["metrics"]["recover/max_cosine_distance"] < 1e-12
     assert load_file(out / "models" / "recovered.safetensors")["layer0.weight"].shape == (3, 6)
@@ -58,6 +68,24 @@ def test_a_callable_teacher_that_is_no_network_exits_with_1(tmp_path, monkeypatc
     arguments = ["--teacher", "my_boxes:wave", "--input-size", "2", "--students", "3", "--set", "budget.attempts=1"]
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 1
     assert "UNVERIFIED" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert not summary["verified"]
+    assert summary["sweeps"][0]["trials"][0]["metrics"]["recover/verified"] == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_an_interrupt_keeps_what_was_done_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stop(*arguments, stages, **options):
+        stages.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distrecon.recover.recover_network", stop)
+        assert main(["--smoke", "--out", str(tmp_path / "run")]) == 130
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+    assert main(["--smoke", "--resume", str(tmp_path / "run"), "--json"]) == 0
+    (sweep,) = json.loads(capsys.readouterr().out)["sweeps"]
+    assert [trial["status"] for trial in sweep["trials"]] == ["completed"]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +109,7 @@ def test_wrong_requests_are_one_line_and_exit_with_2(arguments, message, tmp_pat
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distrecon.recover: error:")]
     assert len(lines) == 1
     assert message in lines[0]
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_files_that_are_no_dense_network_are_refused(tmp_path, capsys):

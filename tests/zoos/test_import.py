@@ -338,7 +338,7 @@ def test_a_folder_of_files_with_a_json_table_and_ids(tmp_path: Path) -> None:
     zoo = open_zoo(tmp_path / "zoo")
     assert zoo.architecture.activation == "gelu"
     assert sorted(zip(zoo.models().model_id, zoo.models().epoch_B.tolist(), strict=True)) == [("id1", 7), ("id2", 7)]
-    assert zoo.models().train_loss_B.isnan().all()  # the table does not tell it
+    assert zoo.models().train_loss_B.isnan().all()  # the table does not have it
 
 
 def test_a_single_checkpoint(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_a_single_checkpoint(tmp_path: Path) -> None:
     zoo = open_zoo(tmp_path / "zoo")
     assert (report.states, zoo.architecture) == (1, arch)
     assert zoo.models().test_accuracy_B.isnan().all()
-    with pytest.raises(UserError, match="does not tell which images"):
+    with pytest.raises(UserError, match="names no image set"):
         zoo.images()
 
 

@@ -68,8 +68,11 @@ PROBLEMS = {
     "split": (lambda f: rewrite(f, set_cell("split", "test")), "is of .'test', 'train'., not of 'train'"),
     "both": (lambda f: rewrite(f, set_cell("split", "test")), "is both in 'test' and in 'train'"),
     "again": (lambda f: rewrite(f, copy_cell), "appears again"),
-    "accuracy": (lambda f: rewrite(f, set_cell("test_accuracy", 0.999)), "test accuracy 0.9990 is told, 0.* on digits"),
-    "weights": (lambda f: rewrite(f, lambda c: c["weights"].__setitem__(0, 0.3)), "is told"),
+    "accuracy": (
+        lambda f: rewrite(f, set_cell("test_accuracy", 0.999)),
+        r"accuracy 0.9990 is recorded, 0.* on digits",
+    ),
+    "weights": (lambda f: rewrite(f, lambda c: c["weights"].__setitem__(0, 0.3)), "is recorded"),
     "missing": (lambda f: (f / "states/part-00001.parquet").unlink(), "part-00001.parquet is missing"),
     "torn": (lambda f: os.truncate(f / "states/part-00001.parquet", 5000), "part-00001.parquet is damaged"),
     "stray": (lambda f: shutil.copy(f / "states/part-00000.parquet", f / "states/part-00009.parquet"), "not part of"),

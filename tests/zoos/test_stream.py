@@ -10,8 +10,9 @@ from distrecon.errors import UserError
 from distrecon.nets.known import mlp
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos import format as zoo_format
+from distrecon.zoos.models import Batch
 from distrecon.zoos.storage import store
-from distrecon.zoos.stream import Batch, plan, shard_rows, stream
+from distrecon.zoos.stream import plan, shard_rows, stream
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -85,16 +86,17 @@ def test_zoos_mix_by_weight(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.Monkey
     batches = list(stream([zoo, other], **SETTINGS, last_epoch=3, weights=[1, 1.5]))
     per_epoch = [[b for b in batches if b.epoch == epoch] for epoch in range(4)]
     for epoch, found in enumerate(per_epoch):
-        assert [b.step for b in found] == list(range(found[0].steps))
-        rows = torch.cat([b.row_b for b in found if b.zoo_index == 0])
+        assert [b.step for b in found] == list(range(len(found)))
+        assert [b.last for b in found] == [False] * (len(found) - 1) + [True]
+        rows = torch.cat([b.row_b for b in found if b.zoo == 0])
         assert rows.sort().values.tolist() == list(range(101)), epoch
     for batch in batches:
         check_weights(batch)
-        assert batch.theta_bP.shape[1] == (zoo, other)[batch.zoo_index].architecture.num_parameters
+        assert batch.theta_bP.shape[1] == (zoo, other)[batch.zoo].architecture.num_parameters
     # one and a half passes an epoch: after two epochs each row came three times
-    twice = torch.cat([b.row_b for b in per_epoch[0] + per_epoch[1] if b.zoo_index == 1])
+    twice = torch.cat([b.row_b for b in per_epoch[0] + per_epoch[1] if b.zoo == 1])
     assert torch.bincount(twice).tolist() == [3] * 40
-    assert sorted({b.zoo_index for b in per_epoch[0][:6]}) == [0, 1]  # interleaved, not one after the other
+    assert sorted({b.zoo for b in per_epoch[0][:6]}) == [0, 1]  # interleaved, not one after the other
     rest = list(stream([zoo, other], **SETTINGS, first_epoch=1, last_epoch=1, weights=[1, 1.5]))
     assert [b.row_b.tolist() for b in rest] == [b.row_b.tolist() for b in per_epoch[1]]
 

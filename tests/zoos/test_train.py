@@ -154,14 +154,15 @@ def test_splits_are_interleaved() -> None:
     ("values", "message"),
     [
         ({"grid.lr": []}, "grid.lr is empty"),
-        ({"grid.lr": [0.0]}, "grid.lr must be positive"),
+        ({"grid.lr": [0.0]}, "grid.lr must be above 0, not 0.0"),
+        ({"grid.lr": [float("inf")]}, "grid.lr must be a finite number"),
         ({"grid.initialisation": ["kaiming"]}, "did you mean 'kaiming_"),
         ({"training.checkpoints": [4, 99]}, "training.checkpoints must be epochs from 1 to 3"),
         ({"training.checkpoints": [3, 1]}, "must rise"),
         ({"architecture.name": "cnn4"}, "did you mean 'cnn3'"),
         ({"architecture.hidden": [3]}, "is for mlp"),
         ({"images.name": "digit"}, "did you mean 'digits'"),
-        ({"split.train": 0.9, "split.val": 0.2}, "split.train and split.val"),
+        ({"split.train": 0.9, "split.val": 0.2}, "split.train and split.val must be at most 1 together"),
         ({"grid.sedes": 3}, "did you mean 'grid.seeds'"),
     ],
 )

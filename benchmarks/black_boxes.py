@@ -1,0 +1,465 @@
+"""Black boxes as people have them, as data: each a name, how to make it, and what an honest answer is.
+
+`CASES` has the boxes that a user may well try first, and others that are meant to deceive a recovery. A case knows the
+truth, so that whatever is answered can be judged: weights, or the function behind rounding and faults.
+"""
+
+import copy
+import itertools
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distrecon.config import replace
+from distrecon.expand_cluster import RecoveryConfig, network, recover_network
+from distrecon.expand_cluster.weights import Weights
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A black box, what `recover_network` is told of it, and the truth.
+
+    `truth` gives the exact answers x[Q, I] -> y[Q, O]; `sizes` are the hidden layers of the smallest such network
+    (None: there is no such network). Queries that judge are drawn round `centre` at multiples of `scale`, inside
+    `domain`, and round the `bends` (hyperplanes of the truth's first layer). Answers may be off by `tolerance`,
+    relative.
+    """
+
+    black_box: Any
+    inputs: int
+    arguments: dict[str, Any]
+    truth: Function | None = None
+    sizes: list[int] | None = None
+    centre: Tensor | float = 0.0
+    scale: Tensor | float = 1.0
+    domain: tuple[float, float] | None = None
+    bends: tuple[Tensor, Tensor] | None = None
+    tolerance: float = 1e-6
+    after: Callable[[], str] = field(default=lambda: "")  # what to tell of the box when it has been asked
+
+
+@dataclass(frozen=True)
+class Case:
+    """`should`: "exact", "unverified" (honestly), or part of the name of the finding or of the error that is due."""
+
+    name: str
+    should: str
+    make: Callable[[], Problem]
+    seconds: int = 60
+    small: bool = False
+
+
+def weights(sizes: list[int], seed: int, gain: float = 1.5) -> Weights:
+    """Random weights: w = gain randn / sqrt(inputs), b = 0.5 randn."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return [(gain * draw(out, cols) / math.sqrt(cols), 0.5 * draw(out)) for cols, out in itertools.pairwise(sizes)]
+
+
+def dense(sizes: list[int], activation: str, seed: int = 1, told: dict[str, Any] | None = None, **more: Any) -> Problem:
+    """A random dense network that is asked as it is."""
+    layers = weights(sizes, seed)
+    function = network(layers, activation)
+    arguments = {"activation": activation, "hidden_layers": len(sizes) - 2, **(told or {})}
+    problem = {"black_box": function, "truth": function, "sizes": sizes[1:-1], "bends": layers[0], **more}
+    return Problem(inputs=sizes[0], arguments=arguments, **problem)
+
+
+def through(
+    sizes: list[int],
+    activation: str,
+    before: Function | None = None,
+    after: Callable[[Tensor], Any] | None = None,
+    exact: bool = True,
+    told: dict[str, Any] | None = None,
+    **more: Any,
+) -> Problem:
+    """A random dense network between two functions; the truth is all of it, or all before `after` if not `exact`."""
+    function = network(weights(sizes, 1), activation)
+
+    def inner(x_QI: Tensor) -> Tensor:
+        return function(x_QI if before is None else before(x_QI))
+
+    def whole(x_QI: Tensor) -> Any:
+        return inner(x_QI) if after is None else after(inner(x_QI))
+
+    return dense(
+        sizes, activation, told=told, **{"black_box": whole, "truth": whole if exact else inner, "bends": None, **more}
+    )
+
+
+# -- networks that deceive ---------------------------------------------------------------------------------------------
+
+
+def far_kink() -> Problem:
+    """relu 8-5-3 of which one neuron bends 60 deviations off."""
+    layers = weights([8, 5, 3], 1)
+    (w, b), last = layers
+    b = b.clone()
+    b[0] = -60 * w[0].norm()
+    function = network([(w, b), last], "relu")
+    return Problem(function, 8, {"activation": "relu"}, function, [5], bends=(w, b))
+
+
+def two_sizes() -> Problem:
+    net = network(weights([4, 5, 1], 1), "tanh")
+
+    def box(x_QI: Tensor) -> Tensor:
+        return torch.cat([1e14 * net(x_QI), (20 * x_QI[:, :1]).sin()], dim=1)
+
+    return Problem(box, 4, {"activation": "tanh"}, box, None)
+
+
+def faint_neuron() -> Problem:
+    """A float32 network of which one neuron contributes 3e-6 of the output."""
+    (w, b), (a, c) = weights([6, 5, 1], 2)
+    a = a.clone()
+    a[:, 0] = 3e-6
+    single = [(w.float(), b.float()), (a.float(), c.float())]
+    truth = network([(w.double(), b.double()) for w, b in single], "tanh")
+    net = network(single, "tanh")
+    return Problem(net, 6, {"activation": "tanh"}, truth, [5], bends=(w, b), tolerance=1e-6)
+
+
+def moved_inputs(
+    activation: str, centre: float, scale: Tensor | float, data: bool = False, sizes: Any = None
+) -> Problem:
+    """A network of (x - centre) / scale."""
+    sizes = sizes or [8, 5, 3]
+    told: dict[str, Any] = {}
+    if data:
+        generator = torch.Generator().manual_seed(5)
+        told["data"] = centre + scale * torch.randn(200, sizes[0], generator=generator, dtype=torch.float64)
+    w, b = weights(sizes, 1)[0]
+    moved = w / scale, b - (w / scale).sum(1) * centre
+    return through(
+        sizes, activation, lambda x: (x - centre) / scale, told=told, centre=centre, scale=scale, bends=moved
+    )
+
+
+def linear_skip() -> Problem:
+    net, matrix = network(weights([8, 5, 3], 1), "tanh"), weights([8, 3], 7)[0][0]
+    return Problem(lambda x: net(x) + x @ matrix.T, 8, {"activation": "tanh"}, lambda x: net(x) + x @ matrix.T)
+
+
+def two_kinds() -> Problem:
+    (u, a), (v, b), (w, c) = weights([8, 6, 5, 2], 3)
+
+    def box(x_QI: Tensor) -> Tensor:
+        return torch.relu(torch.tanh(x_QI @ u.T + a) @ v.T + b) @ w.T + c
+
+    return Problem(box, 8, {"hidden_layers": 2, "activation": "tanh"}, box)
+
+
+def hidden_gate() -> Problem:
+    """A tanh network, and a relu that is on in one corner of the domain only, on 1e-4 of it."""
+    net = network(weights([4, 4, 1], 1), "tanh")
+
+    def box(x_QI: Tensor) -> Tensor:
+        return net(x_QI) + 5 * torch.relu(x_QI.sum(1, keepdim=True) - 3.6)
+
+    return Problem(
+        box, 4, {"activation": "tanh", "domain": (0.0, 1.0)}, box, None, centre=0.5, scale=0.3, domain=(0, 1)
+    )
+
+
+def redundant() -> Problem:
+    """tanh 6-7-2 that is 6-4-2: two equal neurons, one of opposite sign to another, one without outgoing weights."""
+    (w, b), (a, c) = weights([6, 4, 2], 4)
+    w7 = torch.cat([w, w[:1], -w[1:2], 0.3 * w[2:3] + 1])
+    b7 = torch.cat([b, b[:1], -b[1:2], b[2:3]])
+    a7 = torch.cat([a, 0.7 * a[:, :1], 0.4 * a[:, 1:2], 0 * a[:, :1]], dim=1)
+    function = network([(w7, b7), (a7, c)], "tanh")
+    return Problem(function, 6, {"activation": "tanh"}, function, [4], bends=(w, b))
+
+
+class Drifts:
+    """A box that is replaced by another one after 6,000 queries."""
+
+    def __init__(self) -> None:
+        self.first, self.second = (network(weights([6, 4, 1], seed), "tanh") for seed in (1, 2))
+        self.rows = 0
+
+    def __call__(self, x_QI: Tensor) -> Tensor:
+        self.rows += len(x_QI)
+        return (self.first if self.rows < 6000 else self.second)(x_QI)
+
+
+def drifting() -> Problem:
+    box = Drifts()
+    return Problem(box, 6, {"activation": "tanh"}, box.second, None)
+
+
+def other_slope() -> Problem:
+    """leaky_relu of slope .2, told as leaky_relu, whose slope is .01."""
+    (w, b), (a, c) = weights([6, 4, 1], 1)
+
+    def box(x_QI: Tensor) -> Tensor:
+        return torch.nn.functional.leaky_relu(x_QI @ w.T + b, 0.2) @ a.T + c
+
+    return Problem(box, 6, {"activation": "leaky_relu"}, box, None, bends=(w, b))
+
+
+class Flaky:
+    """Raises ConnectionError at every 40th call."""
+
+    def __init__(self, function: Function) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, x_QI: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls % 40 == 7:
+            raise ConnectionError("reset by peer")
+        return self.function(x_QI)
+
+
+def flaky() -> Problem:
+    problem = dense([6, 4, 2], "tanh", told={"retries": 3, "max_rows": 500})
+    return Problem(Flaky(problem.black_box), 6, problem.arguments, problem.truth, [4], bends=problem.bends)
+
+
+def fails_once() -> Problem:
+    """A run that is broken off by the box after 30 calls, and started again with the same answers."""
+    folder = tempfile.mkdtemp()
+    problem = dense([6, 4, 2], "tanh", told={"answers": folder})
+    box = Breaks(problem.black_box, 30)
+    try:
+        recover_network(box, 6, **problem.arguments)
+    except ValueError:
+        box.at = 10**9
+    rows = box.rows
+    return Problem(box, 6, problem.arguments, problem.truth, [4], after=lambda: f"{rows} rows, then {box.rows - rows}")
+
+
+class Breaks:
+    """Raises at a given call and counts its rows."""
+
+    def __init__(self, function: Function, at: int) -> None:
+        self.function, self.at, self.calls, self.rows = function, at, 0, 0
+
+    def __call__(self, x_QI: Tensor) -> Tensor:
+        self.calls, self.rows = self.calls + 1, self.rows + len(x_QI)
+        if self.calls == self.at:
+            raise ConnectionError("gone")
+        return self.function(x_QI)
+
+
+def short_budget(queries: int) -> Problem:
+    config = replace(RecoveryConfig(), {"budget.queries": queries})
+    return dense([8, 10, 2], "tanh", told={"config": config})
+
+
+def only_inside() -> Problem:
+    """A picture service that refuses pixels outside [0, 1] with an exception."""
+
+    def check(x_QI: Tensor) -> Tensor:
+        if (x_QI < 0).any() or (x_QI > 1).any():
+            raise ValueError("pixels must lie in [0, 1]")
+        return 8 * x_QI - 4
+
+    more = {"centre": 0.5, "scale": 0.3, "domain": (0, 1)}
+    return through([6, 5, 2], "tanh", check, told={"domain": (0.0, 1.0)}, **more)
+
+
+def module(dtype: torch.dtype, tolerance: float, layer: torch.nn.Module | None = None, mode: str = "eval") -> Problem:
+    """A torch.nn.Sequential 8-10-2 in a float type, with a further layer if one is given."""
+    torch.manual_seed(3)
+    parts = [torch.nn.Linear(8, 10), *([layer] if layer else []), torch.nn.Tanh(), torch.nn.Linear(10, 2)]
+    net = torch.nn.Sequential(*parts).to(dtype)
+    exact = copy.deepcopy(net).double()
+    net.train(mode == "train")
+    truth = None if layer else lambda x: exact(x).detach()
+    first = exact[0]
+    bends = (first.weight.detach(), first.bias.detach())
+    return Problem(net, 8, {"activation": "tanh"}, truth, None if layer else [10], bends=bends, tolerance=tolerance)
+
+
+# -- estimators --------------------------------------------------------------------------------------------------------
+
+
+def estimator(name: str) -> Problem:
+    """scikit-learn's MLP with its default 100 relu neurons, fitted to standardised data, asked by its method."""
+    from sklearn import datasets
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
+
+    x_QI, y_Q = {
+        "diabetes": lambda: datasets.load_diabetes(return_X_y=True),
+        "friedman1": lambda: datasets.make_friedman1(500, random_state=0),
+        "digits": lambda: datasets.load_digits(return_X_y=True),
+        "breast cancer": lambda: datasets.load_breast_cancer(return_X_y=True),
+        "wine": lambda: datasets.load_wine(return_X_y=True),
+    }[name]()
+    regression = name in ("diabetes", "friedman1")
+    spread = x_QI.std(0)
+    x_QI = (x_QI - x_QI.mean(0)) / np.where(spread > 0, spread, 1)
+    made = (MLPRegressor if regression else MLPClassifier)(random_state=0).fit(x_QI, y_Q)
+    method = made.predict if regression else made.predict_proba
+    (w, v), b = made.coefs_, made.intercepts_[0]
+    told = {"activation": "relu", "data": x_QI, "outputs": "values" if regression else "probabilities"}
+
+    def truth(x_QI: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(method(x_QI.numpy()))).reshape(len(x_QI), -1)
+
+    live = int(((np.abs(v).max(1) > 1e-12) & (np.abs(w).max(0) > 1e-12)).sum())
+    bends = (torch.from_numpy(w.T.copy()), torch.from_numpy(b.copy()))
+    return Problem(method, x_QI.shape[1], told, truth, [live], bends=bends, tolerance=1e-5)
+
+
+def other_model(kind: str) -> Problem:
+    from sklearn.datasets import load_diabetes
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.linear_model import LinearRegression
+    from sklearn.neighbors import KNeighborsRegressor
+
+    x_QI, y_Q = load_diabetes(return_X_y=True)
+    x_QI = x_QI / x_QI.std(0)
+    models = {
+        "linear": LinearRegression(),
+        "forest": RandomForestRegressor(50, random_state=0),
+        "neighbours": KNeighborsRegressor(),
+        "gaussian process": GaussianProcessRegressor(alpha=0.1, random_state=0),
+    }
+    return Problem(models[kind].fit(x_QI, y_Q).predict, x_QI.shape[1], {"activation": "relu"})
+
+
+def over_http() -> Problem:
+    from examples.black_box_over_http import FaultyService, ask
+
+    net = network(weights([4, 3, 1], 1), "tanh")
+    service = FaultyService(lambda rows: net(torch.tensor(rows, dtype=torch.float64)).tolist())
+    arguments = {"activation": "tanh", "max_rows": 2000, "retries": 8}
+    return Problem(
+        partial(ask, service.url), 4, arguments, net, [3], after=lambda: f"{service.faults} faults", tolerance=1e-6
+    )
+
+
+def one_hot(x_QO: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(x_QO.argmax(1), x_QO.shape[1])
+
+
+def rounded(decimals: int, y_QO: Tensor) -> Tensor:
+    return y_QO.round(decimals=decimals)
+
+
+SCALES = torch.logspace(-3, 3, 8, dtype=torch.float64)
+NET = [8, 5, 3]
+
+CASES = [
+    # networks, as they are
+    Case("tanh 4-6-2, inputs round 50", "exact", partial(moved_inputs, "tanh", 50.0, 1.0, sizes=[4, 6, 2])),
+    Case("relu 8-5-3, a kink 60 deviations off", "exact", far_kink, small=True),
+    Case("outputs 1e14 net(x) and sin(20 x)", "unverified", two_sizes),
+    Case("float32, a neuron of 3e-6", "exact", faint_neuron),
+    *(Case(f"relu 8-{h}-1", "exact", partial(dense, [8, h, 1], "relu"), 120) for h in (16, 20, 32, 64)),
+    Case("tanh 64-32-32-10", "exact", partial(dense, [64, 32, 32, 10], "tanh"), 600),
+    Case("tanh 784-64-10", "exact", partial(dense, [784, 64, 10], "tanh"), 600),
+    Case("g 64-50-10", "exact", partial(dense, [64, 50, 10], "g"), 600),
+    Case("g 64-100-10", "exact", partial(dense, [64, 100, 10], "g"), 600),
+    Case("tanh 10-30-1", "exact", partial(dense, [10, 30, 1], "tanh"), 600),
+    Case("tanh 10-100-1", "exact", partial(dense, [10, 100, 1], "tanh"), 600),
+    Case("sigmoid 10-100-1", "exact", partial(dense, [10, 100, 1], "sigmoid"), 600),
+    Case("relu 8-6-6-6-2", "exact", partial(dense, [8, 6, 6, 6, 2], "relu"), 300),
+    # scikit-learn's defaults
+    *(
+        Case(f"scikit-learn 100 relu, {name}", "exact", partial(estimator, name), 300)
+        for name in ("diabetes", "friedman1", "digits", "breast cancer", "wine")
+    ),
+    # kinds of answers
+    Case("softmax, tanh 8-5-3", "exact", partial(through, NET, "tanh", after=lambda y: y.softmax(1)), small=True),
+    Case("softmax, relu 8-5-3", "exact", partial(through, NET, "relu", after=lambda y: y.softmax(1)), small=True),
+    Case("one-hot", "labels only", partial(through, NET, "tanh", after=one_hot), small=True),
+    Case("class label", "labels only", partial(through, NET, "tanh", after=lambda y: y.argmax(1)), small=True),
+    Case(
+        "rounded to 3 decimals",
+        "exact",
+        partial(through, NET, "tanh", after=partial(rounded, 3), exact=False, tolerance=0.01, bends=None),
+        300,
+    ),
+    Case("numpy answers", "exact", partial(through, NET, "tanh", after=lambda y: y.numpy()), small=True),
+    Case("answers [Q]", "exact", partial(through, [6, 3, 1], "tanh", after=lambda y: y[:, 0]), small=True),
+    Case("float32 nn.Sequential", "exact", partial(module, torch.float32, 1e-3)),
+    Case(
+        "wrong input_size",
+        "raised at queries of shape",
+        lambda: Problem(module(torch.float32, 1).black_box, 5, {}),
+        small=True,
+    ),
+    # inputs
+    Case(
+        "inputs clamped to [0, 1]", "exact", partial(through, NET, "tanh", lambda x: x.clamp(0, 1), domain=(0, 1)), 120
+    ),
+    Case("inputs clamped to [-3, 3]", "exact", partial(through, NET, "tanh", lambda x: x.clamp(-3, 3), domain=(-3, 3))),
+    Case("input scales 1e-3 to 1e3", "exact", partial(moved_inputs, "tanh", 0.0, SCALES), 120),
+    Case("inputs x 1e3", "exact", partial(moved_inputs, "tanh", 0.0, 1e3), 120),
+    Case("inputs round 50, with data", "exact", partial(moved_inputs, "tanh", 50.0, 1.0, True), small=True),
+    # other functions
+    Case("net(x) + A x", "linear skip", linear_skip, small=True),
+    Case("tanh, then relu", "kinks between curves", two_kinds, small=True),
+    Case(
+        "LayerNorm",
+        "normalised inputs",
+        partial(through, NET, "tanh", lambda x: torch.nn.functional.layer_norm(x, (8,))),
+        small=True,
+    ),
+    *(
+        Case(kind, name, partial(other_model, kind), small=True)
+        for kind, name in (("linear", "linear"), ("forest", "piecewise constant"), ("neighbours", "piecewise constant"))
+    ),
+    # services
+    Case("a ConnectionError now and then", "exact", flaky, small=True),
+    Case("broken off, then started again", "exact", fails_once),
+    Case("a budget of 15,000 that runs out", "unverified", partial(short_budget, 15_000), 120),
+    # nastier
+    Case("a gate in one corner of the domain", "unverified", hidden_gate, 120),
+    Case("7 neurons that are 4", "exact", redundant),
+    Case("another box after 6,000 queries", "unverified", drifting, 120),
+    Case(
+        "dropout left on",
+        "not deterministic",
+        partial(module, torch.float64, 1, torch.nn.Dropout(0.3), "train"),
+        small=True,
+    ),
+    Case(
+        "batch normalisation left on",
+        "depends on the other rows",
+        partial(module, torch.float64, 1, torch.nn.BatchNorm1d(10), "train"),
+        small=True,
+    ),
+    Case("bfloat16 module", "unverified", partial(module, torch.bfloat16, 0.1), 120),
+    Case("pixels outside [0, 1] are refused", "exact", only_inside, 120),
+    Case(
+        "probabilities rounded to 4 decimals",
+        "unverified",
+        partial(through, NET, "tanh", after=lambda y: rounded(4, y.softmax(1)), exact=True, tolerance=0.01),
+        120,
+    ),
+    Case(
+        "a sigmoid's column in float32",
+        "exact",
+        partial(
+            through,
+            [6, 4, 1],
+            "tanh",
+            after=lambda y: torch.sigmoid(3 * y).float(),
+            told={"outputs": "probabilities"},
+            tolerance=1e-4,
+        ),
+        120,
+    ),
+    Case("a Gaussian process", "unverified", partial(other_model, "gaussian process"), 120),
+    Case("leaky slope .2", "unverified", other_slope, 120),
+    Case("over HTTP, with faults", "exact", over_http, 300),
+]

@@ -1,0 +1,188 @@
+"""What a comparison of a network with a black box's answers shows: how far they agree, where, and what could hide.
+
+An answer and the network's output differ by rounding and by the fit's own error, and both grow with the terms that the
+output is the sum of. So a disagreement counts in units of what is due at its input: `Tolerance.unit_O` at ordinary
+inputs and more, in proportion to the terms, where these are larger.
+
+Legend: Q queries, I inputs, O outputs.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distrecon.expand_cluster.standard import Standard
+from distrecon.expand_cluster.thresholds import AGREEMENT, AGREEMENT_WORST
+from distrecon.expand_cluster.weights import Weights
+from distrecon.nets.activations import activation as find_activation
+
+NUMBERS_AT_ONCE = 4_000_000  # of one layer's values, when many answers are compared
+RULE_OF_THREE = 3.0  # n draws without an event: with 95 % confidence it has a probability below 3 / n
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The disagreement that is due, in the answers' own unit: `unit_O` where the terms have the size `terms_O`."""
+
+    unit_O: Tensor
+    terms_O: Tensor
+
+    def at(self, terms_QO: Tensor) -> Tensor:
+        """What is due where the terms have these sizes: in proportion to them, but never less than `unit_O`."""
+        return self.unit_O * (terms_QO / self.terms_O).clamp(min=1.0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A network beside `count` answers: for each output the largest |difference|, and its largest and root mean square
+    in units of what is due; for each answer the largest over its outputs.
+    """
+
+    largest_O: Tensor
+    ratio_O: Tensor
+    mean_ratio_O: Tensor
+    ratio_Q: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of answers compared."""
+        return len(self.ratio_Q)
+
+    @property
+    def agrees_O(self) -> Tensor:
+        """Whether each output agrees, on the whole and at every single answer; numbers that are not finite do not."""
+        return (self.mean_ratio_O <= AGREEMENT) & (self.ratio_O <= AGREEMENT_WORST)
+
+    @property
+    def contradicted_Q(self) -> Tensor:
+        """Which single answers contradict the network."""
+        return ~(self.ratio_Q <= AGREEMENT_WORST)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a verdict rests on; plain numbers, so that `dataclasses.asdict` of it is JSON.
+
+    `lowest`, `highest` [I] and `farthest` (a bound of the Euclidean norm) say where the answers compared were asked.
+    `given` of them are all earlier ones of the run (0: the fit was not exact, and only fresh ones were compared);
+    `fresh` had no part in the fit. What differs from the network on more than `hidden_share` of the inputs from which
+    fresh queries are drawn has been met, with a confidence of 95 % (rule of three).
+
+    Of each output [O], in the answers' own unit: `noise` is the standard deviation of its rounding, `spread` its own
+    standard deviation at the training queries, `terms` the size of its terms there; `allowed` is the largest
+    disagreement allowed where the terms are no larger, else more in proportion; `worst` the largest disagreement found,
+    `worst_share` the largest as a share of what is allowed at its input, `mean_share` the root mean square of all as a
+    share of what that may be; `smallest_seen` the contribution (root mean square) from which on a missing neuron shows.
+    """
+
+    lowest: list[float]
+    highest: list[float]
+    farthest: float
+    given: int
+    fresh: int
+    noise: list[float]
+    spread: list[float]
+    terms: list[float]
+    allowed: list[float]
+    worst: list[float]
+    worst_share: list[float]
+    mean_share: list[float]
+    smallest_seen: list[float]
+    hidden_share: float
+
+    def own(self, standard: Standard) -> "Certificate":
+        """The same in the black box's own inputs and answers (or scores of its probabilities)."""
+        around, scale_O = standard.around, standard.scale_O
+        low_I, high_I = (around.inputs(torch.tensor([x], dtype=torch.float64))[0] for x in (self.lowest, self.highest))
+        amounts = ("noise", "spread", "terms", "allowed", "worst", "smallest_seen")
+        values: dict[str, Any] = {
+            name: (scale_O * torch.tensor(getattr(self, name), dtype=torch.float64)).tolist() for name in amounts
+        }
+        farthest = float(torch.maximum(low_I.abs(), high_I.abs()).norm())
+        return dataclasses.replace(self, lowest=low_I.tolist(), highest=high_I.tolist(), farthest=farthest, **values)
+
+    def metrics(self) -> dict[str, float]:
+        """The few numbers that go to summary.json and MLflow; disagreements relative to the outputs' spreads."""
+        return {
+            "recover/answers_compared": self.given + self.fresh,
+            "recover/worst_disagreement": max(w / s for w, s in zip(self.worst, self.spread, strict=True)),
+            "recover/smallest_seen": max(c / s for c, s in zip(self.smallest_seen, self.spread, strict=True)),
+            "recover/hidden_share": self.hidden_share,
+        }
+
+    def lines(self) -> list[str]:
+        """For a report."""
+        low, high = min(self.lowest), max(self.highest)
+        metrics = self.metrics()
+        outputs = zip(self.worst, self.worst_share, strict=True)
+        worst, share = max(outputs, key=lambda pair: pair[1])
+        return [
+            f"compared     {self.given} answers of the run and {self.fresh} fresh ones, inputs from {low:.4g} to "
+            f"{high:.4g} (norm at most {self.farthest:.4g})",
+            f"disagreement at most {metrics['recover/worst_disagreement']:.1e} of an output's deviation; "
+            f"at the worst place {worst:.1e}, {100 * share:.3g} % of what rounding and fit allow there",
+            f"unseen       contributions below {metrics['recover/smallest_seen']:.1e} of an output's deviation; "
+            f"what lies on less than {100 * self.hidden_share:.3g} % of the inputs drawn (at 95 % confidence)",
+        ]
+
+
+def outputs_and_terms(weights: Weights, activation: str, x_QI: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs y[Q, O] and the size of their terms [Q, O].
+
+    That size is by how much an output can change, to first order, when every input, weight, bias and activation changes
+    by 100 %; times 1e-16 it bounds the rounding of float64 (running error analysis: Higham, Accuracy and Stability of
+    Numerical Algorithms, 2002, section 3.3).
+    """
+    act = find_activation(activation)
+    hidden, size = x_QI, x_QI.abs()
+    for w, b in weights[:-1]:
+        before = torch.addmm(b, hidden, w.T)
+        size = torch.addmm(b.abs(), hidden.abs() + size, w.abs().T)
+        hidden = act(before)
+        if act.symmetry != "scaled":  # else its slope is at most 1, and a kink may lie within the rounding
+            size = act.derivative(before).abs() * size
+        size = size + hidden.abs()
+    w, b = weights[-1]
+    return torch.addmm(b, hidden, w.T), torch.addmm(b.abs(), hidden.abs() + size, w.abs().T)
+
+
+def compare(weights: Weights, activation: str, x_QI: Tensor, y_QO: Tensor, tolerance: Tolerance) -> Comparison:
+    """The network beside the answers y[Q, O], in parts of bounded memory."""
+    rows = max(1, NUMBERS_AT_ONCE // max(len(b) for _, b in weights))
+    outputs = y_QO.shape[1]
+    largest_O, ratio_O, sum_O = torch.zeros(3, outputs, dtype=torch.float64)
+    ratios = []
+    for x, y in zip(x_QI.split(rows), y_QO.split(rows), strict=True):
+        out_QO, terms_QO = outputs_and_terms(weights, activation, x)
+        error_QO = (out_QO - y).abs().nan_to_num(torch.inf)
+        ratio_QO = (error_QO / tolerance.at(terms_QO)).nan_to_num(torch.inf)
+        largest_O = torch.maximum(largest_O, error_QO.amax(0))
+        ratio_O = torch.maximum(ratio_O, ratio_QO.amax(0))
+        sum_O = sum_O + ratio_QO.square().sum(0)
+        ratios.append(ratio_QO.amax(1))
+    return Comparison(largest_O, ratio_O, (sum_O / len(x_QI)).sqrt(), torch.cat(ratios))
+
+
+def certify(
+    comparison: Comparison, tolerance: Tolerance, x_QI: Tensor, fresh: int, noise_O: Tensor, spread_O: Tensor
+) -> Certificate:
+    """The certificate of a comparison at the inputs x[Q, I], of which `fresh` had no part in the fit."""
+    return Certificate(
+        lowest=x_QI.amin(0).tolist(),
+        highest=x_QI.amax(0).tolist(),
+        farthest=float(x_QI.norm(dim=1).max()),
+        given=comparison.count - fresh,
+        fresh=fresh,
+        noise=noise_O.tolist(),
+        spread=spread_O.tolist(),
+        terms=tolerance.terms_O.tolist(),
+        allowed=(AGREEMENT_WORST * tolerance.unit_O).tolist(),
+        worst=comparison.largest_O.tolist(),
+        worst_share=(comparison.ratio_O / AGREEMENT_WORST).tolist(),
+        mean_share=(comparison.mean_ratio_O / AGREEMENT).tolist(),
+        smallest_seen=(AGREEMENT * tolerance.unit_O).tolist(),
+        hidden_share=min(1.0, RULE_OF_THREE / fresh),
+    )

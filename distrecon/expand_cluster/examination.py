@@ -1,0 +1,195 @@
+"""A black box examined before its recovery: how to ask it, what it is, and where it lives.
+
+First the answers themselves (repeatable? labels? probabilities? rounded?), then the surroundings (from data, domain, or
+by asking), then what kind of function it is there. What comes out is the black box in standard inputs and scores, which
+the method works in, and the findings; some of them stop a recovery before it starts.
+
+Legend: Q queries, I inputs, O outputs.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distrecon.errors import UserError, nearest
+from distrecon.expand_cluster.answers import Answers
+from distrecon.expand_cluster.blackbox import BlackBox, Function, Memory
+from distrecon.expand_cluster.diagnosis import Finding, clamped, diagnose_answers, diagnose_function, normalised
+from distrecon.expand_cluster.kept import KeptAnswers
+from distrecon.expand_cluster.odds import Odds
+from distrecon.expand_cluster.standard import Standard
+from distrecon.expand_cluster.surroundings import (
+    VISIBLE,
+    Bound,
+    Surroundings,
+    by_asking,
+    from_data,
+    from_domain,
+    read_domain,
+)
+from distrecon.expand_cluster.symptoms import Sample
+
+OUTPUTS = ("values", "probabilities")
+SAME_BOX = 1e-5  # relative difference of an answer asked again at which kept answers are another black box's
+THOROUGH = 20_000  # a smaller budget is not spent on what kind of function it is
+ROUNDED = 20.0  # steps of the answers' format: second differences below so many may be rounding
+FAR_KNOWN = tuple(2.0**k for k in range(10, -3, -1))  # half widths at which probabilities may still tell scores
+KNOWN = 0.95  # share of the queries that must
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The black box in standard inputs and scores, the draws it was looked at with, and what was found about it."""
+
+    box: BlackBox
+    sample: Sample
+    findings: list[Finding]
+
+    @property
+    def around(self) -> Surroundings:
+        """Centre, scale and domain of the inputs."""
+        return self.sample.around
+
+    @property
+    def stopped(self) -> Finding | None:
+        """The finding that stops the recovery, if one does."""
+        return next((found for found in self.findings if found.stops), None)
+
+    def named(self, name: str) -> Finding | None:
+        """The finding of that name, if there is one."""
+        return _named(self.findings, name)
+
+
+def examine(
+    black_box: Any,
+    input_size: int,
+    data: Tensor | None,
+    domain: tuple[Bound, Bound] | None,
+    outputs: str,
+    max_rows: int | None,
+    retries: int,
+    answers: str | Path | None,
+    budget: int,
+    generator: torch.Generator,
+) -> Examined:
+    """All that can be told of a black box before its recovery. The arguments are `recover_network`'s.
+
+    Raises UserError for a wrong request, or when the black box raises or gives no numbers.
+    """
+    if outputs not in OUTPUTS:
+        raise UserError(f"unknown outputs {outputs!r}{nearest(outputs, OUTPUTS)}")
+    ask_again = Answers(black_box, input_size, max_rows, retries)
+    low_I, high_I = read_domain(domain, input_size)
+    if data is not None:
+        around = from_data(data, low_I, high_I)
+    else:
+        around = from_domain(low_I, high_I)
+    asked = _keeping(ask_again, answers, input_size) if answers is not None else ask_again
+    raw = Memory(asked, budget)
+    sample = Sample.draw(lambda u_QI: raw(around.inputs(u_QI)), around, generator)
+    findings = diagnose_answers(sample, lambda u_QI: ask_again(around.inputs(u_QI)))
+    odds, thorough = None, raw.left() > THOROUGH
+    if not _stopped(findings) and (outputs == "probabilities" or _named(findings, "probabilities")):
+        odds = Odds.of(sample.y_QO, ask_again.dtype, float(sample.quantum_O.max()))
+    ask: Function = raw if odds is None else _visible_scores(raw, odds)
+    if not _stopped(findings) and thorough and data is None and domain is None:
+        if ask_again.dtype != torch.float16:  # which overflows soon
+            findings += [*normalised(sample, raw), *clamped(sample)]
+        around = around if _stopped(findings) else _elsewhere(ask, ask_again.dtype, sample, findings, generator)
+    if _stopped(findings):
+        return _examined(findings, sample, raw, None)
+    if odds is not None:
+        around = _where_known(raw, odds, around, generator)
+    if around is not sample.around:
+        sample = Sample.draw(lambda u_QI: ask(around.inputs(u_QI)), around, generator)
+    if not (sample.y_QO != sample.y_QO[:1]).any():
+        evidence = f"{len(sample.y_QO)} queries gave one answer"
+        findings.append(Finding("constant", evidence, "data= may show where it is not", True))
+    elif thorough:
+        findings += diagnose_function(sample)
+    return _examined(findings, sample, raw, odds)
+
+
+def _stopped(findings: list[Finding]) -> bool:
+    return any(found.stops for found in findings)
+
+
+def _named(findings: list[Finding], name: str) -> Finding | None:
+    return next((found for found in findings if found.name == name), None)
+
+
+def _elsewhere(
+    ask: Function, dtype: torch.dtype, sample: Sample, findings: list[Finding], generator: torch.Generator
+) -> Surroundings:
+    """Surroundings of a black box of which nothing is said: inside its limits, or by asking."""
+    limits = _named(findings, "clamped inputs")
+    if limits is not None:
+        return from_domain(limits.values["low"], limits.values["high"])
+    around = sample.around
+    if dtype == torch.float16:
+        largest_I = torch.full_like(around.scale_I, torch.finfo(dtype).max ** 0.5)
+        around = Surroundings(around.centre_I, around.scale_I, -largest_I, largest_I)
+    rounded = float((ROUNDED * sample.quantum_O / sample.y_QO.abs().amax(0).clamp(min=1e-300)).max())
+    return by_asking(ask, around, generator, max(VISIBLE, ROUNDED * torch.finfo(dtype).eps, rounded))
+
+
+def _examined(findings: list[Finding], sample: Sample, raw: Memory, odds: Odds | None) -> Examined:
+    findings = sorted(findings, key=lambda found: not found.stops)
+    standard = Standard(sample.around, odds, sample.y_QO.mean(0), sample.scale_O)
+    box = BlackBox(raw, sample.inputs, standard=standard, noise_O=sample.noise_O / sample.scale_O)
+    return Examined(box, sample, findings)
+
+
+def _visible_scores(raw: Memory, odds: Odds) -> Callable[[Tensor], Tensor]:
+    """Scores as far as they can be seen: where a probability is 0 or 1 they stay at the last that can be told."""
+    tiny = torch.finfo(odds.dtype)
+    least = tiny.eps if odds.reference is None else tiny.tiny
+    return lambda x_QI: odds(raw(x_QI).clamp(least, 1 - tiny.eps / 2))
+
+
+def _where_known(raw: Memory, odds: Odds, around: Surroundings, generator: torch.Generator) -> Surroundings:
+    """The largest box of standard inputs in which probabilities still tell the scores, as the domain."""
+    for half in FAR_KNOWN:
+        u_QI = half * (2 * torch.rand(100, len(around.scale_I), generator=generator, dtype=torch.float64) - 1)
+        if float(odds.known(raw(around.inputs(u_QI))).double().mean()) >= KNOWN:
+            break
+    low_I = torch.maximum(around.low_I, around.centre_I - half * around.scale_I)
+    high_I = torch.minimum(around.high_I, around.centre_I + half * around.scale_I)
+    return Surroundings(around.centre_I, around.scale_I, low_I, high_I)
+
+
+def _keeping(answers: Answers, folder: str | Path, input_size: int) -> Function:
+    """The answers of a folder where it has them; others are asked for and kept at once.
+
+    Raises UserError when the first or last kept query is answered differently now: another black box's.
+    """
+    kept = KeptAnswers(folder, input_size)
+    x_QI, y_QO = kept.rows()
+    if len(x_QI):
+        ends = torch.tensor([0, len(x_QI) - 1])
+        now_QO = answers(x_QI[ends])
+        if now_QO.shape[1] != y_QO.shape[1] or (now_QO - y_QO[ends]).abs().max() > SAME_BOX * y_QO.abs().max():
+            kept.close()
+            raise UserError(f"answers={folder}: this black box answers a kept query differently; choose another folder")
+    known = {_key(row): y for row, y in zip(x_QI.numpy(), y_QO.numpy(), strict=True)}
+
+    def answer(x_QI: Tensor) -> Tensor:
+        rows = x_QI.contiguous().numpy()
+        fresh = torch.tensor([_key(row) not in known for row in rows], dtype=torch.bool)
+        if fresh.any():
+            for part_QI, part_QO in answers.parts(x_QI[fresh]):
+                kept.append(part_QI, part_QO)
+                known.update((_key(row), y) for row, y in zip(part_QI.numpy(), part_QO.numpy(), strict=True))
+        return torch.from_numpy(np.stack([known[_key(row)] for row in rows]))
+
+    return answer
+
+
+def _key(row: np.ndarray) -> bytes:
+    return hashlib.blake2b(row.tobytes(), digest_size=16).digest()

@@ -1,0 +1,49 @@
+"""Standard inputs and standard scores, which the method works in, and the way back to the black box's own.
+
+Standard inputs u = (x - centre) / scale (see surroundings.py). Standard scores are the answers, or the scores of
+probabilities (see odds.py), minus their means and divided by their standard deviations at standard inputs, so that
+every output counts alike, whatever its size.
+
+Legend: Q queries, I inputs, O outputs, C columns of probabilities.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distrecon.expand_cluster.odds import Odds
+from distrecon.expand_cluster.surroundings import Surroundings
+from distrecon.expand_cluster.weights import Weights
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Centre, scale and domain of the inputs, mean and scale of the scores; `odds` None: the answers are the scores."""
+
+    around: Surroundings
+    odds: Odds | None
+    mean_O: Tensor
+    scale_O: Tensor
+
+    def inputs(self, u_QI: Tensor) -> Tensor:
+        """The black box's own inputs x of standard ones."""
+        return self.around.inputs(u_QI)
+
+    def scores(self, y_QC: Tensor) -> Tensor:
+        """Standard scores [Q, O] of the black box's own answers."""
+        return ((y_QC if self.odds is None else self.odds(y_QC)) - self.mean_O) / self.scale_O
+
+    def known(self, y_QC: Tensor) -> Tensor:
+        """[Q]: which answers tell their scores; all but probabilities near 0 or 1."""
+        return torch.ones(len(y_QC), dtype=torch.bool) if self.odds is None else self.odds.known(y_QC)
+
+    def own(self, weights: Weights) -> Weights:
+        """Weights for standard inputs and scores as weights for the black box's own: one output for every class."""
+        (w, b), *rest = weights
+        w = w / self.around.scale_I
+        *hidden, (last_w, last_b) = [(w, b - w @ self.around.centre_I), *rest]
+        last_w, last_b = self.scale_O[:, None] * last_w, self.scale_O * last_b + self.mean_O
+        if self.odds is not None:
+            last_w, last_b = self.odds.all_classes(last_w.T).T, self.odds.all_classes(last_b[None])[0]
+        return [*hidden, (last_w, last_b)]

@@ -1,0 +1,269 @@
+"""Autoencoder trials: a weight autoencoder is trained on zoos by Ray Train and scored on the three tasks.
+
+`run` and what it needs of the cluster, the metrics, the report's figures, and loading what a trial left.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distrecon.autoencoder.model import Autoencoder
+from distrecon.autoencoder.store import load_autoencoder as load_folder
+from distrecon.cluster.training import AutoencoderRun, train_autoencoder
+from distrecon.errors import UserError
+from distrecon.record.folder import RunFolder
+from distrecon.record.journal import SweepRecord
+from distrecon.record.kind import Arrays, Drawing, Kind, Metric, Needs, Trial, percent, two_digits
+from distrecon.report import tables
+
+DRIVER_CPUS = 0.01  # what a trial's own process takes; Ray Train reserves its workers' CPUs and GPUs itself
+MLFLOW_RUN = "runs:/"
+
+
+def run(config: AutoencoderRun, trial: Trial) -> Mapping[str, Any]:
+    """Trains and scores one autoencoder; the training's own reports become the trial's."""
+    zoos = [trial.zoos[name] for name in config.zoo]
+    return train_autoencoder(config, zoos, trial.storage, trial.name, in_trial=True).metrics
+
+
+def needs(config: AutoencoderRun) -> Needs:
+    """All data-parallel workers, or as few as an elastic training goes on with."""
+    resources = config.resources
+    workers = max(1, resources.num_workers)
+    least = resources.min_workers or workers
+    each = {"CPU": resources.cpus_per_worker, **({"GPU": resources.gpus_per_worker} if resources.use_gpu else {})}
+    whole = {name: workers * amount for name, amount in each.items()}
+    return Needs({"CPU": DRIVER_CPUS}, whole, {name: least * amount for name, amount in each.items()})
+
+
+# -- what a trial left ------------------------------------------------------------------------------------------------
+
+
+def load_autoencoder(path: str | Path) -> Autoencoder:
+    """An autoencoder, on the CPU: of a run folder (the best trial's), of a folder that `save_autoencoder` wrote, or of
+    an MLflow run, `runs:/RUN_ID` (a sweep's run gives its best trial's; the store is MLFLOW_TRACKING_URI, or mlflow.db
+    here). Raises UserError when there is none."""
+    if str(path).startswith(MLFLOW_RUN):
+        from distrecon.record.tracking import model_folder
+
+        return load_folder(model_folder(str(path).removeprefix(MLFLOW_RUN)))
+    return load_folder(autoencoder_folder(Path(path)))
+
+
+def autoencoder_folder(path: Path) -> Path:
+    """Where the autoencoder of a run lies: the folder itself, or the best trial's of its first autoencoder sweep.
+
+    Raises UserError when there is none.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; name a run of distrecon.train or distrecon.tune")
+    folder = RunFolder(path)
+    for place in (path, folder.models):
+        if (place / "autoencoder.json").exists():
+            return place
+    for sweep in folder.read_summary().get("sweeps", ()):
+        if sweep["kind"] == KIND.name and sweep["best"]:
+            best = folder.models / sweep["name"] / sweep["best"]
+            if (best / "autoencoder.json").exists():  # a run of distrecon.generate leaves models only
+                return best
+    raise UserError(f"{path}: this run trained no autoencoder; name a run of distrecon.train or distrecon.tune")
+
+
+def zoo_folder(path: str) -> str:
+    """The folder of the zoo that a run's autoencoder was trained on; UserError when it has to be named."""
+    folder = RunFolder(Path(path))
+    if path.startswith(MLFLOW_RUN) or not folder.summary.exists():
+        raise UserError(f"the zoo of {path} is not known from it: name one with --zoo")
+    zoos = folder.read_summary()["zoos"]
+    if len(zoos) != 1:
+        raise UserError(f"{path} was trained on {len(zoos)} zoos: name one with --zoo")
+    return next(iter(zoos.values()))["path"]
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+LOSSES = ("loss/contrastive", "loss/structural", "loss/behavioral")
+NOVELTY = {  # prefix of the metrics -> name; the sampler's own points are named by their trial
+    "generate/": None,
+    "generate/baseline_heldout/": "held-out good models",
+    "generate/baseline_noise/": "noise on a model",
+    "generate/baseline_average/": "average of two",
+}
+
+
+def losses(sweep: SweepRecord, arrays: Arrays) -> Drawing | None:
+    from distrecon.report import figures
+
+    curves = {loss.split("/")[1]: _curves(sweep, loss) for loss in LOSSES}
+    curves = {loss: trials for loss, trials in curves.items() if trials}
+    if not curves:
+        return None
+    ends = "; ".join(
+        f"{loss}: "
+        + ", ".join(f"{trial} {points[0][1]:.2g} to {points[-1][1]:.2g}" for trial, points in trials.items())
+        for loss, trials in curves.items()
+    )
+    return Drawing(
+        "losses",
+        "Losses by epoch",
+        "Each loss over the training models, before scaling; a trial appears where it trains that loss. "
+        f"From the first to the last epoch: {ends}.",
+        figures.losses_by_epoch(curves),
+    )
+
+
+def _curves(sweep: SweepRecord, metric: str) -> dict[str, list[tuple[int, float]]]:
+    curves = {}
+    for trial in sweep.trials.values():
+        points = [(e, m[metric]) for e, m in sorted(trial.epochs.items()) if isinstance(m.get(metric), int | float)]
+        if points:
+            curves[tables.label(trial.config)] = points
+    return curves
+
+
+def accuracies(sweep: SweepRecord, arrays: Arrays) -> Drawing | None:
+    from distrecon.report import figures
+
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    for trial, values in arrays.items():
+        sets = groups[tables.label(sweep.trials[trial].config)] = {}
+        if "reconstruct/accuracy" in values:
+            sets["original"], sets["reconstructed"] = values["reconstruct/accuracy"]
+        sets["generated"] = values["generate/accuracy"]
+    if not groups:
+        return None
+    means = "; ".join(
+        f"{name}: " + ", ".join(f"{kind} {np.mean(v):.2f}" for kind, v in sets.items()) for name, sets in groups.items()
+    )
+    return Drawing(
+        "accuracies",
+        "Accuracy of original, reconstructed and generated models",
+        f"One point a model, a line at each mean. Means: {means}.",
+        figures.accuracy_distributions(groups),
+    )
+
+
+def novelty(sweep: SweepRecord, arrays: Arrays) -> Drawing | None:
+    from distrecon.report import figures
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for prefix, name in NOVELTY.items():
+        for trial in sweep.trials.values():
+            at, accuracy = (trial.metrics.get(f"{prefix}{m}") for m in ("novelty", "accuracy_mean"))
+            if isinstance(at, float) and isinstance(accuracy, float):
+                points.setdefault(name or tables.label(trial.config), []).append((at, accuracy))
+    if not points:
+        return None
+    points = {name: list(dict.fromkeys(values)) for name, values in points.items()}
+    numbers = "; ".join(f"{name}: {values[0][1]:.2f} at {values[0][0]:.2f}" for name, values in points.items())
+    return Drawing(
+        "novelty",
+        "Accuracy against novelty of generated models",
+        "Novelty is the aligned distance to the nearest training model, 1 where a held-out good model lies. "
+        "Noise on a training model and averages of two are the baselines that a generator has to beat. "
+        f"Mean accuracy at novelty: {numbers}.",
+        figures.accuracy_novelty(points),
+    )
+
+
+def gradients(sweep: SweepRecord, arrays: Arrays) -> Drawing | None:
+    from distrecon.report import figures
+
+    best = sweep.best()
+    found = arrays.get(best.trial, {}) if best else {}
+    if best is None or "gradients/structural_share" not in found:
+        return None
+    shares = {kind: found[f"gradients/{kind}_share"] for kind in ("structural", "behavioral")}
+    cosines = {
+        "predicted with behavioral": found["gradients/predicted_cosine"],
+        "structural with behavioral": found["gradients/structural_cosine"],
+    }
+    layers = [str(name) for name in found["layers"]]
+    numbers = "; ".join(
+        f"{name}: " + ", ".join(f"{layer} {v:.2f}" for layer, v in zip(layers, values, strict=True))
+        for name, values in {**shares, **cosines}.items()
+    )
+    return Drawing(
+        "gradients",
+        f"What the losses ask of each layer ({tables.heading(sweep)} {tables.label(best.config)})",
+        "Left, each layer's part of the norm of the structural and of the behavioural gradient, both with respect to "
+        "the reconstructed weights, mean over held-out models. Right, the cosine of the behavioural gradient with its "
+        f"first-order prediction and with the structural one. {numbers}.",
+        figures.gradients(layers, shares, cosines),
+    )
+
+
+def agreement(sweep: SweepRecord, arrays: Arrays) -> Drawing | None:
+    from distrecon.report import figures
+
+    best = sweep.best()
+    matrix = arrays.get(best.trial, {}).get("reconstruct/agreement_matrix") if best else None
+    if best is None or matrix is None:
+        return None
+    others = matrix[~np.eye(len(matrix), dtype=bool)]
+    return Drawing(
+        "agreement",
+        f"Agreement of reconstructions with originals ({tables.heading(sweep)} {tables.label(best.config)})",
+        "Share of test images on which two models predict the same class; a bright diagonal means that reconstructions "
+        f"behave like their own originals. Mean {matrix.diagonal().mean():.2f} with the own original, "
+        f"{others.mean():.2f} with the others.",
+        figures.agreement(matrix),
+    )
+
+
+# -- the kind ---------------------------------------------------------------------------------------------------------
+
+METRICS = (
+    Metric("predict/test_accuracy_r2", "R2 acc", two_digits, "test accuracy predicted from the embedding (R2)"),
+    Metric("predict/generalization_gap_r2", "R2 gap", two_digits, "generalisation gap predicted likewise (R2)"),
+    Metric(
+        "reconstruct/agreement",
+        "agree",
+        percent,
+        "% of test images on which a reconstruction predicts as its original",
+    ),
+    Metric("reconstruct/agreement_on_errors", "err", percent, "the same where the original is wrong"),
+    Metric(
+        "reconstruct/own_nearest",
+        "own",
+        percent,
+        "% of reconstructions that agree best with their own original; low means that many models became one",
+    ),
+    Metric("reconstruct/weight_l2", "L2", two_digits, "distance of a reconstruction's weights to its original's"),
+    Metric("reconstruct/accuracy_mean", "rec", percent, "reconstructions' accuracy, mean, %"),
+    Metric("reconstruct/accuracy_max", "max", percent, "the best one's"),
+    Metric("generate/accuracy_mean", "gen", percent, "generated models' accuracy, mean, %"),
+    Metric("generate/accuracy_max", "max", percent, "the best one's"),
+    Metric(
+        "reconstruct/output_mse", "", two_digits, "mean squared difference of reconstructions' and originals' outputs"
+    ),
+    Metric("loss/total", "", two_digits, "the training loss, mean of an epoch", every_epoch=True),
+)
+
+KIND = Kind(
+    name="autoencoder",
+    config_type=AutoencoderRun,
+    run=run,
+    metrics=METRICS,
+    objective="reconstruct/agreement_on_errors",
+    mode="max",
+    smoke={
+        "zoo": ["smoke"],
+        "model.width": 16,
+        "model.layers": 1,
+        "model.heads": 2,
+        "model.latent": 4,
+        "model.fisher_models": 8,
+        "optim.epochs": 2,
+        "data.query_pool": 64,
+        "data.queries": 32,
+        "tasks.samples": 4,
+    },
+    figures=(losses, accuracies, novelty, gradients, agreement),
+    needs=needs,
+    epochs=lambda config: config.optim.epochs,
+    reports_itself=True,
+    offer=("The best autoencoder in Python", 'distrecon.load_autoencoder("{run}")'),
+)

@@ -1,0 +1,296 @@
+"""The only file that imports MLflow. Journals are sent to the tracking store as they grow, from the driver.
+
+The journal is the record, the store a copy: what was sent is remembered in the run folder, so when the store is down
+the rest is sent later, and nothing is sent twice. An experiment a sweep name, a parent run a sweep, a child a trial.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# a store that is down must not hold the sweep's progress up for minutes: what fails is sent again later anyway
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from distrecon import console
+from distrecon.errors import UserError
+from distrecon.files import write_json
+from distrecon.record.folder import RunFolder
+
+STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"}
+RETRY_SECONDS = 30.0
+MODEL = "model"  # the artifact folder of a trial's models
+NOTE_LENGTH = 5000  # of a description
+PARAM_LENGTH = 500  # MLflow's databases hold 500 to 8,000 characters
+
+
+LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a local store
+BEST = "best_run"  # the tag of a sweep's run that names its best trial's
+
+
+def store_uri() -> str:
+    """Where runs are recorded: MLFLOW_TRACKING_URI, or mlflow.db in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def model_folder(run_id: str) -> Path:
+    """A local copy of the model of a trial's run, or of a sweep's best trial; UserError when there is none."""
+    client = MlflowClient(store_uri())
+    try:
+        best = client.get_run(run_id).data.tags.get(BEST, run_id)
+        if not client.list_artifacts(best, MODEL):
+            raise UserError(f"MLflow run {run_id} holds no model: name an autoencoder's run, or its sweep's")
+        return Path(client.download_artifacts(best, MODEL))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"MLflow at {store_uri()}: {_one_line(error)}") from None
+
+
+class Tracker:
+    """Sends the journals of one run folder to MLflow; `sync` as often as one likes.
+
+    A store that does not answer is asked again after 30 s; `problem` then holds the reason in one line.
+    """
+
+    def __init__(self, folder: RunFolder, sweeps: Sequence[str], tags: Mapping[str, str]) -> None:
+        for name in ("mlflow", "alembic", "sqlalchemy"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.folder, self.sweeps, self.tags = folder, list(sweeps), dict(tags)
+        self.uri = store_uri()
+        self.problem: str | None = None
+        self._next_try = 0.0
+        self._client: MlflowClient | None = None
+        self._sent = self._load()
+
+    # -- sending ------------------------------------------------------------------------------------------------------
+
+    def sync(self, force: bool = False) -> bool:
+        """Sends what is new; False when the store did not answer."""
+        if time.monotonic() < self._next_try and not force:
+            return False
+        try:
+            with _undisturbed():
+                for name in self.sweeps:
+                    self._sync_sweep(name)
+        except (MlflowException, OSError) as error:
+            self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
+            self._next_try = time.monotonic() + RETRY_SECONDS
+            return False
+        self.problem = None
+        return True
+
+    def _sync_sweep(self, name: str) -> None:
+        sent = self._sent.setdefault(name, {"offset": 0, "runs": {}, "experiment": None})
+        events, offset = self.folder.journal(name).read(sent["offset"])
+        for event in events:
+            self._send(name, sent, event)
+        if offset != sent["offset"]:
+            sent["offset"] = offset
+            self._save()
+
+    def _send(self, name: str, sent: dict[str, Any], event: Mapping[str, Any]) -> None:
+        what, at = event["event"], int(event["time"] * 1000)
+        trial = event.get("trial", "")
+        if what == "sweep":
+            self._open(
+                name, sent, "", self.folder.path.name, at, {"kind": event["kind"], "objective": event["metric"]}, {}
+            )
+        elif what == "started":
+            label = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in event["config"].items())
+            self._open(name, sent, trial, label or trial, at, {"trial_id": trial}, event["config"])
+        elif what == "metrics":
+            metrics = [
+                Metric(key, float(value), at, int(event["epoch"]))
+                for key, value in event["metrics"].items()
+                if _is_number(value)
+            ]
+            self._log(sent["runs"][trial], metrics=metrics)
+        elif what == "finished":
+            if event["error"]:
+                self._log(sent["runs"][trial], tags={"error": event["error"]})
+            self.client.set_terminated(sent["runs"][trial], STATUS[event["status"]], at)
+        elif what == "done":
+            self.client.set_terminated(sent["runs"][""], "FINISHED", at)
+
+    def _open(
+        self,
+        name: str,
+        sent: dict[str, Any],
+        key: str,
+        label: str,
+        at: int,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+    ) -> None:
+        """Starts a run (`key` "" is the sweep's own), or sets an interrupted one going again."""
+        if key in sent["runs"]:
+            self.client.update_run(sent["runs"][key], status="RUNNING")
+            return
+        if sent["experiment"] is None:
+            sent["experiment"] = self._experiment(name)
+        parent = {"mlflow.parentRunId": sent["runs"][""]} if key else {}
+        run = self.client.create_run(
+            sent["experiment"], at, {"mlflow.runName": label, "run_folder": str(self.folder.path), **parent}
+        )
+        sent["runs"][key] = run.info.run_id
+        self._save()
+        self._log(run.info.run_id, params=params, tags={**self.tags, **tags})
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        local = self.uri.startswith("sqlite")
+        return self.client.create_experiment(name, Path("mlruns").absolute().as_uri() if local else None)
+
+    def _log(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric] = (),
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        parameters = [Param(key, _text(value)) for key, value in (params or {}).items()]
+        run_tags = [RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in (tags or {}).items()]
+        if metrics or parameters or run_tags:
+            self.client.log_batch(run_id, metrics=metrics, params=parameters, tags=run_tags)
+
+    @property
+    def client(self) -> MlflowClient:
+        """Made on first use, which creates a local database where there is none."""
+        if self._client is None:
+            if self.uri.startswith("sqlite:///") and "?" not in self.uri:
+                _create(Path(self.uri.removeprefix("sqlite:///")))
+            self._client = MlflowClient(self.uri)
+        return self._client
+
+    # -- files, the end -----------------------------------------------------------------------------------------------
+
+    def artifacts(self, sweep: str, trial: str, files: Sequence[Path], folder: str | None = None) -> bool:
+        """Adds files to a trial's run, or with trial "" to the sweep's; False when the store did not answer."""
+        run = self._sent.get(sweep, {}).get("runs", {}).get(trial)
+        if run is None:
+            return False
+
+        def send() -> None:
+            for file in files:
+                self.client.log_artifact(run, str(file), folder)
+
+        return self._try(send)
+
+    def _try(self, send: Callable[[], None]) -> bool:
+        """False, with the reason in `problem`, when the store did not answer."""
+        try:
+            send()
+        except (MlflowException, OSError) as error:
+            self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
+            return False
+        return True
+
+    def interrupt(self) -> None:
+        """Leaves no run RUNNING: what has not ended is marked as killed, until a resumed run goes on with it."""
+        for name, sent in self._sent.items():
+            events, _ = self.folder.journal(name).read()
+            ended = {e["trial"] for e in events if e["event"] == "finished"}
+            ended |= {""} if any(e["event"] == "done" for e in events) else set()
+            try:
+                for key, run in sent["runs"].items():
+                    if key not in ended:
+                        self.client.set_terminated(run, "KILLED")
+            except (MlflowException, OSError) as error:
+                self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
+                return
+
+    def run_ids(self, sweep: str) -> dict[str, str]:
+        """Trial -> MLflow run id; "" is the sweep's own."""
+        return dict(self._sent.get(sweep, {}).get("runs", {}))
+
+    def conclude(self, sweep: str, best: str | None, table: str) -> None:
+        """Gives a sweep's run its table, which the UI shows as its description, and its best trial's run."""
+        run_ids = self.run_ids(sweep)
+
+        def send() -> None:
+            self.client.set_tag(run_ids[""], "mlflow.note.content", f"```\n{table}\n```"[:NOTE_LENGTH])
+            if best in run_ids:
+                self.client.set_tag(run_ids[""], BEST, run_ids[best])
+
+        if "" in run_ids:
+            self._try(send)
+
+    @property
+    def viewer(self) -> str:
+        """Where the store is shown: its address, or the command that shows a local one."""
+        path = self.uri.removeprefix("sqlite:///")
+        return self.uri if path == self.uri else f"mlflow ui --backend-store-uri sqlite:///{console.short(Path(path))}"
+
+    def run_url(self, sweep: str, trial: str) -> str | None:
+        """Where a trial's run is shown (of a local store while `viewer` runs); None when it was never sent."""
+        sent = self._sent.get(sweep, {})
+        base = self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
+        run = sent.get("runs", {}).get(trial)
+        return f"{base}/#/experiments/{sent['experiment']}/runs/{run}" if run else None
+
+    def _load(self) -> dict[str, Any]:
+        path = self.folder.tracking
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        return saved["sweeps"] if saved.get("uri") == self.uri else {}
+
+    def _save(self) -> None:
+        write_json(self.folder.tracking, {"uri": self.uri, "sweeps": self._sent})
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts an interrupt off to the end: between a run's making and its note it would leave a run without a record."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    pending: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, _: pending.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if pending:
+            signal.raise_signal(pending[0])
+
+
+def _create(database: Path) -> None:
+    """Makes MLflow's database whole or not at all: one that an interrupt left half made would break every later run."""
+    if database.exists():
+        return
+    # a name that was never used: MLflow keeps a process's stores by their address
+    temporary = database.with_name(f".{database.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(temporary, database)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
+
+
+def _text(value: Any) -> str:
+    return (value if isinstance(value, str) else json.dumps(value))[:PARAM_LENGTH]
+
+
+def _one_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -1,0 +1,144 @@
+"""The comparison of a network with answers, and the certificate: by hand, by what it bounds, and as plain numbers."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from distrecon.expand_cluster import BlackBox, network, synthetic_teacher
+from distrecon.expand_cluster.certificate import Tolerance, certify, compare, outputs_and_terms
+from distrecon.expand_cluster.thresholds import AGREEMENT, AGREEMENT_WORST
+from distrecon.nets.activations import ACTIVATIONS
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_terms_by_hand():
+    weights = [(tensor([1.0, -2.0]), tensor(1.0)), (tensor([-3.0]), tensor(2.0))]
+    # before = 1 - 6 + 1 = -4, off; its size: |1| (1 + 1) + |-2| (3 + 3) + 1 = 15; the output's: 3 (0 + 15) + 2
+    outputs_QO, terms_QO = outputs_and_terms(weights, "relu", tensor([1.0, 3.0]))
+    assert float(outputs_QO) == 2.0
+    assert float(terms_QO) == 47.0
+    slope, hidden = 1 - math.tanh(-4.0) ** 2, math.tanh(-4.0)
+    outputs_QO, terms_QO = outputs_and_terms(weights, "tanh", tensor([1.0, 3.0]))
+    assert float(outputs_QO) == pytest.approx(-3 * hidden + 2)
+    assert float(terms_QO) == pytest.approx(3 * (-hidden + slope * 15 - hidden) + 2)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_terms_bound_what_relative_changes_of_all_numbers_do(name, generator):
+    sizes, change = [5, 7, 4, 3], 1e-7
+    weights = [
+        (torch.randn(o, i, generator=generator).double(), torch.randn(o, generator=generator).double())
+        for i, o in itertools.pairwise(sizes)
+    ]
+    x_QI = 3 * torch.randn(200, 5, generator=generator).double()
+
+    def moved(values):
+        return values * (1 + change * (2 * torch.rand(values.shape, generator=generator, dtype=torch.float64) - 1))
+
+    outputs_QO, terms_QO = outputs_and_terms(weights, name, x_QI)
+    for _ in range(5):
+        other_QO, _ = outputs_and_terms([(moved(w), moved(b)) for w, b in weights], name, moved(x_QI))
+        assert ((other_QO - outputs_QO).abs() <= 1.01 * change * terms_QO).all()
+
+
+def test_a_comparison_counts_in_units_of_what_is_due(monkeypatch):
+    monkeypatch.setattr("distrecon.expand_cluster.certificate.NUMBERS_AT_ONCE", 2)  # several parts
+    weights = [(tensor([1.0]), tensor(0.0)), (tensor([1.0], [10.0]), tensor(0.0, 0.0))]
+    x_QI = tensor([1.0], [2.0], [4.0])  # outputs x and 10 x; sizes of their terms 4 x and 40 x, relu is exact
+    assert torch.equal(outputs_and_terms(weights, "relu", x_QI)[1], tensor([4.0, 40.0], [8.0, 80.0], [16.0, 160.0]))
+    tolerance = Tolerance(unit_O=tensor(0.1, 1.0), terms_O=tensor(8.0, 80.0))
+    y_QO = torch.cat([x_QI, 10 * x_QI], dim=1) + tensor([0.2, 0.0], [0.0, -3.0], [0.6, 0.0])
+    found = compare(weights, "relu", x_QI, y_QO, tolerance)
+    torch.testing.assert_close(found.largest_O, tensor(0.6, 3.0))
+    torch.testing.assert_close(found.ratio_Q, tensor(2.0, 3.0, 3.0))  # the last: due is twice as much
+    torch.testing.assert_close(found.ratio_O, tensor(3.0, 3.0))
+    torch.testing.assert_close(found.mean_ratio_O, (tensor(4.0 + 9.0, 9.0) / 3).sqrt())
+    assert found.count == 3
+
+
+def test_what_is_not_finite_never_agrees():
+    weights = synthetic_teacher(2, 3, "tanh")
+    x_QI = torch.ones(2, 2, dtype=torch.float64)
+    y_QO = network(weights, "tanh")(x_QI)
+    tolerance = Tolerance(tensor(1e-12), tensor(1.0))
+    assert compare(weights, "tanh", x_QI, y_QO, tolerance).agrees_O.all()
+    weights[1][1][0] = math.nan
+    found = compare(weights, "tanh", x_QI, y_QO, tolerance)
+    assert not found.agrees_O.any()
+    assert found.contradicted_Q.all()
+    assert found.largest_O.isinf().all()
+
+
+@pytest.mark.parametrize(("errors", "agrees"), [((9.0, 9.0), True), ((11.0, 11.0), False)])
+def test_agreement_on_the_whole(errors, agrees):
+    weights = [(tensor([1.0]), tensor(0.0)), (tensor([1.0]), tensor(0.0))]
+    x_QI = tensor([1.0], [1.0])
+    found = compare(weights, "relu", x_QI, x_QI + 1e-3 * tensor(errors).T, Tolerance(tensor(1e-3), tensor(4.0)))
+    assert bool(found.agrees_O.all()) == agrees
+    assert not found.contradicted_Q.any()
+
+
+@pytest.mark.parametrize(("error", "agrees"), [(99.0, True), (101.0, False)])
+def test_one_bad_answer_among_many_good_ones_is_enough(error, agrees):
+    weights = [(tensor([1.0]), tensor(0.0)), (tensor([1.0]), tensor(0.0))]
+    y_QO = torch.ones(1000, 1, dtype=torch.float64)
+    y_QO[500] += 1e-3 * error
+    found = compare(weights, "relu", torch.ones(1000, 1).double(), y_QO, Tolerance(tensor(1e-3), tensor(4.0)))
+    assert float(found.mean_ratio_O) < AGREEMENT < AGREEMENT_WORST
+    assert bool(found.agrees_O.all()) == agrees
+
+
+def test_a_certificate_is_plain_numbers():
+    weights = [(tensor([1.0, 0.0]), tensor(0.0)), (tensor([1.0], [1.0]), tensor(0.0, 0.0))]
+    x_QI = tensor([3.0, -4.0], [1.0, 2.0], [0.5, 0.0])
+    y_QO = x_QI[:, :1] + tensor([0.0, 0.0], [0.0, 0.02], [0.0, 0.0])
+    tolerance = Tolerance(tensor(1e-3, 1e-3), tensor(100.0, 100.0))
+    found = certify(
+        compare(weights, "relu", x_QI, y_QO, tolerance), tolerance, x_QI, 1, tensor(0.0, 1e-5), tensor(1.0, 4.0)
+    )
+    assert (found.lowest, found.highest, found.farthest) == ([0.5, -4.0], [3.0, 2.0], 5.0)
+    assert (found.given, found.fresh, found.hidden_share) == (2, 1, 1.0)
+    assert found.worst == pytest.approx([0.0, 0.02])
+    assert found.worst_share == pytest.approx([0.0, 20 / AGREEMENT_WORST])
+    assert found.mean_share == pytest.approx([0.0, 20 / 3**0.5 / AGREEMENT])
+    assert found.allowed == pytest.approx([1e-3 * AGREEMENT_WORST] * 2)
+    assert found.smallest_seen == pytest.approx([1e-3 * AGREEMENT] * 2)
+    assert json.loads(json.dumps(dataclasses.asdict(found))) == dataclasses.asdict(found)
+    metrics = found.metrics()
+    assert metrics["recover/answers_compared"] == 3
+    assert metrics["recover/worst_disagreement"] == pytest.approx(0.02 / 4)
+    assert metrics["recover/smallest_seen"] == pytest.approx(1e-3 * AGREEMENT)  # of the output that hides most
+    text = "\n".join(found.lines())
+    for words in (
+        "2 answers of the run and 1 fresh",
+        "from -4 to 3 (norm at most 5)",
+        "2.0e-02, 20 %",
+        "100 % of the inputs",
+    ):
+        assert words in text
+
+
+def test_noise_is_measured_output_by_output_and_all_answers_are_kept():
+    net = network(synthetic_teacher(3, 4, "tanh"), "tanh")
+    calls = []
+
+    def black_box(x_QI):
+        calls.append(x_QI)
+        return torch.cat([1e9 * net(x_QI), net(x_QI.float().double()).float().double()], dim=1)
+
+    box = BlackBox(black_box, 3)
+    coarse, fine = (box.noise_O / tensor(1e9, 1.0)).tolist()
+    assert coarse < 1e-15
+    assert 1e-9 < fine < 1e-6
+    box(torch.randn(3000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    x_QI, y_QO = box.asked()
+    assert torch.equal(x_QI, torch.cat(calls))
+    assert torch.equal(y_QO, black_box(x_QI))
+    assert len(x_QI) == box.queries

@@ -1,0 +1,32 @@
+"""Compiles `guard.cpp` against the installed torch; imports no torch, which has to be loaded after the guard."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("guard.cpp")
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def library() -> Path:
+    """The compiled guard, made once for every version of it and of torch. CalledProcessError if that fails."""
+    key = hashlib.sha256(SOURCE.read_bytes() + version("torch").encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distrecon"
+    made = cache / f"fake-cuda-{key}.so"
+    if not made.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        torch = Path(find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
+        includes = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
+        libraries = [f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}", "-lc10", "-ltorch_cpu"]
+        unfinished = made.with_suffix(f".{os.getpid()}")
+        command = [compiler() or "g++", "-O0", "-std=c++20", "-shared", "-fPIC", *includes, str(SOURCE), *libraries]
+        subprocess.run([*command, "-o", str(unfinished)], check=True, capture_output=True, text=True)
+        unfinished.replace(made)
+    return made
