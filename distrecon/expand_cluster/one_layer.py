@@ -8,7 +8,7 @@ Legend: L lines, T points of a line, H hidden, R relevant input directions, O ou
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from distrecon.expand_cluster.arrangement import Answers, Arrangement, Explained, explain, oriented, refined
+from distrecon.expand_cluster.blackbox import OutOfQueries
 from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.outgoing import drop_costs
@@ -35,41 +36,28 @@ POINTS, DECADES = (
 MANY = 2  # x the bends of the fullest line, and a few: more hyperplanes are not those of one layer
 RESERVED = 0.5  # share of the query budget that is left to probes, verification and students
 ALL_INPUTS = 128  # up to so many inputs the relevant directions save too little
-LEVEL_QUERIES = 64  # from which the outputs' sizes are taken
 ROUNDING = 1.1e-16  # of an answer
 
 
-class OutOfQueries(Exception):
-    """More than the share of the budget would be spent."""
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Asking:
     """Answers in the given coordinates with their rounding noise, as long as more than the reserved queries are left.
 
-    The noise is the black box's own, for each output by its size, and grows with the inputs beyond the unit ones.
+    The noise is the black box's own; it grows with the inputs beyond the unit ones, and with the answers.
     """
 
     run: Run
     coordinates: Coordinates
-    reserved: float = field(init=False)
-    noise_O: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        box = self.run.box
-        self.reserved = RESERVED * box.left() if box.budget else 0.0
-        x_QI = torch.randn(LEVEL_QUERIES, box.inputs, generator=self.run.generator, dtype=torch.float64)
-        size_O = box(x_QI).square().mean(0).sqrt()
-        self.noise_O = box.noise * size_O / size_O.square().mean().sqrt()
+    reserved: float
 
     def __call__(self, z_QR: Tensor) -> tuple[Tensor, Tensor]:
         box = self.run.box
         if box.left() - self.reserved < len(z_QR):
-            raise OutOfQueries
+            raise OutOfQueries("the share of the query budget for bends is spent")
         x_QI = z_QR @ self.coordinates.back_IR.T
-        y_QO = box(x_QI)
+        y_QO, error_QO = box.told(x_QI)
         size_Q1 = (x_QI.norm(dim=1, keepdim=True) / box.inputs**0.5).clamp(min=1.0)
-        return y_QO, size_Q1 * self.noise_O + ROUNDING * y_QO.abs() + torch.finfo(torch.float64).tiny
+        return y_QO, size_Q1 * box.noise_O + error_QO + ROUNDING * y_QO.abs() + torch.finfo(torch.float64).tiny
 
 
 def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Problem, Found, dict[str, Any]]]:
@@ -81,7 +69,8 @@ def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Pr
     """
     if run.box.inputs <= ALL_INPUTS:
         coordinates = _all_inputs(coordinates)
-    ask, generator = _Asking(run, coordinates), run.generator
+    ask = _Asking(run, coordinates, RESERVED * run.box.left() if run.box.budget else 0.0)
+    generator = run.generator
     found = Arrangement.empty(coordinates.rank, run.box.outputs)
     reach, worst_QR = coordinates.rank**0.5, torch.zeros(0, coordinates.rank, dtype=torch.float64)
     on_lines: list[Answers] = []

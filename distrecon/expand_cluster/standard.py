@@ -34,6 +34,10 @@ class Standard:
         """Standard scores [Q, O] of the black box's own answers."""
         return ((y_QC if self.odds is None else self.odds(y_QC)) - self.mean_O) / self.scale_O
 
+    def error(self, y_QC: Tensor) -> Tensor:
+        """Bounds [Q, O] of the rounding that scores have because they come from probabilities; 0 of other answers."""
+        return torch.zeros_like(y_QC) if self.odds is None else self.odds.error(y_QC) / self.scale_O
+
     def known(self, y_QC: Tensor) -> Tensor:
         """[Q]: which answers tell their scores; all but probabilities near 0 or 1."""
         return torch.ones(len(y_QC), dtype=torch.bool) if self.odds is None else self.odds.known(y_QC)

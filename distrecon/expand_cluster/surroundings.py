@@ -66,6 +66,10 @@ class Surroundings:
         """u of x."""
         return (x_QI - self.centre_I) / self.scale_I
 
+    def holds(self, u_QI: Tensor) -> Tensor:
+        """[Q]: which u lie inside the domain."""
+        return ((u_QI >= self.standard(self.low_I)) & (u_QI <= self.standard(self.high_I))).all(1)
+
     def pulled(self, u_QI: Tensor, share: float = 1.0) -> Tensor:
         """The same u moved straight towards the centre until they lie inside a share of the domain."""
         low_I, high_I = self.standard(self.low_I), self.standard(self.high_I)
