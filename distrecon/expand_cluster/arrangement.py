@@ -40,6 +40,7 @@ FREE = 0.45  # of the way to the next hyperplane: how far a crossing's outer ans
 INNER = 0.25  # of that: the inner answers
 NEAR = 0.01  # of the room round a hyperplane's bend: its error at the places where it is crossed, at most
 DOUBT = 30.0  # x the error of a hyperplane that is not met where it should be
+WORSE = 10.0  # x the median error: hyperplanes that are crossed again, now that their neighbours are known
 REPEATS = 6  # of the crossings of one hyperplane, at most, while they still move it
 EQUATIONS = 6  # answers for every feature
 
@@ -123,7 +124,8 @@ def oriented(answer: Answer, bends: Bends, chosen_S: Tensor) -> Arrangement:
             _gradients(answer, points_SR[left] + side * beside_SR, step * away_S[left]) for side in (-1.0, 1.0)
         )
         noise_S1O = torch.maximum(before[1], after[1])
-        u_SRR, values, _ = torch.linalg.svd((after[0] - before[0]) / noise_S1O, full_matrices=False)
+        jump_SRO = ((after[0] - before[0]) / noise_S1O).nan_to_num(0.0)  # unknown ones are not clean
+        u_SRR, values, _ = torch.linalg.svd(jump_SRO, full_matrices=False)
         clean_S = before[2] & after[2] & (values[:, 0] > 0)
         if values.shape[1] > 1:
             clean_S &= values[:, 1] <= (PURE * values[:, 0]).clamp(min=BEND_MARGIN * rounding)
@@ -175,20 +177,26 @@ class Answers:
 
 
 def refined(
-    answer: Answer, arrangement: Arrangement, generator: torch.Generator, first: int = 0
+    answer: Answer, arrangement: Arrangement, known: int, generator: torch.Generator, uneven: bool = False
 ) -> tuple[Arrangement, Answers]:
-    """Every hyperplane from number `first` on through its own crossings; those that are not there are left out.
+    """Every hyperplane through its own crossings: those from number `known` on, which stay only if they are there, and
+    those before that are less precise than others.
 
-    Takes 4 queries a crossing. Also returns the answers: both sides of every hyperplane are among them.
+    Takes 4 queries a crossing, and CHOICE more where answers are `uneven`: unknown, or of less digits, in places. Also
+    returns the answers: both sides of every hyperplane are among them.
     """
     parts = []
-    confirmed = torch.arange(len(arrangement)) < first
+    confirmed = torch.arange(len(arrangement)) < known
     moving = ~confirmed
+    if known:
+        moving |= arrangement.error_H > WORSE * arrangement.error_H[:known].median()
     for _ in range(REPEATS):
         if not moving.any():
             break
         which = moving.nonzero()[:, 0]
-        planes_HK, jumps_HO, error_H, shift_H, there_H, answers = _crossed(answer, arrangement, which, generator)
+        planes_HK, jumps_HO, error_H, shift_H, there_H, answers = _crossed(
+            answer, arrangement, which, generator, uneven
+        )
         parts.append(answers)
         crossed_H, old_H = torch.isfinite(error_H), arrangement.error_H[which]
         better_H = error_H < old_H
@@ -196,25 +204,26 @@ def refined(
         new[0][which[better_H]] = planes_HK[better_H]
         new[1][which] = jumps_HO
         # what was not met is looked for nearer to its bend
-        new[4][which] = torch.where(crossed_H, torch.minimum(error_H, old_H), (DOUBT * old_H).clamp(max=1.0))
+        doubt_H = torch.where(confirmed[which], old_H, (DOUBT * old_H).clamp(max=1.0))
+        new[4][which] = torch.where(crossed_H, torch.minimum(error_H, old_H), doubt_H)
         arrangement = Arrangement(*new)
         wide_H = _wide(arrangement, which, old_H)
         confirmed[which] |= crossed_H & wide_H
         moving[which] = ~crossed_H | ~wide_H | (better_H & (shift_H > ERROR_MARGIN * error_H))
-        kept = torch.ones(len(arrangement), dtype=torch.bool)
-        kept[which[~there_H]] = False
+        kept = confirmed.clone()
+        kept[which[there_H]] = True
         arrangement, moving, confirmed = arrangement.take(kept), moving[kept], confirmed[kept]
     return arrangement.take(confirmed), Answers.join(parts)
 
 
 def _crossed(
-    answer: Answer, arrangement: Arrangement, which: Tensor, generator: torch.Generator
+    answer: Answer, arrangement: Arrangement, which: Tensor, generator: torch.Generator, uneven: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Answers]:
     """New planes [H, K] of `which`, their jumps and errors, how far they moved, whether they are there; answers."""
     planes_HK = arrangement.planes_HK
     rank = planes_HK.shape[1] - 1
     count = math.ceil(CROSSINGS * rank) + 4
-    places_HMR, reach_HM = _places(arrangement, which, count, generator)
+    places_HMR, reach_HM = _places(arrangement, which, count, generator, answer if uneven else None)
     normal_H1R = planes_HK[which, None, :-1]
     sides_4 = torch.tensor([-1.0, -INNER, INNER, 1.0], dtype=torch.float64)
     z_HM4R = places_HMR[:, :, None] + (reach_HM[..., None] * sides_4)[..., None] * normal_H1R[:, :, None]
@@ -228,8 +237,10 @@ def _crossed(
     gap_HMO = y_HM4O[:, :, 2] - after_HMO * inner_HM1 - y_HM4O[:, :, 1] - before_HMO * inner_HM1
     jump_HMO = after_HMO - before_HMO
     # another hyperplane that is not known yet changes the jump: only crossings with the usual jump are taken
-    usual_H1O = jump_HMO.nanmedian(1, keepdim=True).values
-    clean_HM = ((jump_HMO - usual_H1O).abs() * width_HM1 <= BEND_MARGIN * noise_HMO).all(2)
+    slack_HMO = BEND_MARGIN * noise_HMO / width_HM1
+    middle_H1O = slack_HMO.nanmedian(1, keepdim=True).values
+    usual_H1O = jump_HMO.where(slack_HMO <= middle_H1O, math.nan).nanmedian(1, keepdim=True).values
+    clean_HM = ((jump_HMO - usual_H1O).abs() <= slack_HMO + middle_H1O).all(2)
     strength_HMO = jump_HMO / noise_HMO
     delta_HM = -(gap_HMO / noise_HMO * strength_HMO).sum(2) / strength_HMO.square().sum(2)
     spread_HM = 3 / strength_HMO.norm(dim=2)
@@ -296,8 +307,13 @@ def _wide(arrangement: Arrangement, which: Tensor, error_H: Tensor) -> Tensor:
     return (near_H > size_H)[which]
 
 
-def _places(arrangement: Arrangement, which: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Places [H, M, R] on the hyperplanes, far apart, and how far from each one may go along the normal [H, M]."""
+def _places(
+    arrangement: Arrangement, which: Tensor, count: int, generator: torch.Generator, answer: Answer | None
+) -> tuple[Tensor, Tensor]:
+    """Places [H, M, R] on the hyperplanes with much room, and how far one may go along the normals there [H, M].
+
+    With `answer`, room counts in units of the noise there.
+    """
     planes_HK, rank = arrangement.planes_HK, arrangement.planes_HK.shape[1] - 1
     size_H, near_H = _sizes(arrangement, arrangement.error_H)
     places, reaches = [], []
@@ -309,7 +325,8 @@ def _places(arrangement: Arrangement, which: Tensor, count: int, generator: torc
         away_MH = (z_MR @ planes_HK[:, :-1].T + planes_HK[:, -1]).abs() / (planes_HK[:, :-1] @ normal_R).abs()
         away_MH[:, h] = math.inf
         reach_M = torch.minimum(FREE * away_MH.nan_to_num(math.inf).amin(1), size * rank**0.5)
-        best = reach_M.topk(count).indices
+        worth_M = reach_M if answer is None else (reach_M / answer(z_MR)[1].amax(1)).nan_to_num(0.0)
+        best = worth_M.topk(count).indices
         places.append(z_MR[best])
         reaches.append(reach_M[best])
     return torch.stack(places), torch.stack(reaches)

@@ -36,6 +36,7 @@ POINTS, DECADES = (
 MANY = 2  # x the bends of the fullest line, and a few: more hyperplanes are not those of one layer
 RESERVED = 0.5  # share of the query budget that is left to probes, verification and students
 ALL_INPUTS = 128  # up to so many inputs the relevant directions save too little
+SOUNDINGS, UNEVEN = 64, 10.0  # queries that tell whether answers are unknown in places, or have so much more noise
 ROUNDING = 1.1e-16  # of an answer
 
 
@@ -55,9 +56,9 @@ class _Asking:
         if box.left() - self.reserved < len(z_QR):
             raise OutOfQueries("the share of the query budget for bends is spent")
         x_QI = z_QR @ self.coordinates.back_IR.T
-        y_QO, error_QO = box.told(x_QI)
+        y_QO = box.told(x_QI)
         size_Q1 = (x_QI.norm(dim=1, keepdim=True) / box.inputs**0.5).clamp(min=1.0)
-        return y_QO, size_Q1 * box.noise_O + error_QO + ROUNDING * y_QO.abs() + torch.finfo(torch.float64).tiny
+        return y_QO, size_Q1 * box.noise_O + box.error(y_QO) + ROUNDING * y_QO.abs() + torch.finfo(torch.float64).tiny
 
 
 def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Problem, Found, dict[str, Any]]]:
@@ -72,7 +73,7 @@ def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Pr
     ask = _Asking(run, coordinates, RESERVED * run.box.left() if run.box.budget else 0.0)
     generator = run.generator
     found = Arrangement.empty(coordinates.rank, run.box.outputs)
-    reach, worst_QR = coordinates.rank**0.5, torch.zeros(0, coordinates.rank, dtype=torch.float64)
+    reach, uneven, worst_QR = coordinates.rank**0.5, False, torch.zeros(0, coordinates.rank, dtype=torch.float64)
     on_lines: list[Answers] = []
     beside: list[Answers] = []
     best: tuple[Explained, Answers] | None = None
@@ -87,12 +88,14 @@ def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Pr
                 continue
             if not len(found):
                 reach = float(bends.t_S.abs().median())
+                noise_QO = ask(reach / coordinates.rank**0.5 * _normal(generator, SOUNDINGS, coordinates.rank))[1]
+                uneven = not bool((noise_QO <= UNEVEN * noise_QO.nanmedian(0).values).all())
             for line in range(count):
                 new_S = ((bends.line_S == line) & ~found.explains(bends)).nonzero()[:, 0]
                 if len(new_S):
                     joined = found.join(oriented(ask, bends, new_S))
                     if len(joined) > len(found):
-                        found, crossings = refined(ask, joined, generator, first=len(found))
+                        found, crossings = refined(ask, joined, len(found), generator, uneven)
                         beside.append(crossings)
             if not len(found) or len(found) > MANY * int(bends.line_S.bincount().max()) + 10:
                 break
@@ -128,12 +131,16 @@ def _scan(
 ) -> Bends:
     """`count` random lines, the first through given points, scanned to `decades` beyond and below the reach."""
     rank = through_QR.shape[1]
-    start_LR = torch.randn(count, rank, generator=generator, dtype=torch.float64) * reach / rank**0.5
+    start_LR = _normal(generator, count, rank) * reach / rank**0.5
     start_LR[: len(through_QR)] = through_QR
-    direction_LR = normalize(torch.randn(count, rank, generator=generator, dtype=torch.float64), dim=1)
+    direction_LR = normalize(_normal(generator, count, rank), dim=1)
     away_T = reach * 10.0 ** torch.linspace(-decades, decades, POINTS, dtype=torch.float64)
     grid_T = torch.cat([-away_T.flip(0), away_T.new_zeros(1), away_T])
     return scan(ask, start_LR, direction_LR, grid_T.expand(count, -1), generator)
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def _relative(explained: Explained, answers: Answers) -> float:
