@@ -95,7 +95,7 @@ def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
         before = len(scans.parts)
         if found is not None:
             scans.add(*_towards_misfits(found, coordinates, aimed, run.generator))
-            if run.hidden_layers > 1:
+            if found.first_HK is not None:
                 scans.add(*_from_corners(found.first_HK, fullest * unit, run.generator))
         for factor in AROUND:
             scans.add(*random_lines(coordinates.rank, fullest * factor * unit, lines, run.generator))

@@ -163,21 +163,29 @@ def _network(
     costs_H = drop_costs(design_QF, explained.coefficients_FO / data.scale, len(planes_HK))
     if (costs_H <= problem.floor).any():  # an exact fit does without them
         explained = explain(explained.arrangement.take(costs_H > problem.floor), answers, run.generator)
-    neurons_HK, outgoing_OH, constant_O, note, added = signed(explained, run.activation)
-    neurons_HK = torch.cat([neurons_HK[:, :-1] * factor, neurons_HK[:, -1:]], dim=1)
-    last_OF = torch.cat([outgoing_OH, (constant_O - data.mean_O)[:, None]], dim=1) / data.scale
+    layer = signed(explained, run.activation)
+    neurons_HK = torch.cat([layer.neurons_HK[:, :-1] * factor, layer.neurons_HK[:, -1:]], dim=1)
+    last_OF = torch.cat([layer.outgoing_OH, (layer.constant_O - data.mean_O)[:, None]], dim=1) / data.scale
     net = problem.net(len(neurons_HK))
     theta_1P = DenseNet.flatten([neurons_HK[None], last_OF[None]])
-    metrics = {"recover/students": 0, "recover/lines": lines, "recover/linear_rank": added}
+    metrics = {"recover/students": 0, "recover/lines": lines}
     loss = float(net.loss(theta_1P, data.z_QR, data.y_QO)[0])
-    return problem, Found(net, theta_1P, loss, [], note), metrics
+    return problem, Found(net, theta_1P, loss, [], layer.objection, layer.note), metrics
 
 
-def signed(explained: Explained, activation: Activation) -> tuple[Tensor, Tensor, Tensor, str, int]:
-    """Neurons [H, K], outgoing weights [O, H] and constant [O] that equal an explanation; what to say about them.
+@dataclass(frozen=True)
+class Layer:
+    """Neurons [H, K], outgoing weights [O, H] and constant [O]; why they are not the black box's own, and what else."""
 
-    Neurons that carry a linear term of the black box's own come last; their number is 2 x the last result.
-    """
+    neurons_HK: Tensor
+    outgoing_OH: Tensor
+    constant_O: Tensor
+    objection: str
+    note: str
+
+
+def signed(explained: Explained, activation: Activation) -> Layer:
+    """The layer that equals an explanation; neurons that carry a linear term besides come last."""
     arrangement, unit_O = explained.arrangement, explained.unit_O
     planes_HK = arrangement.planes_HK
     one = torch.ones((), dtype=torch.float64)
@@ -189,16 +197,17 @@ def signed(explained: Explained, activation: Activation) -> tuple[Tensor, Tensor
     )
     sign_H = torch.where(flips.flips_H, -1.0, 1.0).double()
     constant_O = explained.constant_O - kappa / 2 * outgoing_OH @ (sign_H * planes_HK[:, -1])
-    neurons_HK, note = sign_H[:, None] * planes_HK, ""
     extra_DK, extra_OD = carriers(flips.rest_OR, kappa, explained.rounding)
-    rank = len(extra_DK) // 2
-    if rank:
-        note = (
-            f"{len(planes_HK)} neurons bend; no signs of theirs were found that explain the linear term, of rank {rank}, "
-            f"which {2 * rank} neurons more carry (f(u) - f(-u) is linear): the signs are too many for the answers' "
-            "digits, or the black box has a linear path or neurons that never bend where it was asked"
+    neurons_HK = torch.cat([sign_H[:, None] * planes_HK, extra_DK])
+    outgoing_OH = torch.cat([outgoing_OH, extra_OD * unit_O[:, None]], dim=1)
+    objection, weak = "", int((~flips.sure_H).sum())
+    if len(extra_DK):
+        objection = (
+            f"but {len(extra_DK)} neurons carry a linear term, of rank {len(extra_DK) // 2}, which no signs that were "
+            f"found for the {len(planes_HK)} neurons that bend explain: these are too many for the answers' digits, or "
+            "the black box has a linear path or neurons that never bend where it was asked"
         )
-    elif not flips.sure_H.all():
-        note = f"the signs of {int((~flips.sure_H).sum())} weak neurons do not show in the answers"
-    neurons_HK, outgoing_OH = torch.cat([neurons_HK, extra_DK]), torch.cat([outgoing_OH, extra_OD * unit_O[:, None]], 1)
-    return neurons_HK, outgoing_OH, constant_O, note, rank
+    elif not flips.determined:
+        objection = f"but other signs of its {len(planes_HK)} neurons may fit as well: the answers have too few digits"
+    note = f"the signs of {weak} weak neurons do not show in the answers" if weak else ""
+    return Layer(neurons_HK, outgoing_OH, constant_O, objection, note)

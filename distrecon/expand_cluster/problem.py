@@ -92,11 +92,12 @@ class Problem:
 class Found:
     """A network without skip in the relevant coordinates, its relative loss, and the clusterings that led to it.
 
-    `note` says what a reader of the verdict must know besides: neurons added, signs that do not show.
+    `objection`: why it is not the black box's own network even if all answers agree; `note`: what else is to be said.
     """
 
     net: DenseNet
     theta_1P: Tensor
     loss: float
     linkage: list[LayerClustering]
+    objection: str = ""
     note: str = ""

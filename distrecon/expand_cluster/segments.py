@@ -23,6 +23,7 @@ BESIDE = 0.01  # of the room on both sides of a meeting point: where answers con
 JITTER = 0.17  # of an interval: how far inner points scatter round its middle, so that no symmetry deceives
 FRESH, STRAIGHT, BENT, BEND, LOST, APART = range(6)  # intervals: to be asked; ...; between two lines
 
+_Inner = tuple[Tensor, Tensor, Tensor]  # t, y and noise of one point inside every interval
 Answer = Callable[[Tensor], tuple[Tensor, Tensor]]  # z[Q, R] -> y[Q, O], its rounding noise [Q, O]; NaN: no answer
 
 
@@ -150,14 +151,14 @@ def _give_up(points: _Points) -> None:
     points.state_G[lost_G | (open_G & (points.width_G <= TINY * far_G))] = LOST
 
 
-def _split(points: _Points, inner: tuple[Tensor, ...], at_S: Tensor) -> tuple[_Points, tuple[Tensor, ...]]:
+def _split(points: _Points, inner: _Inner, at_S: Tensor) -> tuple[_Points, _Inner]:
     """The intervals `at_S` split at the points inside them; both halves are fresh."""
     points.state_G[at_S] = FRESH
     order = torch.cat([torch.arange(len(points.t_G), dtype=torch.float64), at_S + 0.5]).argsort()
     old = (points.t_G, points.y_GO, points.noise_GO)
-    joined = [torch.cat([o, new[at_S]])[order] for o, new in zip(old, inner, strict=True)]
-    line_G, state_G = (torch.cat([v, v[at_S]])[order] for v in (points.line_G, points.state_G))
-    return _Points(line_G, *joined, state_G), tuple(torch.cat([v, v[at_S]])[order] for v in inner)
+    t_G, y_GO, noise_GO = (torch.cat([o, new[at_S]])[order] for o, new in zip(old, inner, strict=True))
+    line_G, state_G, *halves = (torch.cat([v, v[at_S]])[order] for v in (points.line_G, points.state_G, *inner))
+    return _Points(line_G, t_G, y_GO, noise_GO, state_G), (halves[0], halves[1], halves[2])
 
 
 def _bends(points: _Points, start_LR: Tensor, direction_LR: Tensor) -> Bends:

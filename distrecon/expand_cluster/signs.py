@@ -27,6 +27,7 @@ BITS = 12  # of the equations that are reduced at a time, so that the entries st
 DEPTH = 10  # of insertions, where plain reduction does not find the set
 DIGITS = (0.0, 3.0)  # bits fewer than the linear term's rounding allows, in turn: rounding makes the set long
 STEPS = 1_000_000  # of one reduction, at most: seconds
+SPARE_BITS = 20.0  # 2^-20 false sets of signs are expected, at most
 GROWTH = 50.0  # neurons for which twice as many bits are needed as they are: reduced vectors get longer with dimension
 WIDEST = 160  # neurons that lattice reduction is tried for
 
@@ -36,11 +37,13 @@ class Flips:
     """Neurons to turn round [H], and the linear term [O, R] that is left then: zero, or the black box's own.
 
     `sure_H` says whose sign shows in the linear term beyond its rounding: any sign of the others explains the answers.
+    `determined`: no other set of these is to be expected to explain the linear term, too.
     """
 
     flips_H: Tensor
     rest_OR: Tensor
     sure_H: Tensor
+    determined: bool
 
 
 def flip_constant(activation: Activation) -> float:
@@ -64,7 +67,19 @@ def choose_flips(neurons_HK: Tensor, outgoing_OH: Tensor, linear_OR: Tensor, kap
     flips_H = torch.zeros(len(neurons_HK), dtype=torch.bool)
     flips_H[sure_H] = sign_S > 0
     rest_E = torch.zeros_like(right_E) if found else right_E - terms_HE[flips_H].sum(0)
-    return Flips(flips_H, rest_E.reshape(linear_OR.shape), sure_H)
+    determined = _determined(torch.linalg.svdvals(terms_SE), len(terms_SE), LINEAR_MARGIN * rounding)
+    return Flips(flips_H, rest_E.reshape(linear_OR.shape), sure_H, determined)
+
+
+def _determined(values_E: Tensor, count: int, allowed: float) -> bool:
+    """Whether one set of signs alone is to be expected to leave no more than `allowed`, from the singular values.
+
+    Two sets differ by at least twice the least singular value. Where that is no more than `allowed`: the sum of all
+    terms with random signs has the singular values as standard deviations, so of 2^count sets about
+    2^count prod(allowed / value) are within `allowed`.
+    """
+    seen_E = values_E[values_E > allowed]
+    return len(seen_E) == count or float((seen_E / allowed).log2().sum()) > count + SPARE_BITS
 
 
 def carriers(rest_OR: Tensor, kappa: float, rounding: float) -> tuple[Tensor, Tensor]:

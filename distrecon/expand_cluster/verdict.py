@@ -63,12 +63,12 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
     run.progress("size", sum(found.net.sizes[1:-1]))
     verdict = judge(run, problem, weights, polished, loss)
     metrics = {**metrics, **verdict.certificate.metrics(), "recover/train_loss": found.loss}
-    reason = verdict.objection or _agreement(verdict.certificate)
+    reasons = [verdict.objection or _agreement(verdict.certificate), found.objection, found.note]
     return Recovery(
         weights,
         run.activation.name,
-        not verdict.objection,
-        f"{reason}; {found.note}" if found.note else reason,
+        not (verdict.objection or found.objection),
+        "; ".join(reason for reason in reasons if reason),
         found.linkage,
         metrics,
         certificate=verdict.certificate,

@@ -47,6 +47,25 @@ def test_a_linear_term_that_no_signs_explain_is_carried():
     assert len(neurons) == 2
 
 
+def test_one_equation_of_too_few_digits_does_not_determine_many_signs():
+    """One equation of some 20 bits for 40 neurons: some 2^20 sets explain it, and whichever is taken is a guess."""
+    generator = torch.Generator().manual_seed(0)
+    neurons = torch.randn(40, 2, generator=generator, dtype=torch.float64)
+    outgoing = torch.ones(1, 40, dtype=torch.float64)
+    linear = -neurons[::2, 0].sum().reshape(1, 1)
+    assert not choose_flips(neurons, outgoing, linear, 1.0, 1e-7).determined
+    few = choose_flips(neurons[:6], outgoing[:, :6], -neurons[:6:2, 0].sum().reshape(1, 1), 1.0, 1e-12)
+    assert few.determined
+    assert few.flips_H.tolist() == [True, False] * 3
+
+
+def test_as_many_equations_as_neurons_determine_signs_with_few_digits():
+    """Terms (1, 0) and (0, 1) to one digit: any other set is 2 away, though 1 / .4 is far from 20 bits."""
+    flips = choose_flips(rows([1.0, 0.0, 0.0], [0.0, 1.0, 0.0]), rows([1.0, 1.0]), rows([-1.0, 0.0]), 1.0, 0.01)
+    assert flips.determined
+    assert flips.flips_H.tolist() == [True, False]
+
+
 def test_a_neuron_below_the_rounding_has_no_sign_to_show():
     flips = choose_flips(rows([1.0, 0.0], [1.0, 1.0]), rows([1.0, 1e-16]), rows([-1.0]), 1.0, 1e-14)
     assert flips.sure_H.tolist() == [True, False]
