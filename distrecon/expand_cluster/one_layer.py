@@ -24,7 +24,7 @@ from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.problem import Found, Problem
 from distrecon.expand_cluster.run import Run
 from distrecon.expand_cluster.segments import Bends, scan
-from distrecon.expand_cluster.signs import carriers, choose_flips, flip_constant
+from distrecon.expand_cluster.signs import carried_term, carriers, choose_flips, flip_constant, open_signs
 from distrecon.expand_cluster.thresholds import COMPLETE, ERROR_MARGIN
 from distrecon.nets.activations import Activation
 
@@ -202,12 +202,8 @@ def signed(explained: Explained, activation: Activation) -> Layer:
     outgoing_OH = torch.cat([outgoing_OH, extra_OD * unit_O[:, None]], dim=1)
     objection, weak = "", int((~flips.sure_H).sum())
     if len(extra_DK):
-        objection = (
-            f"but {len(extra_DK)} neurons carry a linear term, of rank {len(extra_DK) // 2}, which no signs that were "
-            f"found for the {len(planes_HK)} neurons that bend explain: these are too many for the answers' digits, or "
-            "the black box has a linear path or neurons that never bend where it was asked"
-        )
+        objection = carried_term(len(planes_HK), len(extra_DK))
     elif not flips.determined:
-        objection = f"but other signs of its {len(planes_HK)} neurons may fit as well: the answers have too few digits"
+        objection = open_signs(len(planes_HK))
     note = f"the signs of {weak} weak neurons do not show in the answers" if weak else ""
     return Layer(neurons_HK, outgoing_OH, constant_O, objection, note)

@@ -91,6 +91,20 @@ def carriers(rest_OR: Tensor, kappa: float, rounding: float) -> tuple[Tensor, Te
     return torch.cat([neurons_DK, -neurons_DK]), torch.cat([outgoing_OD, -outgoing_OD], dim=1)
 
 
+def carried_term(hidden: int, added: int) -> str:
+    """What is to be said of a network in which neurons were added that carry a linear term."""
+    return (
+        f"but {added} neurons carry a linear term, which no signs that were found for the other {hidden} explain: "
+        "these are too many for the answers' digits, or the black box has a linear path or neurons that never bend "
+        "where it was asked"
+    )
+
+
+def open_signs(hidden: int) -> str:
+    """What is to be said where more sets of signs are to be expected to fit."""
+    return f"but other signs of its {hidden} neurons may fit as well: the answers have too few digits"
+
+
 def _signs(terms_SE: Tensor, right_E: Tensor, allowed: float) -> Tensor | None:
     """s[S] of +1 and -1 with |s terms - right| <= allowed; None where none is found."""
 

@@ -43,9 +43,15 @@ FREE_DROP = 1e-8  # relative loss added: neurons that cost less to drop are cand
 KEEPS_FIT = 2.0  # x the loss before: a drop that leaves more than this was of a neuron that is needed
 FREE = 0.1  # x the loss before: likewise in a deep network, where freed fits converge and others stay as they are
 PURSUED = 1e-4  # relative error of the next pre-activations at which the clustered neurons are enough for a first fit
-FLIPPED = 0.5  # of a flip that least squares leave between 0 (none) and 1 (flipped)
 
 # Signs
+LINEAR_SHARES = (
+    1e-14,
+    1e-12,
+    1e-10,
+    1e-8,
+    1e-6,
+)  # of the neurons' own linear terms: a fitted one's rounding, tried in turn
 LINEAR_MARGIN = 30.0  # x the linear term's rounding: what a set of flips may leave of it; a wrong set leaves far more
 
 # Bends
