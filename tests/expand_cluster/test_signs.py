@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from distrecon.expand_cluster.signs import carriers, choose_flips
+from distrecon.expand_cluster.blackbox import BlackBox
+from distrecon.expand_cluster.collapse import exact_network
+from distrecon.expand_cluster.config import RecoveryConfig
+from distrecon.expand_cluster.coordinates import find_coordinates
+from distrecon.expand_cluster.neurons import LayerClustering
+from distrecon.expand_cluster.probes import Probes
+from distrecon.expand_cluster.run import Run
+from distrecon.expand_cluster.signs import carried_term, carriers, choose_flips
+from distrecon.expand_cluster.teachers import synthetic_teacher
+from distrecon.expand_cluster.weights import network
+from distrecon.nets.activations import ACTIVATIONS
 
 
 def rows(*values):
@@ -69,3 +79,43 @@ def test_as_many_equations_as_neurons_determine_signs_with_few_digits():
 def test_a_neuron_below_the_rounding_has_no_sign_to_show():
     flips = choose_flips(rows([1.0, 0.0], [1.0, 1.0]), rows([1.0, 1e-16]), rows([-1.0]), 1.0, 1e-14)
     assert flips.sure_H.tolist() == [True, False]
+
+
+def fitted(box, inputs, activation, neurons):
+    """The irreducible network from neurons that are right but for their signs."""
+    run = Run(
+        BlackBox(box, inputs),
+        ACTIVATIONS[activation],
+        1,
+        RecoveryConfig(),
+        torch.Generator().manual_seed(0),
+        None,
+        None,
+        lambda stage, value: None,
+        None,
+    )
+    problem = run.problem(Probes(find_coordinates(run.box, run.activation, False, run.generator)), 400)
+    none = LayerClustering(neurons, torch.zeros(len(neurons)).numpy(), torch.zeros(0, 4).numpy(), 0.0, [], True)
+    return problem, exact_network(problem, neurons, neurons[:0], problem.floor, none)
+
+
+@pytest.mark.parametrize("activation", ["softplus", "gelu", "silu"])
+def test_signs_of_wide_smooth_layers(activation):
+    weights = synthetic_teacher(8, 24, activation, 1)
+    neurons = torch.cat([weights[0][0], weights[0][1][:, None]], dim=1)
+    signs = torch.where(torch.arange(24) % 3 == 0, -1.0, 1.0).double()[:, None]
+    _, found = fitted(network(weights, activation), 8, activation, signs * neurons)
+    assert not found.objection
+    assert found.loss < 1e-24
+    rows_ = found.net.matrices(found.theta_1P)[0][0]
+    torch.testing.assert_close(rows_, neurons)
+
+
+def test_a_smooth_layer_and_a_linear_path_are_fitted_exactly_and_said():
+    weights = synthetic_teacher(4, 3, "softplus", 1)
+    net, path = network(weights, "softplus"), rows([0.3, -0.7, 0.2, 1.1])
+    neurons = torch.cat([weights[0][0], weights[0][1][:, None]], dim=1)
+    _, found = fitted(lambda x: net(x) + x @ path.T, 4, "softplus", neurons)
+    assert found.loss < 1e-24
+    assert found.net.sizes[1] == 5
+    assert found.objection == carried_term(3, 2)
