@@ -96,7 +96,7 @@ def test_probabilities_are_told_from_scores():
 
 
 def test_a_box_tells_scores_inside_the_domain_only_and_how_far_they_are_rounded():
-    """sigmoid(0) and sigmoid(9): errors of eps / (1 - p), so e^9 / 2 times larger; 40 tells nothing, 200 is not asked."""
+    """Errors of eps / (1 - p): at 9 about e^9 / 2 times those at 0; 40 tells nothing, and 200 is not asked."""
     asked = []
 
     def box(x_QI):
