@@ -81,8 +81,9 @@ def test_many_models_give_the_principal_components_of_the_metric(layers, moments
     torch.testing.assert_close(left_BP.square().sum(), singular[6:].square().sum())
 
 
-def test_few_models_give_the_coordinates_of_most_variance_and_the_rest_is_the_mean(layers):
-    models = sample(4)
+@pytest.mark.parametrize("seed", range(6))
+def test_few_models_give_the_coordinates_of_most_variance_and_the_rest_is_the_mean(layers, seed):
+    models = sample(4, seed)
     tensors = kronecker_map.fit(layers, models, 6, 0.1)
     others = sample(3, seed=50)
     y_BP = kronecker_map.coordinates(tensors, others)
