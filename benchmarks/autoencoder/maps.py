@@ -1,7 +1,7 @@
 """Untrained coders on a zoo's held-out models: agreement at several sizes of the latent, and refinement against time.
 
     python -m benchmarks.autoencoder.maps --zoo ZOO [--split val] [--latents 62 32] [--kinds activation_pca ...]
-        [--refine gauss_newton:1 adam:10:0.02 ...]
+        [--models 60] [--refine gauss_newton:1 adam:10:0.02 ...]
 
 `latents` are numbers a token (`model.latent`); `refine` is METHOD:STEPS[:LEARNING_RATE]. CPU times of one thread.
 Choose by `--split val`; test models are for the final figure.
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", default="test", choices=("val", "test"))
     parser.add_argument("--latents", type=int, nargs="+", default=[62, 32])
     parser.add_argument("--kinds", nargs="+", default=[*KINDS])
+    parser.add_argument("--models", type=int, default=60, help="for the metric (default: 60)")
     parser.add_argument("--refine", nargs="*", default=[])
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -44,7 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
     for kind in args.kinds:
         for latent in args.latents:
             torch.manual_seed(0)
-            config = replace(AutoencoderConfig(), {"model.kind": kind, "model.latent": latent})
+            config = replace(
+                AutoencoderConfig(),
+                {"model.kind": kind, "model.latent": latent, "model.fisher_models": args.models},
+            )
             start = time.process_time()
             autoencoder = Autoencoder(config, [arch], [statistics(config, ZooSample(arch, sample_BP, zoo.images()))])
             seconds = time.process_time() - start
