@@ -28,7 +28,7 @@ class CoderConfig:
     width: int = setting(64, "of the transformers", least=1)
     layers: int = setting(2, "blocks of the encoder, and as many of the decoder", least=1)
     heads: int = setting(4, "of the transformers' attention; they divide the width", least=1)
-    latent: int = setting(16, "numbers a token; the Fisher coders have latent * tokens numbers a model", least=1)
+    latent: int = setting(16, "numbers a token; other coders have up to latent * tokens numbers a model", least=1)
     projection: int = setting(30, "numbers a model for the contrastive loss", least=1)
     fisher_metric: str = setting(
         "behavioral", "structural: plain principal components of the weights", choices=("behavioral", "structural")
@@ -42,7 +42,7 @@ class CoderConfig:
         "one linear map for all weights, one a layer or one for a layer's tokens; latents split by eigenvalue",
         choices=("global", "layer", "token"),
     )
-
+    kronecker_damping: float = setting(3e-4, "of the mean eigenvalue, added to each side's", above=0)
     activation_queries: int = setting(200, "on which each model's own activations are taken", least=1)
     activation_shared: float = setting(0.03, "share of the zoo's mean activations in each model's", least=0, most=1)
 

@@ -25,6 +25,7 @@ from distrecon.nets import Architecture, align, evaluate, fit, inputs_for, outpu
 from distrecon.zoos.models import Models
 
 NOISE_SCALES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # in deviations of a layer's weights
+SEARCH_MODELS = 32  # by which a noise scale is chosen
 FINETUNE_LR = 1e-3
 
 
@@ -168,10 +169,10 @@ def averaged(arch: Architecture, good_NP: Tensor, count: int, seed: int, share: 
 def matched_noise(
     arch: Architecture, good_NP: Tensor, std_P: Tensor, accuracy: float, images: ImageSet, count: int, seed: int
 ) -> float:
-    """The noise scale whose mean accuracy on validation images is nearest to `accuracy`."""
+    """The noise scale whose mean accuracy on validation images is nearest to `accuracy`, over the first few models."""
 
     def gap(scale: float) -> float:
-        noisy_MP = noisy(good_NP, std_P, scale, count, seed)
+        noisy_MP = noisy(good_NP, std_P, scale, min(count, SEARCH_MODELS), seed)
         scores = evaluate(arch, noisy_MP, images.validation.images, images.validation.labels_Q)
         return abs(float(scores.accuracy_B.mean()) - accuracy)
 

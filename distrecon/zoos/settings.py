@@ -45,10 +45,11 @@ class ArchitectureConfig:
 
 @dataclass(frozen=True)
 class ImagesConfig:
-    """The image set, and where its files lie when it does not come with the package."""
+    """The image set, where its files lie when it does not come with the package, and how much of it is trained on."""
 
     name: str = setting("digits", "the image set", choices=IMAGE_SETS)
     directory: str | None = setting(None, "where its files lie")
+    limit: int | None = setting(None, "training images, always the same ones of the set", least=1)
 
     def __post_init__(self) -> None:
         check(self, "images")

@@ -44,7 +44,7 @@ def ensure(
         zoo = open_zoo(where)
         _check_same(where, zoo.info["origin"], config)
         return zoo
-    images = load(config.images.name, config.images.directory)
+    images = load(config.images.name, config.images.directory, config.images.limit)
     arch = config.architecture.build(images)
     if (interrupted := build.begun(where)) is not None:
         _check_same(where, interrupted[1], config)
@@ -97,7 +97,7 @@ def _train(
         where,
         name=config.name,
         arch=arch,
-        image_set=datasets.entry(where, images, config.images.directory, store_images),
+        image_set=datasets.entry(where, images, config.images.directory, store_images, config.images.limit),
         parts=parts,
         origin=_origin(config),
         excluded=[excluded for report in reports for excluded in report["excluded"]],

@@ -82,9 +82,10 @@ class Zoo:
         folder of the set's name), else those in the zoo, else from where they were when it was made."""
         if self.image_set is None:
             raise UserError(f"{self.store} names no image set that its models were trained on: import it with --images")
+        limit = self.info["image_set"].get("limit")
         if (given := directory or self.images_directory) is not None:
             inner = Path(given) / self.image_set
-            return load(self.image_set, inner if inner.is_dir() else given)
+            return load(self.image_set, inner if inner.is_dir() else given, limit)
         if "stored" in self.info["image_set"]:
             return datasets.read_images(self.store, self.info["image_set"])
         own = self.info["image_set"]["directory"]
@@ -94,7 +95,7 @@ class Zoo:
             raise UserError(
                 f"{self.store}: its images, {self.image_set}, are not in {own}: say where they lie with --images DIR"
             )
-        return load(self.image_set, own)
+        return load(self.image_set, own, limit)
 
     @property
     def num_states(self) -> int:
