@@ -82,7 +82,7 @@ def views(
         draw = generator(config.seed, batch.epoch, batch.step, 0)
         noise_GP = torch.randn(batch.global_size, arch.num_parameters, generator=draw)
         return theta_BP, theta_BP + config.data.noise * std_P * noise_GP[b].to(theta_BP, non_blocking=True)
-    units = [layer.out_features for layer in arch.layers[:-1]]
+    units = [group.units for group in arch.groups]
     if config.data.align:
         return theta_BP, permute(arch, theta_BP, list(order_2BU[1].split(units, dim=1)))
     both_BP = permute(arch, torch.cat([theta_BP, theta_BP]), list(order_2BU.flatten(0, 1).split(units, dim=1)))

@@ -1,10 +1,10 @@
 """An architecture: the networks that a vector theta[P] can be, with the index maps by which it is read, made once.
 
-All that is known of a network's parameters is its `Table`: tensors, groups of units, layers. A chain of layers gives its
-table and runs by batched kernels (`forward.py`); any torch module's table is derived by tracing, and it runs by
-`torch.func` (`functional.py`). State dict, tokens and theta are three layouts of the same numbers; a token is a row of a
-layer, one output channel with its bias and normalisation (SANE; arXiv 2503.17138), cut in pieces where it is longer than
-`piece`. Reordering units is in `symmetries.py`.
+All that is known of a network's parameters is its `Table`: tensors, groups of units, layers. A chain of layers gives
+its table and runs by batched kernels (`forward.py`); any torch module's table is derived by tracing, and it runs by
+`torch.func` (`functional.py`). State dict, tokens and theta are three layouts of the same numbers; a token is a row of
+a layer, one output channel with its bias and normalisation (SANE; arXiv 2503.17138), cut in pieces where it is longer
+than `piece`. Reordering units is in `symmetries.py`.
 
 Legend: B models, P parameters, T tokens, D token size, Q queries, C classes.
 """
@@ -183,7 +183,7 @@ class Architecture(ABC):
     def unflatten(self, theta_P: Tensor) -> dict[str, Tensor]:
         """The state dict of one model, as torch modules load it."""
         self.check(theta_P[None])
-        found = {}
+        found: dict[str, Tensor] = {}
         for entry, value in zip(self.table.entries, self.table.tensors(theta_P[None]), strict=True):
             shaped = value[0].reshape(entry.shape)
             shaped = shaped.clamp_min(0) if entry.role == "variance" else shaped  # as the forward pass reads it
@@ -221,7 +221,7 @@ def _token_gathers(arch: Architecture, device: torch.device) -> tuple[Tensor, Te
 
 
 @dataclass(frozen=True)
-class ChainArchitecture(Chain, Architecture):
+class ChainArchitecture(Chain, Architecture):  # type: ignore[misc]
     """Layers one behind the other (see `Chain`), which run by kernels of their own."""
 
     piece: int | None = field(default=None, compare=False)
@@ -248,13 +248,13 @@ class ChainArchitecture(Chain, Architecture):
         return self.activation
 
     @cached_property
-    def widest(self) -> int:
+    def widest(self) -> int:  # type: ignore[override]
         """Bounded by positions x fan-in of any layer."""
         positions = prod(self.input_shape[1:])
         return max(positions * layer.fan_in if layer.kernel else layer.fan_in for layer in self.layers)
 
     @cached_property
-    def widest_outputs(self) -> int:
+    def widest_outputs(self) -> int:  # type: ignore[override]
         """Numbers of the widest layer's outputs for one model and input."""
         widths = [layer.out_features for layer in self.layers]
         if self.layers[0].kernel:

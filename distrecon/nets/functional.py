@@ -1,7 +1,7 @@
 """Many models of one torch module at once: `torch.func.functional_call` under `vmap`, in chunks of bounded memory.
 
-A batch-normalised module runs in evaluation mode, on the running statistics that theta holds; while a zoo is trained its
-normalisation reads the batch, and the statistics follow (`train`); `remeasure` takes them anew from given inputs.
+A batch-normalised module runs in evaluation mode, on the running statistics that theta holds; while a zoo is trained
+its normalisation reads the batch, and the statistics follow (`train`); `remeasure` takes them anew from given inputs.
 Dropout is always off.
 
 Legend: B models, P parameters, Q inputs, C outputs.

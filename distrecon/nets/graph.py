@@ -41,16 +41,22 @@ class Graph:
     """What tracing a module gives: its table, the exported program, the sizes of its outputs."""
 
     def __init__(self, module: nn.Module, inputs: Tensor, name: str) -> None:
-        self.state = {key: tensor for key, tensor in module.state_dict(keep_vars=True).items()}
+        self.state = dict(module.state_dict(keep_vars=True))
         self.exported = exported(module, inputs, name)
         self.fqn = {
             spec.arg.name: spec.target for spec in self.exported.graph_signature.input_specs if spec.target is not None
         }
+        for node in self.exported.graph.nodes:
+            if not all(type(n) is int for value in _values(node) for n in value.shape):
+                raise UserError(
+                    f"{name} cannot run for many models at once: the size of what {node.target} at {where(node)} gives "
+                    "depends on numbers"
+                )
         output = self._output(name)
         self.num_outputs = output.meta["val"].shape[1]
-        self.widest = max(
-            [1, *(v.numel() for node in self.exported.graph.nodes for v in _values(node))]
-        ) // max(1, len(inputs))
+        self.widest = max([1, *(v.numel() for node in self.exported.graph.nodes for v in _values(node))]) // max(
+            1, len(inputs)
+        )
         self.names = self._names()
         self.labels: dict[str, Labels] = {}  # of entries that the graph reads
         self.of: dict[Node, Any] = {}  # of nodes
@@ -89,7 +95,10 @@ class Graph:
         if node.op != "call_function":
             return None
         if node.target is operator.getitem:
-            return self.of[node.args[0]][node.args[1]]
+            source: Any = node.args[0]
+            return self.of[source][node.args[1]]
+        args: Any
+        kwargs: Any
         args, kwargs = (torch.fx.map_arg(a, lambda n: self.of[n]) for a in (node.args, node.kwargs))
         name = _operation(node)
         self._layers(node, name)
@@ -145,7 +154,7 @@ class Graph:
                     self._join(read, key, role)
             if read is not None:
                 self.producer[node] = read
-        elif name in MOVES and arguments[0] in self.producer:
+        elif name in MOVES and isinstance(arguments[0], Node) and arguments[0] in self.producer:
             self.producer[node] = self.producer[arguments[0]]
 
     def _join(self, weight: str | None, key: str, role: str) -> None:
@@ -184,7 +193,7 @@ class Graph:
     def _drop_dependence(self, entries: list[str]) -> None:
         """Units may have an order for each unit of another group only where every tensor that has the ones has the
         others, once."""
-        tensors = [labels for value in self.of.values() for labels in flatten_labels(value)]
+        tensors: list[Labels] = [labels for value in self.of.values() for labels in flatten_labels(value)]
         tensors += [self.labels[key] for key in entries if key in self.labels]
         changed = True
         while changed:
@@ -269,7 +278,8 @@ def exported(module: nn.Module, inputs: Tensor, name: str) -> torch.export.Expor
             return torch.export.export(module, (inputs,), strict=False)
         except Exception as error:  # whatever the module itself raises, too
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise UserError(f"{name} cannot be traced on inputs {tuple(inputs.shape)}: {lines[0] if lines else error!r}") from error
+            said = lines[0] if lines else repr(error)
+            raise UserError(f"{name} cannot be traced on inputs {tuple(inputs.shape)}: {said}") from error
 
 
 def where(node: Node) -> str:

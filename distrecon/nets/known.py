@@ -58,14 +58,18 @@ def cnn_small(
     return cnn("cnn_small", convolutions, linears, in_channels, image_size, activation)
 
 
-def cnn3(in_channels: int = 3, image_size: int = 32, num_classes: int = 10, activation: str = "relu") -> ChainArchitecture:
+def cnn3(
+    in_channels: int = 3, image_size: int = 32, num_classes: int = 10, activation: str = "relu"
+) -> ChainArchitecture:
     """The network of "Structure Is Not Enough": 10,853 parameters in 93 tokens for 3x32x32 images."""
     convolutions = [{"name": f"conv{i + 1}", "out": out, "kernel": 3, "pool": 2} for i, out in enumerate((16, 32, 15))]
     linears = [("fc1", 20), ("fc2", num_classes)]
     return cnn("cnn3", convolutions, linears, in_channels, image_size, activation)
 
 
-def lenet5(in_channels: int = 3, image_size: int = 32, num_classes: int = 10, activation: str = "relu") -> ChainArchitecture:
+def lenet5(
+    in_channels: int = 3, image_size: int = 32, num_classes: int = 10, activation: str = "relu"
+) -> ChainArchitecture:
     """LeNet-5 with max pooling."""
     convolutions = [{"name": f"conv{i + 1}", "out": out, "kernel": 5, "pool": 2} for i, out in enumerate((6, 16))]
     linears = [("fc1", 120), ("fc2", 84), ("fc3", num_classes)]

@@ -1,9 +1,9 @@
 """Models' units brought into the order of a reference's: the weight matching of Git Re-Basin, for any table.
 
-Coordinate descent over the groups (Ainsworth et al., ICLR 2023, algorithm 1), each an assignment; a group and those that
-lie within it are assigned together: the best order within each pair of heads, then of the heads. The descent starts from
-the given order and, where a network is more than a chain, also from orders found from the inputs upwards, each by what is
-matched already: the better of the two is taken.
+Coordinate descent over the groups (Ainsworth et al., ICLR 2023, algorithm 1), each an assignment; a group and those
+that lie within it are assigned together: the best order within each pair of heads, then of the heads. The descent
+starts from the given order and, where a network is more than a chain, also from orders found from the inputs upwards,
+each by what is matched already: the better of the two is taken.
 
 Legend: B models, P parameters, X the numbers that belong to a unit, H outer units, D units within each.
 """

@@ -75,19 +75,19 @@ def _kept(x: Tensor, first: int, shape: Sequence[int]) -> Tensor:
 
 # -- one unit, one number ----------------------------------------------------------------------------------------------
 
-POINTWISE = """relu leaky_relu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid softplus softsign
-logsigmoid log_sigmoid relu6 threshold abs neg exp log log1p expm1 sqrt rsqrt square reciprocal sin cos erf pow clamp
-clamp_min clamp_max sign floor ceil round nan_to_num dropout feature_dropout alpha_dropout native_dropout contiguous
+POINTWISE = """relu leaky_relu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid softplus
+softsign logsigmoid log_sigmoid relu6 threshold abs neg exp log log1p expm1 sqrt rsqrt square reciprocal sin cos erf
+pow clamp clamp_min clamp_max sign floor ceil round nan_to_num dropout feature_dropout alpha_dropout contiguous
 clone to _to_copy detach alias lift_fresh_copy type_as float add sub rsub mul
 div true_divide where maximum minimum lerp addcmul addcdiv atan2 masked_fill eq ne lt le gt ge logical_and logical_or
 logical_not bitwise_not isnan hardshrink softshrink tanhshrink erfc atan asin sinh cosh trunc frac exp2 log2 log10
-relu_6 prelu_scalar zeros_like ones_like full_like""".split()
+zeros_like ones_like full_like""".split()
 
 
 @rule(*POINTWISE)
 def pointwise(call: Call) -> Tensor:
-    """Also sums, products, softmax: tensors' axes are matched from the last, as broadcasting does."""
-    tensors = [t for t in [*flatten_labels(call.args), *flatten_labels(list(call.kwargs.values()))]]
+    """Also sums and products: tensors' axes are matched from the last, as broadcasting does."""
+    tensors = flatten_labels([*call.args, *call.kwargs.values()])
     return broadcast(tensors, len(call.shape))
 
 
@@ -256,9 +256,14 @@ def _pooled(dims: int) -> Rule:
 for _dims in (1, 2, 3):
     for _name in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool"):
         rule(f"{_name}{_dims}d")(_pooled(_dims))
-    rule(f"max_pool{_dims}d_with_indices")(lambda call, dims=_dims: [_pooled(dims)(call)] * 2)
+
+
+def _resized(call: Call) -> Tensor:
+    return _kept(call.args[0], 2, call.shape)
+
+
 for _name in ("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"):
-    rule(_name, f"_{_name}_aa")(lambda call: _kept(call.args[0], 2, call.shape))
+    rule(_name, f"_{_name}_aa")(_resized)
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "norm", "linalg_vector_norm", "prod")
@@ -394,7 +399,7 @@ def _taken(x: Tensor, dim: int, axis: Axis) -> Tensor:
 def slice_(call: Call) -> Tensor:
     x, dim = call.args[0], call.arg(1, "dim", 0) % len(call.args[0])
     whole = length(x[dim])
-    start, end, step, _ = slice(call.arg(2, "start"), call.arg(3, "end")).indices(whole) + (0,)
+    start, end, _ = slice(call.arg(2, "start"), call.arg(3, "end")).indices(whole)
     step = call.arg(4, "step", 1)
     if step != 1:
         pin(x[dim])

@@ -1,8 +1,8 @@
-"""A network's parameters and their symmetries as data: what each tensor's axes are made of, as in git-re-basin's tables.
+"""A network's parameters and their symmetries as data: what each tensor's axes are made of, as in git-re-basin.
 
 An axis is a row of segments (what was concatenated), a segment a product of factors, the outermost first (what was
 flattened). A factor is a group of units that may come in any order, the same wherever the group appears, or a number of
-places that stay where they are. `Ainsworth et al. (Git Re-Basin, ICLR 2023)` write such tables by hand; `graph.py`
+places that stay where they are. Ainsworth et al. (Git Re-Basin, ICLR 2023) write such tables by hand; `graph.py`
 derives them, and chains of layers give theirs (`architectures.py`).
 
 Legend: B models, P parameters, U units of all groups, T tokens, D token size.

@@ -33,8 +33,8 @@ def of_module(
     """The architecture of a module that reads inputs [Q, ...] and gives [Q, C]; theta is its state dict, flattened.
 
     Parameters and buffers of floating type are part of theta, in the state dict's order, shared tensors once. `source`
-    is kept as a hint where the module came from, `make` makes a module with fresh weights. The derived groups are proved
-    on random weights: one that changes the outputs (which would be a mistake of a rule) is kept in order and noted.
+    is kept as a hint where the module came from, `make` makes a module with fresh weights. The derived groups are
+    proved on random weights: one that changes the outputs (a mistake of a rule) is kept in order and noted.
 
     Raises UserError when the module cannot be traced or cannot run for many models at once; it names the operation.
     """
@@ -52,7 +52,9 @@ def of_module(
         try:
             outputs = arch.forward(theta_BP, example.double() if not integers else example)
         except Exception as error:
-            raise UserError(f"{name} cannot run for many models at once: {_failing(found, arch, theta_BP, error)}") from error
+            raise UserError(
+                f"{name} cannot run for many models at once: {_failing(found, arch, theta_BP, error)}"
+            ) from error
         return _proved(arch, theta_BP, example if integers else example.double(), outputs)
 
 
@@ -140,7 +142,8 @@ def _failing(found: graph.Graph, arch: ModuleArchitecture, theta_BP: Tensor, err
     state, dims = functional._state(arch.table, theta_BP)
     program = found.exported
     names = [
-        program.graph_signature.inputs_to_parameters.get(n.name) or program.graph_signature.inputs_to_buffers.get(n.name)
+        program.graph_signature.inputs_to_parameters.get(n.name)
+        or program.graph_signature.inputs_to_buffers.get(n.name)
         for n in program.graph.nodes
         if n.op == "placeholder"
     ]

@@ -138,7 +138,7 @@ def describe(zoo: Zoo) -> str:
     size = sum(zoo.store.filesystem.get_file_info(zoo.store.path(part.file)).size for part in zoo.parts)
     lines = [
         f"{info['name']}  ({zoo.store})",
-        f"  architecture  {arch.name}, {arch.activation}, {arch.num_parameters:,} parameters, {arch.num_tokens} tokens",
+        f"  architecture  {arch.name}, {arch.kind}, {arch.num_parameters:,} parameters, {arch.num_tokens} tokens",
         f"  images        {zoo.image_set or 'not known'}",
         f"  models        {zoo.num_models:,} with {zoo.num_states:,} states, {len(info['excluded']):,} excluded",
         "  splits        " + ", ".join(f"{s} {info['splits'][s]['models']:,}" for s in zoo_format.SPLITS),
@@ -159,7 +159,7 @@ def facts(zoo: Zoo) -> dict[str, Any]:
     return {
         "zoo": str(zoo.store),
         **{key: zoo.info[key] for key in keys},
-        "architecture": {"name": arch.name, "activation": arch.activation, "parameters": arch.num_parameters},
+        "architecture": {"name": arch.name, "activation": arch.kind, "parameters": arch.num_parameters},
     }
 
 

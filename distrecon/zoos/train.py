@@ -41,7 +41,7 @@ def ensure(
     """
     where = folder if isinstance(folder, Store) else store(folder)
     if where.exists(zoo_format.MANIFEST):
-        zoo = open_zoo(where)
+        zoo = open_zoo(where, module=config.architecture.module)
         _check_same(where, zoo.info["origin"], config)
         return zoo
     images = load(config.images.name, config.images.directory)
@@ -54,7 +54,10 @@ def ensure(
 
 
 def _origin(config: ZooConfig) -> dict[str, Any]:
-    return {"kind": "trained", "config": configuration.flatten(config)}
+    flat = configuration.flatten(config)
+    if flat["architecture.module"] is None:  # as zoos of known networks have always been described
+        del flat["architecture.module"]
+    return {"kind": "trained", "config": flat}
 
 
 def _check_same(where: Store, origin: dict[str, Any], config: ZooConfig) -> None:
@@ -103,7 +106,7 @@ def _train(
         excluded=[excluded for report in reports for excluded in report["excluded"]],
     )
     build.finish(where)
-    return open_zoo(where)
+    return open_zoo(where, module=config.architecture.module)
 
 
 def train_group(group: Group, where: Store, config: ZooConfig, arch: Architecture, images: ImageSet) -> dict[str, Any]:
@@ -214,4 +217,6 @@ def _config_json(model: ModelPlan, config: ZooConfig) -> str:
     chosen = {key: value for key, value in asdict(model).items() if key not in ("model_id", "split")}
     training = config.training
     shared = {"optimizer": training.optimizer, "batch_size": training.batch_size, "epochs": training.epochs}
-    return json.dumps({**chosen, "activation": config.architecture.activation, **shared})
+    net = config.architecture
+    what = {"activation": net.activation} if net.module is None else {"module": net.module}
+    return json.dumps({**chosen, **what, **shared})

@@ -1,5 +1,7 @@
 """Networks as users have them, in plain torch, small: name -> (factory, shape of one input)."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -235,3 +237,37 @@ NETWORKS = {
     "vit": (ViT, (1, 8, 8)),
     "cnn_1d": (Normalised1d, (2, 16)),
 }
+
+
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18, with its names."""
+
+    class Basic(nn.Module):
+        def __init__(self, before: int, after: int, stride: int) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
+            self.relu = nn.ReLU(inplace=True)
+            self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
+            self.downsample = None
+            if stride != 1:
+                self.downsample = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+            y += x if self.downsample is None else self.downsample(x)
+            return self.relu(y)
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        self.maxpool, widths = nn.MaxPool2d(3, 2, 1), (64, 64, 128, 256, 512)
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            blocks = (self.Basic(before, after, 2 if i else 1), self.Basic(after, after, 1))
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        for i in range(4):
+            x = self.get_submodule(f"layer{i + 1}")(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
