@@ -95,9 +95,7 @@ def prepare(request: Request, out: str | None, command: str, verbose: bool = Fal
     return _with_storage(folder, request)
 
 
-def reopen(
-    path: str, command: str, address: str | None, modules: tuple[str, ...] = ()
-) -> tuple[RunFolder, Request]:
+def reopen(path: str, command: str, address: str | None, modules: tuple[str, ...] = ()) -> tuple[RunFolder, Request]:
     """An earlier job's folder and request, as it was made; only the cluster may be another.
 
     Modules are given anew: no file of a run decides what is imported.

@@ -99,7 +99,7 @@ class Walk:
         self.queries = tensors["queries"][: config.activation_queries]
         self.moments = [tensors[f"moment{i}_FF"].double() for i in layers]
         self.bases = [tensors[f"basis{i}_FK"].double() for i in layers]
-        self.centers = [m[0] for m in layer_matrices(arch, tensors["center_P"][None])]
+        self.centers = [m[0] for m in layer_matrices(self.arch, tensors["center_P"][None])]
         self.sizes = [len(c) * b.shape[1] for c, b in zip(self.centers, self.bases, strict=True)]
 
     def encode(self, theta_BP: Tensor) -> Tensor:

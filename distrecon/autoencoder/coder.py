@@ -29,7 +29,9 @@ class CoderConfig:
     layers: int = setting(2, "blocks of the encoder, and as many of the decoder", least=1)
     heads: int = setting(4, "of the transformers' attention; they divide the width", least=1)
     latent: int = setting(16, "numbers a token; the Fisher coders have latent * tokens numbers a model", least=1)
-    token_size: int | None = setting(None, "numbers of a token at most, longer rows are cut; empty: whole rows", least=2)
+    token_size: int | None = setting(
+        None, "numbers of a token at most, longer rows are cut; empty: whole rows", least=2
+    )
     projection: int = setting(30, "numbers a model for the contrastive loss", least=1)
     fisher_metric: str = setting(
         "behavioral", "structural: plain principal components of the weights", choices=("behavioral", "structural")

@@ -131,7 +131,7 @@ class TasksConfig:
     refiner: str = setting("gauss_newton", "how latents are refined; Adam's steps cost a tenth", choices=REFINERS)
     remeasure: int = setting(
         256,
-        "training images on which the statistics of batch normalisation are measured again (reported under remeasured/)",
+        "training images for measuring statistics of batch normalisation again (reported under remeasured/); 0: none",
         least=0,
     )
     teachers: int = setting(10, "good models whose averaged outputs a generated model is refined towards", least=1)

@@ -17,7 +17,7 @@ from distrecon.zoos import Zoo
 
 
 def zoo_index(autoencoder: Autoencoder, zoo: Zoo) -> int:
-    """Which of the autoencoder's zoos has this one's architecture, whose module it then runs; UserError when none has."""
+    """Which of the autoencoder's zoos has this one's architecture, whose module it then runs; or UserError."""
     for index, arch in enumerate(autoencoder.architectures):
         if arch.same_networks(zoo.architecture):
             if isinstance(arch, ModuleArchitecture):

@@ -221,7 +221,7 @@ def _token_gathers(arch: Architecture, device: torch.device) -> tuple[Tensor, Te
 
 
 @dataclass(frozen=True)
-class ChainArchitecture(Chain, Architecture):  # type: ignore[misc]
+class ChainArchitecture(Chain, Architecture):  # type: ignore[override]
     """Layers one behind the other (see `Chain`), which run by kernels of their own."""
 
     piece: int | None = field(default=None, compare=False)

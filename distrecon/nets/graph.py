@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from distrecon.errors import UserError
 from distrecon.nets import axes, rules, table
-from distrecon.nets.axes import Atom, Label, Stack, fixed, free, length, parent, pin, settled
+from distrecon.nets.axes import Atom, Label, Stack, fixed, free, parent, pin, settled
 from distrecon.nets.rules import Labels, flatten_labels
 from distrecon.nets.table import Constant, Entry, Group, Rows, Table
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distrecon.errors import UserError
-from distrecon.nets import Architecture
+from distrecon.nets import Architecture, ChainArchitecture
 from distrecon.nets.recognise import flatten_as
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")

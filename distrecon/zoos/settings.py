@@ -12,8 +12,8 @@ from distrecon.config import check, replace, setting
 from distrecon.errors import UserError, nearest
 from distrecon.images import IMAGE_SETS, ImageSet
 from distrecon.nets import ACTIVATIONS, ARCHITECTURES, INITIALISATIONS, Architecture, architecture
-from distrecon.nets.given import factory, module_of
 from distrecon.nets.fit import OPTIMIZERS
+from distrecon.nets.given import factory, module_of
 from distrecon.nets.initialise import OWN
 from distrecon.zoos.format import SPLITS
 

@@ -224,6 +224,12 @@ def open_zoo(
     where = path if isinstance(path, Store) else store(path, filesystem)
     if where.exists(zoo_format.UNFINISHED) and not where.exists(zoo_format.MANIFEST):
         raise UserError(f"{where} is an unfinished zoo: run the command that began it again, and it continues")
-    given = [] if module is None else [module] if isinstance(module, str) or callable(module) else [*module]
+    given: list[Given]
+    if module is None:
+        given = []
+    elif isinstance(module, str) or not isinstance(module, Sequence):
+        given = [module]
+    else:
+        given = [*module]
     directory = os.path.abspath(images) if images is not None else None
     return Zoo(where, zoo_format.read_manifest(where), directory, tuple(module_of(one) for one in given))

@@ -359,7 +359,8 @@ def test_training_moves_weights_and_statistics_as_torch_does() -> None:
     module, inputs, labels = ResNet20(4, 1), torch.randn(6, 3, 8, 8).double(), torch.tensor([0, 1, 2, 3, 4, 5])
     arch = of_module(module, inputs)
     theta_BP = random_models(arch, 2)
-    (epoch,) = fit(arch, theta_BP, inputs, labels, epochs=1, lr_B=torch.full((2,), 0.1), batch_size=6, optimizer="sgd")
+    lr_B = torch.full((2,), 0.1, dtype=torch.float64)
+    (epoch,) = fit(arch, theta_BP, inputs, labels, epochs=1, lr_B=lr_B, batch_size=6, optimizer="sgd")
     for theta_P, after_P in zip(theta_BP, epoch.theta_BP, strict=True):
         one = ResNet20(4, 1).double()
         one.load_state_dict(arch.unflatten(theta_P))
