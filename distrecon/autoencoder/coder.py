@@ -32,6 +32,9 @@ class CoderConfig:
     token_size: int | None = setting(
         None, "numbers of a token at most, longer rows are cut; empty: whole rows", least=2
     )
+    window: int | None = setting(
+        None, "tokens that attention spans; a step of the training then reads one window of each model", least=1
+    )
     projection: int = setting(30, "numbers a model for the contrastive loss", least=1)
     fisher_metric: str = setting(
         "behavioral", "structural: plain principal components of the weights", choices=("behavioral", "structural")
@@ -92,6 +95,18 @@ class Coder(nn.Module, ABC):
     @abstractmethod
     def decode(self, z: Tensor, zoo: int) -> Tensor:
         """Standardised weights [B, P] of latents; differentiable in them, for refinement."""
+
+    def spans(self, zoo: int) -> list[slice]:
+        """Windows of tokens that are coded by themselves, one of which a training step reads; none: whole models."""
+        return []
+
+    def encode_span(self, x_BP: Tensor, zoo: int, span: slice) -> Tensor:
+        """Latents of the tokens of one of `spans`."""
+        raise NotImplementedError
+
+    def decode_span(self, z: Tensor, zoo: int, span: slice) -> Tensor:
+        """Tokens [B, t, D] of the latents that `encode_span` gave."""
+        raise NotImplementedError
 
     def move(self, z: Tensor, change: Tensor, zoo: int) -> Tensor:
         """Latents after a small change of them, as the gradient of `decode` understands it."""

@@ -283,7 +283,9 @@ class Training:
             inputs, targets_BQC = self._targets(first_BP, mixed_B, query_Q, batch)
         seen = [view for view in (first_BP, second_BP) if view is not None]
         x = autoencoder.standardise(torch.cat(seen), zoo)
-        z = coder.encode(x, zoo)
+        spans = coder.spans(zoo)
+        span = spans[self._draw(len(spans), batch)] if spans else None
+        z = coder.encode(x, zoo) if span is None else coder.encode_span(x, zoo, span)
         values: dict[str, Tensor] = {}
         if "contrastive" in in_use:
             values["contrastive"] = self._contrastive(z, batch)
@@ -291,10 +293,16 @@ class Training:
         decoded = len(seen) if config.data.views == "permutation" and not config.data.align else 1
         if decoded < len(seen):
             z, x = z[: len(theta_BP)], x[: len(theta_BP)]
-        x_hat = coder.decode(z, zoo)
+        seen_arch = autoencoder.architectures[zoo]
+        if span is None:
+            x_hat = coder.decode(z, zoo)
+        else:  # the rest of each model stays as it is
+            x_hat = seen_arch.with_tokens(x, coder.decode_span(z, zoo, span), span)
         with torch.autocast(self.device.type, enabled=False):
             if "structural" in in_use:
                 values["structural"] = self._structural(x_hat, x, zoo).view(decoded, -1).mean(0)
+                if span is not None:  # a mean over what was read
+                    values["structural"] *= arch.num_parameters / int(seen_arch.token_mask_TD[span].sum())
         if "behavioral" in in_use:
             theta_hat_BP = autoencoder.unstandardise(x_hat[: len(theta_BP)].to(autoencoder.dtype), zoo)
             outputs_BQC = arch.forward(theta_hat_BP, inputs).to(targets_BQC)
@@ -303,10 +311,14 @@ class Training:
                     config.loss.behavioral, outputs_BQC, targets_BQC, config.loss.distillation_temperature
                 )
         if "cycle" in in_use:
-            again = coder.encode(x_hat, zoo)
+            again = coder.encode(x_hat, zoo) if span is None else coder.encode_span(x_hat, zoo, span)
             with torch.autocast(self.device.type, enabled=False):
                 values["cycle"] = losses.cycle(z.to(again), again).view(decoded, -1).mean(0)
         return values
+
+    def _draw(self, count: int, batch: Batch) -> int:
+        """Which of so many windows this step reads, the same on every worker."""
+        return int(torch.randint(count, (), generator=generator(self.config.seed, batch.epoch, batch.step, 3)))
 
     def _queries(self, batch: Batch) -> Tensor:
         """Which queries of the pool this step asks, the same on every worker."""

@@ -149,6 +149,17 @@ class Architecture(ABC):
             raise UserError(f"{self.name} has tokens of shape {expected}, not {shape}")
         return tokens_BTD.flatten(1).index_select(1, _token_gathers(self, tokens_BTD.device)[1])
 
+    def tokens_of(self, theta_BP: Tensor, span: slice) -> Tensor:
+        """Some of the tokens, [B, t, D]."""
+        index_tD = self.token_index_TD[span].to(theta_BP.device)
+        return F.pad(theta_BP, (0, 1)).index_select(1, index_tD.flatten()).unflatten(1, (len(index_tD), -1))
+
+    def with_tokens(self, theta_BP: Tensor, tokens_BtD: Tensor, span: slice) -> Tensor:
+        """theta with some of its tokens replaced; differentiable in the tokens."""
+        index_tD = self.token_index_TD[span].to(theta_BP.device)
+        padded_BP = F.pad(theta_BP, (0, 1))
+        return padded_BP.index_copy(1, index_tD.flatten(), tokens_BtD.flatten(1).to(theta_BP.dtype))[:, :-1]
+
     @cached_property
     def _gathers(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
         return {}
@@ -368,6 +379,13 @@ class ModuleArchitecture(Architecture):
             )
         return self.module
 
+    def _on(self, device: torch.device) -> nn.Module:
+        """The module with its constants on the device; left alone where they are, since transforms of autograd do not
+        bear a module's being moved."""
+        module = self.running
+        here = next((t.device for t in (*module.parameters(), *module.buffers())), device)
+        return module if here == device else module.to(device)
+
     def forward(self, theta_BP: Tensor, inputs: Tensor) -> Tensor:
         self.check(theta_BP)
         if tuple(inputs.shape[1:]) != self.input_shape:
@@ -376,19 +394,19 @@ class ModuleArchitecture(Architecture):
         if not len(theta_BP) or not len(inputs):
             return theta_BP.new_zeros(len(theta_BP), len(inputs), self.num_outputs)
         chunk = max(1, functional.NUMBERS // (len(inputs) * self.widest))
-        module = self.running.to(theta_BP.device)
+        module = self._on(theta_BP.device)
         return functional.forward(module, self.table, theta_BP, inputs, chunk if chunk < len(theta_BP) else None)
 
     def train_step(self, theta_BP: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.has_statistics:
             return self.forward(theta_BP, inputs), None
-        return functional.train(self.running.to(theta_BP.device), self.table, theta_BP, inputs)
+        return functional.train(self._on(theta_BP.device), self.table, theta_BP, inputs)
 
     def remeasured(self, theta_BP: Tensor, inputs: Tensor) -> Tensor:
         if not self.has_statistics:
             return theta_BP
         chunk = max(1, functional.NUMBERS // (len(inputs) * self.widest))
-        return functional.remeasure(self.running.to(theta_BP.device), self.table, theta_BP, inputs, chunk)
+        return functional.remeasure(self._on(theta_BP.device), self.table, theta_BP, inputs, chunk)
 
     def with_module(self, module: nn.Module, make: Callable[[], nn.Module] | None = None) -> ModuleArchitecture:
         """The same, able to run; UserError that names the first entry in which the module differs."""

@@ -12,10 +12,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from distrecon.errors import UserError
 from distrecon.nets.table import Table
@@ -83,10 +86,37 @@ def _mapped(module: nn.Module, dims: Mapping[str, int | None], chunk: int | None
     mapped = torch.func.vmap(one, in_dims=(dims, None), chunk_size=chunk)
 
     def call(state: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        with _slow_paths():
+        with _slow_paths(), _Differentiable():
             return mapped(state, inputs)
 
     return call
+
+
+class _Differentiable(TorchFunctionMode):
+    """Batch normalisation by running statistics as arithmetic: torch's own has no gradient with respect to them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        return _batch_norm(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training or mean is None or variance is None:
+        return F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
+    scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (-1, *[1] * (x.ndim - 2))
+    return torch.addcmul(shift.view(shape), x, scale.view(shape))
 
 
 @contextmanager

@@ -43,7 +43,11 @@ def module_of(given: Given) -> nn.Module:
     """The module of a name, of a factory, or itself; UserError where it is none."""
     if isinstance(given, nn.Module):
         return given
-    made = (factory(given) if isinstance(given, str) else given)()
+    make = factory(given) if isinstance(given, str) else given
+    try:
+        made = make()
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(f"{given}: cannot make its module: {error}") from error
     if not isinstance(made, nn.Module):
         raise UserError(f"{given}: gives {type(made).__name__}, not a torch module")
     return made
