@@ -134,14 +134,13 @@ def _gains(
     """
     sizes = [table.groups[g].size for g in groups] + [1] * (2 - len(groups))
     gain = torch.zeros(len(tensors[0]), sizes[0], sizes[0], sizes[1], sizes[1], dtype=torch.float64)
-    for entry, own, other in zip(table.entries, tensors, reference, strict=True):
+    for number in table.entries_of(groups[-1]):
+        entry, present = table.entries[number], table.groups_of(number)
+        if present & set(without) or not present <= {*known, *groups}:
+            continue
         for places in _occurrences(entry, groups):
-            present = {g for axis in entry.axes for segment in axis for g, _ in segment if g is not None}
-            if present & set(without) or not present <= {*known, *groups}:
-                continue
-            a_HDX, b_BHDX = (_units_first(t, entry, places, sizes) for t in (other, own))
-            product = torch.einsum("hdx,bkex->bhkde", a_HDX[0], b_BHDX)
-            gain += product.double().cpu()
+            a_HDX, b_BHDX = (_units_first(t[number], entry, places, sizes) for t in (reference, tensors))
+            gain += torch.einsum("hdx,bkex->bhkde", a_HDX[0], b_BHDX).double().cpu()
     return gain
 
 

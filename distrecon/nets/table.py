@@ -113,6 +113,21 @@ class Table:
         return torch.cat([torch.empty(0, dtype=torch.long), *(torch.arange(o, o + n) for o, n in chosen)])
 
     @cached_property
+    def _groups_of(self) -> list[frozenset[int]]:
+        return [
+            frozenset(g for axis in entry.axes for segment in axis for g, _ in segment if g is not None)
+            for entry in self.entries
+        ]
+
+    def groups_of(self, entry: int) -> frozenset[int]:
+        """The groups that an entry has."""
+        return self._groups_of[entry]
+
+    def entries_of(self, group: int) -> list[int]:
+        """The entries that have a group."""
+        return [i for i, groups in enumerate(self._groups_of) if group in groups]
+
+    @cached_property
     def layer_of_parameter_P(self) -> Tensor:
         return self._per_entry([next(i for i, r in enumerate(self.layers) if e in r.entries) for e in self._numbers])
 

@@ -50,19 +50,12 @@ def batch(theta_BP, step=0):
 
 
 @pytest.mark.parametrize("settings", [{}, {"model__token_size": 10}, {"model__token_size": 10, "model__window": 7}])
-def test_training_tasks_and_files(arch, images, theta_BP, settings, tmp_path):
-    config = tiny(**settings, tasks__remeasure=64, tasks__refine=1)
+def test_training_and_files(arch, images, theta_BP, settings, tmp_path):
+    config = tiny(**settings)
     training = Training(config, [ZooSample(arch, theta_BP[:16], images)], 12)
     first, *_, last = [training.step(batch(theta_BP[:16], step)) for step in range(12)]
     assert last["loss/structural"] < first["loss/structural"]
     autoencoder = training.autoencoder
-    splits = [as_models(arch, theta_BP[a:b], images, a) for a, b in ((0, 14), (14, 19), (19, 24))]
-    found = run_tasks(autoencoder, *splits, images, config)
-    assert all(np.isfinite(value) for value in found.metrics.values())
-    for name in ("reconstruct/remeasured/agreement", "generate/remeasured/accuracy_mean", "predict/test_accuracy_r2"):
-        assert name in found.metrics
-    for theta_P in found.generated_theta_BP:
-        Net().load_state_dict(arch.unflatten(theta_P))  # strictly
     save_autoencoder(tmp_path, autoencoder)
     loaded = load_autoencoder(tmp_path)
     z = autoencoder.encode(theta_BP[:2])
@@ -72,6 +65,18 @@ def test_training_tasks_and_files(arch, images, theta_BP, settings, tmp_path):
         loaded.encode(theta_BP[:2], refine=1)
     loaded.adopt(0, arch)
     assert loaded.encode(theta_BP[:2], refine=1).isfinite().all()
+
+
+def test_the_tasks_measure_statistics_again(arch, images, theta_BP):
+    config = tiny(model__token_size=10, model__window=7, tasks__remeasure=64, tasks__refine=1)
+    autoencoder = Training(config, [ZooSample(arch, theta_BP[:16], images)], 12).autoencoder
+    splits = [as_models(arch, theta_BP[a:b], images, a) for a, b in ((0, 14), (14, 19), (19, 24))]
+    found = run_tasks(autoencoder, *splits, images, config)
+    assert all(np.isfinite(value) for value in found.metrics.values())
+    for name in ("reconstruct/remeasured/agreement", "generate/remeasured/accuracy_mean", "predict/test_accuracy_r2"):
+        assert name in found.metrics
+    for theta_P in found.generated_theta_BP:
+        Net().load_state_dict(arch.unflatten(theta_P))  # strictly
 
 
 def test_windows_see_nothing_of_each_other(arch, images, theta_BP):
