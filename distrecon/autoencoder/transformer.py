@@ -53,7 +53,7 @@ class Positions(nn.Module):
         for i, arch in enumerate(architectures):
             self.register_buffer(f"index{i}", arch.token_positions_T3, persistent=False)
 
-    def forward(self, zoo: int, span: slice) -> Tensor:
+    def forward(self, zoo: int, span: slice = slice(None)) -> Tensor:
         """[t, W] for the tokens of this span, of the architecture of that zoo."""
         index_T3: Tensor = getattr(self, f"index{zoo}")[span]
         return torch.stack([embedding(index_T3[:, i]) for i, embedding in enumerate(self.embeddings)]).sum(0)
