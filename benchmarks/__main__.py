@@ -57,6 +57,7 @@ PARTS = {
     "scaling": Entry("scaling", "Measured here, computed for 1 to 64 GPUs"),
     "zoo_stream": Entry("pipeline", "States from disk to the workers"),
     "recovery": Entry("recovery", "Teachers recovered: synthetic, digits, from files"),
+    "ablation": Entry("ablation", "Students and clusters: which does the work"),
     "boxes": Entry("boxes", "Black boxes as people have them"),
     "reconstruction": Entry("autoencoder.reconstruction", "Reconstruction by kind of coder, amortised and refined"),
     "controls": Entry("autoencoder.reconstruction", "The same refinement without a learned space"),

@@ -1,6 +1,6 @@
 """Black boxes as people have them: what is answered, whether it is right, and what it costs.
 
-    python -m benchmarks boxes                              # all of benchmarks/black_boxes.py
+    python -m benchmarks boxes                              # all of benchmarks/box_cases.py
     python -m benchmarks boxes --only "relu 8-20-1" wine    # those whose names contain one of these
     python -m benchmarks boxes --quick                      # those that take seconds
 
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.black_boxes import CASES, Case, Problem
+from benchmarks.black_boxes import Problem
+from benchmarks.box_cases import CASES, Case
 from benchmarks.harness import Cell, Column, Part, Row, Table, extremes
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, recover_network

@@ -160,6 +160,7 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     """Options that every command has."""
     parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/<time>-<command>)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    parser.add_argument("--register", metavar="NAME", help="register the (best) model in MLflow under this name")
     parser.add_argument("--smoke", action="store_true", help="a tiny instance of every stage; its numbers mean nothing")
     output_options(parser)
 

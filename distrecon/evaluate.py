@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> console.Answer:
         recording.Provenance(settings.seed, args.smoke, overrides, {str(args.zoo): zoo}),
         work,
     )
-    return recording.answer(outcome, "evaluate", args.smoke)
+    return recording.answer(outcome, args, "evaluate")
 
 
 def main(argv: list[str] | None = None) -> int:

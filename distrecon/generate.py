@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 from typing import Any
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> console.Answer:
         f"{args.count} models of {arch.name}: test accuracy {mean:.3f} mean, {best:.3f} best; "
         f"{metrics['generate/ms_per_model']:.2f} ms each\n\nmodels   {console.short(outcome.folder.models)}"
     )
-    return recording.answer(outcome, "generate", args.smoke, text)
+    return recording.answer(outcome, args, "generate", text)
 
 
 def generate(
@@ -117,7 +118,7 @@ def _write(folder: RunFolder, arch: Architecture, theta_MP: Tensor, accuracy_M: 
     models = []
     for number, (theta_P, accuracy) in enumerate(zip(theta_MP, accuracy_M.tolist(), strict=True)):
         file = folder.models / f"{number:05d}.safetensors"
-        save_file(arch.unflatten(theta_P), file, {"architecture": arch.name})
+        save_file(arch.unflatten(theta_P), file, {"architecture": arch.name, "description": json.dumps(arch.to_dict())})
         models.append({"file": f"models/{file.name}", "test_accuracy": accuracy})
     np.savez_compressed(folder.models / ARRAYS, allow_pickle=False, **{"generate/accuracy": accuracy_M.numpy()})  # type: ignore[arg-type]
     return models

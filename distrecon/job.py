@@ -31,6 +31,7 @@ from distrecon.zoos.settings import ZOOS
 from distrecon.zoos.storage import store
 from distrecon.zoos.train import ensure
 
+SHIPPED = Path(__file__).resolve().parent.parent / "tune_spaces"  # beside the package, wherever it lies
 DEFAULT_SPACES = ("tune_spaces/loss_weights.yaml", "tune_spaces/student_counts.yaml")
 
 
@@ -49,13 +50,17 @@ class Request:
     images: str | None = None  # the directory of the images of zoos that have them not inside
 
 
-def shipped_spaces() -> list[str]:
-    """The space files of the default run: of the working directory, or of the checkout that the package lies in."""
-    checkout = Path(__file__).resolve().parent.parent
-    for root in (Path.cwd(), checkout):
-        if all((root / space).exists() for space in DEFAULT_SPACES):
-            return [str(root / space) for space in DEFAULT_SPACES]
-    raise UserError(f"{DEFAULT_SPACES[0]} is not here: run in distrecon's checkout, or name space files with --space")
+def space_file(name: str) -> str:
+    """The space file of that path or, where there is none, the shipped one of that name, with or without its folder.
+
+    Raises UserError that lists the shipped ones.
+    """
+    shipped = SHIPPED / f"{Path(name).stem}.yaml"
+    for path in (Path(name), shipped):
+        if path.is_file():
+            return str(path)
+    names = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    raise UserError(f"{name}: no such space file{nearest(shipped.stem, names)}")
 
 
 def read_sweeps(request: Request) -> list[Sweep]:

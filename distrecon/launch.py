@@ -67,4 +67,4 @@ def launch(args: argparse.Namespace, command: str, **what: Any) -> console.Answe
     except (WorkFailed, OSError) as error:
         hint = f"when that is mended, continue with --resume {console.short(folder.path)}"
         raise WorkFailed(f"{error}; {hint}") from error
-    return answer(outcome, command, request.smoke)
+    return answer(outcome, args, command)

@@ -4,7 +4,9 @@
 one trial, and writes its journal. None of this loads Ray Tune.
 """
 
+import argparse
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +16,16 @@ from typing import Any
 
 from distrecon import console
 from distrecon.cluster import session
-from distrecon.errors import UserError
+from distrecon.errors import UserError, WorkFailed
 from distrecon.files import write_json
 from distrecon.kinds import KINDS
 from distrecon.record.artifacts import ARRAYS, FINISHED
 from distrecon.record.folder import RESUMABLE, RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.record.kind import Kind
-from distrecon.record.tracking import MODEL, Tracker
+from distrecon.record.tracking import Tracker
 from distrecon.report import page, tables
+from distrecon.served.package import package
 from distrecon.zoos import Zoo
 
 TRIAL = "00000"  # the only one of a run that works in this process
@@ -117,10 +120,17 @@ def finish(
         tracker.artifacts(record.name, "", [folder.page, folder.summary])
         tracker.artifacts(record.name, "", files.figures[record.name], "figures")
         for trial, models in files.models[record.name].items():
-            tracker.artifacts(record.name, trial, models, MODEL)
+            _log_model(tracker, record, trial, models)
         tracker.conclude(record.name, best.trial if best else None, tables.render(record, kind))
     stage.done(f"{folder.page}")
     return Outcome(folder, records, seconds, tracker)
+
+
+def _log_model(tracker: Tracker, record: SweepRecord, trial: str, files: Sequence[Path]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "model"
+        if package(KINDS[record.kind], files, target):
+            tracker.model(record.name, trial, target, record.kind)
 
 
 def summarise(sweep: SweepRecord) -> dict[str, Any]:
@@ -189,7 +199,7 @@ def record(
             journal.write("done")
             tracker = Tracker(folder, [command], provenance.tags())
             outcome = finish(folder, [command], provenance, tracker, time.monotonic() - began, result.summary)
-            tracker.artifacts(command, TRIAL, sorted(folder.models.iterdir()), MODEL)
+            _log_model(tracker, outcome.sweeps[0], TRIAL, sorted(folder.models.iterdir()))
             return outcome
     except UserError:
         if not resumed:
@@ -214,17 +224,38 @@ def _store_arrays(folder: RunFolder, sweep: str) -> None:
 
 
 def answer(
-    outcome: Outcome, command: str, smoke: bool, text: str | None = None, code: int = console.DONE
+    outcome: Outcome, args: argparse.Namespace, command: str, text: str | None = None, code: int = console.DONE
 ) -> console.Answer:
-    """A finished run's exit code, the text to print (the tables where none is given), its summary and its folder."""
+    """A finished run's exit code, the text to print (the tables where none is given), its summary and its folder.
+
+    `args` are the command's own: whether its numbers mean anything (`smoke`), and a name to `register` the model under.
+    """
+    registered = list(_register(outcome, args.register)) if args.register else []
     if outcome.failed or outcome.tracker.problem:
         code = console.SOME_FAILED
     body = "\n".join(tables_and_failures(outcome)) if text is None else text
     return console.Answer(
         code,
-        "\n".join([body, *where(outcome, command, smoke)]),
-        {"folder": str(outcome.folder.path), **outcome.folder.read_summary(), "mlflow": outcome.tracker.uri},
+        "\n".join([body, *where(outcome, command, args.smoke), *(f"model    {uri}" for uri in registered)]),
+        {
+            "folder": str(outcome.folder.path),
+            **outcome.folder.read_summary(),
+            "mlflow": outcome.tracker.uri,
+            **({"registered": registered} if args.register else {}),
+        },
     )
+
+
+def _register(outcome: Outcome, name: str) -> Iterator[str]:
+    """The new version of the best model of each sweep, under this name or, of several sweeps, name-sweep."""
+    for sweep in outcome.sweeps:
+        full = name if len(outcome.sweeps) == 1 else f"{name}-{sweep.name}"
+        best = sweep.best() or next(iter(sweep.trials.values()))
+        uri = outcome.tracker.register(sweep.name, best.trial, full)
+        if uri is None:
+            reason = outcome.tracker.problem or "its best trial left none"
+            raise WorkFailed(f"--register {full}: no model of {sweep.name} was registered ({reason})")
+        yield uri
 
 
 def tables_and_failures(outcome: Outcome) -> Iterator[str]:

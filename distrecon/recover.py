@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> console.Answer:
     (recovery,) = found
     text = f"{recovery.report()}\n\nnetwork  {console.short(folder.models / NETWORK)}"
     code = console.DONE if recovery.verified else console.SOME_FAILED
-    return recording.answer(outcome, "recover", args.smoke, text, code)
+    return recording.answer(outcome, args, "recover", text, code)
 
 
 def _write(folder: RunFolder, config: RecoveryConfig, seed: int, recovery: Recovery) -> dict[str, Any]:

@@ -9,7 +9,7 @@ EXAMPLES = """examples:
   python -m distrecon.tune                                    both digits sweeps, minutes on two cores
   python -m distrecon.tune --smoke                            check an installation
   python -m distrecon.tune --space my_sweep.yaml --set optim.epochs=50
-  python -m distrecon.tune --address auto --space tune_spaces/paper_losses.yaml --use-gpu
+  python -m distrecon.tune --address auto --space paper_losses --use-gpu
   python -m distrecon.tune --resume runs/20260101-120000-tune
 
 exit codes: 0 done, 1 some trials failed, 2 the request is wrong, 130 interrupted (continue with --resume)
@@ -22,14 +22,19 @@ def parser() -> console.Parser:
         description="Run sweeps side by side on one Ray session and record them in MLflow.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("--space", nargs="+", metavar="FILE", help="space files (default: the two digits sweeps)")
+    parser.add_argument(
+        "--space",
+        nargs="+",
+        metavar="FILE",
+        help="space files, or names of shipped ones (default: the two digits sweeps)",
+    )
     launch.options(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> console.Answer:
-    spaces = [] if args.resume else args.space or job.shipped_spaces()
-    return launch.launch(args, "tune", spaces=tuple(spaces))
+    spaces = () if args.resume else args.space or job.DEFAULT_SPACES
+    return launch.launch(args, "tune", spaces=tuple(map(job.space_file, spaces)))
 
 
 def main(argv: list[str] | None = None) -> int:

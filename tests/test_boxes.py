@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.black_boxes import CASES, Case, Problem, dense, far_kink, weights
+from benchmarks.black_boxes import Problem, dense, far_kink, weights
+from benchmarks.box_cases import CASES, Case
 from benchmarks.boxes import as_should, judge, solve
 from distrecon.expand_cluster import Recovery, network
 

@@ -49,3 +49,10 @@ def test_scikit_learns_network_is_a_black_box_that_is_recovered(tmp_path):
 )
 def test_the_others(tmp_path, name, words):
     assert words in run(tmp_path, name)
+
+
+@pytest.mark.slow
+def test_a_service_behind_http_is_recovered_through_its_faults(tmp_path):
+    told = run(tmp_path, "black_box_over_http.py")
+    assert "verified: " in told
+    assert int(told.split("faults")[1].split()[0]) > 0

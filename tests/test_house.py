@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("record",),
     ("cluster", "report"),
     ("kinds",),
+    ("served",),
     ("recording",),
     ("job",),
     ("launch",),
@@ -38,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 ALONE = {  # library -> the only rooms that may import it
-    "mlflow": {"record"},
+    "mlflow": {"record", "served"},
     "matplotlib": {"report"},
     "ray.train": {"cluster"},
     "ray.tune": {"cluster"},

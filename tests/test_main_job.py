@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import mlflow
+import numpy as np
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
@@ -92,8 +94,8 @@ def test_mlflow_has_parents_children_epochs_and_artifacts(smoke):
         files = {a.path for a in client.list_artifacts(parents[0].info.run_id)}
         assert {"report.html", "summary.json", "figures"} <= files
         for child in children:
-            models = [a.path for a in client.list_artifacts(child.info.run_id, "model")]
-            assert any(path.endswith(".safetensors") for path in models)
+            (model,) = child.outputs.model_outputs
+            assert client.get_logged_model(model.model_id).status == "READY"
             assert list(child.data.params)
     child = next(
         r for r in client.search_runs([client.get_experiment_by_name("loss_weights").experiment_id]) if r.data.params
@@ -121,6 +123,15 @@ def test_the_best_autoencoder_is_loaded_from_the_store_by_one_line(smoke, monkey
     parents = client.search_runs([client.get_experiment_by_name("loss_weights").experiment_id], "tags.best_run != ''")
     assert [p.info.run_name for p in parents] == ["out"]
     assert "C+S+B" in parents[0].data.tags["mlflow.note.content"]
+    served = mlflow.pyfunc.load_model(line[1] + "/autoencoder")
+    theta_BP = next(iter((folder / "zoos").iterdir()))
+    theta_BP = distrecon.open_zoo(theta_BP).weights(split="test")[:3]
+    latents = served.predict(theta_BP.numpy(), params={"task": "encode"})
+    with torch.no_grad():
+        own = distrecon.load_autoencoder(out)
+        expected_BP = own.decode(own.encode(theta_BP))
+    for answer in (served.predict(theta_BP.numpy()), served.predict(latents, params={"task": "decode"})):
+        assert np.allclose(answer, expected_BP, atol=1e-6)
     for address in (line[1], f"runs:/{parents[0].info.run_id}"):  # the trial's run, and its sweep's
         stored = distrecon.load_autoencoder(address).state_dict()
         assert all(torch.equal(stored[name], tensor) for name, tensor in here.items())
@@ -164,8 +175,7 @@ def test_the_trained_autoencoder_evaluates_and_generates(smoke, capsys, monkeypa
     )
     assert Path("generated/report.html").read_text().count("<figure>") == 1
     (run_,) = client.search_runs([client.get_experiment_by_name("generate").experiment_id], "tags.trial_id != ''")
-    stored = [Path(file.path).name for file in client.list_artifacts(run_.info.run_id, "model")]
-    assert stored == [Path(model["file"]).name for model in made["models"]]
+    served = mlflow.pyfunc.load_model(f"runs:/{run_.info.run_id}/autoencoder")
     assert len(distrecon.load_autoencoder("evaluated").architectures) == 1
     arch = distrecon.Architecture.from_dict(made["architecture"])
     test = images.load("digits").test
@@ -173,6 +183,8 @@ def test_the_trained_autoencoder_evaluates_and_generates(smoke, capsys, monkeypa
         theta_P = arch.flatten(load_file(Path("generated") / model["file"]))
         predictions_Q = arch.forward(theta_P[None], test.images)[0].argmax(1)
         assert float((predictions_Q == test.labels_Q).float().mean()) == pytest.approx(model["test_accuracy"], abs=1e-3)
+        answers_QC = served.predict(test.images.numpy(), params={"number": int(Path(model["file"]).stem)})
+        assert (torch.from_numpy(answers_QC).argmax(1) == predictions_Q).all()
     capsys.readouterr()
     for arguments, words in [
         (["--autoencoder", "nowhere", "--count", "3"], "nowhere: no such folder"),

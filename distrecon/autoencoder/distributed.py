@@ -39,8 +39,9 @@ def global_rows(local: Tensor, offset: int, size: int) -> Tensor:
 
 def total(values: Tensor) -> Tensor:
     """Sum over the workers, without gradient."""
-    values = values.detach().clone()
+    values = values.detach()
     if active():
+        values = values.clone()
         dist.all_reduce(values)
     return values
 

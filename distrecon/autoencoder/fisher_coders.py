@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distrecon.autoencoder import fisher
 from distrecon.autoencoder.coder import Coder, CoderConfig
-from distrecon.autoencoder.transformer import Block, Positions, Projection
+from distrecon.autoencoder.transformer import Block, Norm, Positions, Projection
 from distrecon.nets import Architecture
 
 
@@ -38,8 +38,8 @@ class Residual(nn.Module):
             nn.Linear(arch.token_size + self.slot, width),
         )
         self.encoder_positions, self.decoder_positions = (Positions([arch], width) for _ in range(2))
-        self.encoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
-        self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
+        self.encoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), Norm(width))
+        self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), Norm(width))
         self.encoder_out = _zero(nn.Linear(width, self.slot))
         self.decoder_out = _zero(nn.Linear(width, arch.token_size))
 

@@ -1,7 +1,8 @@
 """A module's parameters as one vector, for GPUs: what is done to all of them is then one kernel, not one a parameter.
 
 The module's own parameters become views of the vector, so that whatever reads them sees the present values. In a step
-they are replaced by differentiable views, whose gradient is the vector's, or by views of its copy in a smaller type.
+they are replaced by differentiable views, whose gradient is the vector's, or by views of its copy in a smaller type:
+what steps add up to stays exact, and nothing is converted layer by layer.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,29 +16,20 @@ Result = TypeVar("Result")
 
 
 class FlatParameters:
-    """`vector` is what an optimiser steps on; `call` runs a function with the module's parameters taken from it.
-
-    Matrices of linear layers and their biases come first: they are what autocast computes with in the smaller type.
-    """
+    """`vector` is what an optimiser steps on; `call` runs a function with the module's parameters taken from it."""
 
     def __init__(self, module: nn.Module) -> None:
-        linear = {id(p) for layer in module.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()}
-        named = sorted(module.named_parameters(), key=lambda item: id(item[1]) not in linear)
+        named = [*module.named_parameters()]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.sizes = [p.numel() for p in self.parameters]
-        self.linear = sum(id(p) in linear for p in self.parameters)
         self.vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
         for parameter, view in zip(self.parameters, self._views(self.vector.detach()), strict=True):
             parameter.data = view
         self.module = module
 
     def call(self, function: Callable[[], Result], dtype: torch.dtype | None = None) -> Result:
-        """The function's result, differentiable in `vector`; linear layers' parameters are of the type `dtype`."""
-        first = sum(self.sizes[: self.linear])
-        linear, other = self.vector.split([first, len(self.vector) - first])
-        linear = linear if dtype is None else linear.to(dtype)
-        parts = [*linear.split(self.sizes[: self.linear]), *other.split(self.sizes[self.linear :])]
-        views = [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        """The function's result, differentiable in `vector`; parameters are of the type `dtype`."""
+        views = self._views(self.vector if dtype is None else self.vector.to(dtype))
         replaced = {f"module.{name}": view for name, view in zip(self.names, views, strict=True)}
         return functional_call(_Calls(self.module, function), replaced, ())  # type: ignore[no-any-return]
 
@@ -45,26 +37,20 @@ class FlatParameters:
         return (part.view(p.shape) for part, p in zip(vector.split(self.sizes), self.parameters, strict=True))
 
     def optimizer_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of an optimiser of `vector`, as that of one of the module's parameters in their own order."""
+        """The state of an optimiser of `vector`, as that of one of the module's parameters."""
         (own,) = state["state"].values() or ({},)
-        order = [self.names.index(name) for name, _ in self.module.named_parameters()]
-        split = {key: [*self._views(value)] for key, value in own.items() if value.ndim}
-        whole = {key: value for key, value in own.items() if not value.ndim}
-        states = {
-            i: {key: value.clone() for key, value in whole.items()}
-            | {key: views[k].clone() for key, views in split.items()}
-            for i, k in enumerate(order)
-        }
+        count = len(self.parameters)
+        each = {key: [*self._views(value)] if value.ndim else [value] * count for key, value in own.items()}
+        states = {i: {key: values[i].clone() for key, values in each.items()} for i in range(count)} if own else {}
         (group,) = state["param_groups"]
-        return {"state": states if own else {}, "param_groups": [{**group, "params": [*range(len(order))]}]}
+        return {"state": states, "param_groups": [{**group, "params": [*range(count)]}]}
 
     def flat_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The inverse of `optimizer_state`."""
         (group,) = state["param_groups"]
         states = {}
         if state["state"]:
-            order = {name: i for i, (name, _) in enumerate(self.module.named_parameters())}
-            own = [state["state"][order[name]] for name in self.names]
+            own = [state["state"][i] for i in range(len(self.parameters))]
             states = {
                 0: {
                     key: torch.cat([s[key].flatten() for s in own]) if value.ndim else value

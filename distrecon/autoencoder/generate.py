@@ -103,12 +103,13 @@ def generate_models(
     arch = autoencoder.architectures[zoo]
     start = perf_counter()
     scale = autoencoder.coder.behavioral_scale(zoo).detach().to(z_N)
+    queries = autoencoder.fitted(zoo, "queries")  # where the autoencoder lies
 
     def shape(noise_MF: Tensor) -> Tensor:
-        return autoencoder.coder.flat_noise(noise_MF, zoo).detach()
+        return autoencoder.coder.flat_noise(noise_MF.to(queries.device), zoo).detach().to(noise_MF)
 
     drawn = sample(sampler, z_N * scale, config.samples * config.select, config.bandwidth, seed, shape) / scale
-    drawn = drawn.to(autoencoder.fitted(zoo, "queries"))
+    drawn = drawn.to(queries)
     if config.generate_refine:
         targets_BQC = teacher_targets(autoencoder, good_NP, len(drawn), config.teachers, seed, zoo)
         drawn = autoencoder.refine(drawn, targets_BQC, config.generate_refine, zoo, config.refiner, seed)
@@ -139,9 +140,10 @@ def finetuned(arch: Architecture, theta_MP: Tensor, images: ImageSet, epochs: in
         return theta_MP
     inputs = inputs_for(arch, images.train.images)
     lr_M = torch.full((len(theta_MP),), FINETUNE_LR)
-    for epoch in fit(arch, theta_MP, inputs, images.train.labels_Q, epochs=epochs, lr_B=lr_M, seed=seed):
+    labels_Q = images.train.labels_Q.to(inputs.device)
+    for epoch in fit(arch, theta_MP.to(inputs.device), inputs, labels_Q, epochs=epochs, lr_B=lr_M, seed=seed):
         last = epoch
-    return last.theta_BP.clone()
+    return last.theta_BP.to(theta_MP.device, copy=True)
 
 
 # -- baselines ---------------------------------------------------------------------------------------------------------

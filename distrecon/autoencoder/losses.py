@@ -38,8 +38,8 @@ def contrastive(local_2BJ: Tensor, global_2GJ: Tensor, offset: int, temperature:
     keys_KJ = F.normalize(global_2GJ, dim=2).flatten(0, 1)  # first all first views, then all second views
     anchors_2BJ = F.normalize(local_2BJ, dim=2)
     similarity_2BK = anchors_2BJ @ keys_KJ.T / temperature
-    own_B = offset + torch.arange(count, device=local_2BJ.device)
-    itself_2B = torch.stack([own_B, own_B + size])
+    # row `offset + b` of the first views and of the second
+    itself_2B = torch.arange(offset, offset + size + count, device=local_2BJ.device).unfold(0, count, size)
     other_2B = itself_2B.flip(0)
     similarity_2BK = similarity_2BK.scatter(2, itself_2B[:, :, None], float("-inf"))
     return -F.log_softmax(similarity_2BK, dim=2).gather(2, other_2B[:, :, None])[:, :, 0].mean(0)

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import Autoencoder
 from distrecon.autoencoder.store import save_autoencoder
 from distrecon.autoencoder.tasks import Show, run_tasks
+from distrecon.autoencoder.training import products
 from distrecon.errors import UserError
 from distrecon.nets import ModuleArchitecture
 from distrecon.zoos import Zoo
@@ -46,13 +48,20 @@ def check_memory(zoo: Zoo, has: float) -> None:
 
 
 def score(
-    autoencoder: Autoencoder, zoo: Zoo, config: AutoencoderConfig, folder: Path, show: Show = lambda *stage: None
+    autoencoder: Autoencoder,
+    zoo: Zoo,
+    config: AutoencoderConfig,
+    folder: Path,
+    show: Show = lambda *stage: None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """The three tasks on the zoo's held-out models; files go to `folder`. Returns the metrics."""
+    """The three tasks on the zoo's held-out models, computed on `device`; files go to `folder`. Returns the metrics."""
     index = zoo_index(autoencoder, zoo)
     began = time.monotonic()
     train, validation, test = (zoo.models(split) for split in ("train", "val", "test"))
-    results = run_tasks(autoencoder.cpu(), train, validation, test, zoo.images(), config, index, show)
+    images = zoo.images().on(device)
+    with products(torch.device(device), "float32"):
+        results = run_tasks(autoencoder.to(device), train, validation, test, images, config, index, show)
     save_autoencoder(folder, autoencoder)
     save_file({"theta": results.generated_theta_BP.contiguous()}, folder / "generated.safetensors")
     layers = np.array(zoo.architecture.layer_names)

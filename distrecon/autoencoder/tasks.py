@@ -38,7 +38,7 @@ def _gradients(
     arch: Architecture, theta_BP: Tensor, theta_hat_BP: Tensor, images: ImageSet
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """The gradient analysis at the reconstructions: cosines, and per layer [L] how the two gradients are spread."""
-    inputs = inputs_for(arch, images.train.images[:GRADIENT_QUERIES])
+    inputs = inputs_for(arch, images.train.images[:GRADIENT_QUERIES]).to(theta_BP.device)
     found = gradients.analyse(arch, theta_BP, theta_hat_BP, inputs)
     shares = {
         "gradients/structural_share": found.structural_norm_LB / found.structural_norm_LB.norm(dim=0),

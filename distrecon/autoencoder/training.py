@@ -10,7 +10,7 @@
   next step runs (`Training.steps`).
 - The losses and how they are weighted and scaled: `losses.py`.
 
-Legend: B models of this worker, G of the global batch, P parameters, Q queries, C classes, J projection size,
+Legend: B models of this worker, G of the global batch, V views, P parameters, Q queries, C classes, J projection size,
 U hidden units, N losses.
 """
 
@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -73,20 +73,21 @@ def random_orders(config: AutoencoderConfig, arch: Architecture, batch: Batch) -
 
 def views(
     config: AutoencoderConfig, arch: Architecture, theta_BP: Tensor, batch: Batch, std_P: Tensor, order_2BU: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Two views of the same models (the second is None for `none`); with `align` the first stays as it is."""
+) -> Tensor:
+    """Two views of the same models, [2, B, P]; with `align` the first is they themselves; of `none`, [1, B, P]."""
     kind, b = config.data.views, slice(batch.offset, batch.offset + len(theta_BP))
     if kind == "none":
-        return theta_BP, None
+        return theta_BP[None]
     if kind == "noise":
         draw = generator(config.seed, batch.epoch, batch.step, 0)
         noise_GP = torch.randn(batch.global_size, arch.num_parameters, generator=draw)
-        return theta_BP, theta_BP + config.data.noise * std_P * noise_GP[b].to(theta_BP, non_blocking=True)
+        noisy_BP = theta_BP + config.data.noise * std_P * noise_GP[b].to(theta_BP, non_blocking=True)
+        return torch.stack([theta_BP, noisy_BP])
     units = [group.units for group in arch.groups]
     if config.data.align:
-        return theta_BP, permute(arch, theta_BP, list(order_2BU[1].split(units, dim=1)))
+        return torch.stack([theta_BP, permute(arch, theta_BP, list(order_2BU[1].split(units, dim=1)))])
     both_BP = permute(arch, torch.cat([theta_BP, theta_BP]), list(order_2BU.flatten(0, 1).split(units, dim=1)))
-    return both_BP[: len(theta_BP)], both_BP[len(theta_BP) :]
+    return both_BP.view(2, *theta_BP.shape)
 
 
 @contextmanager
@@ -221,20 +222,28 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         with products(self.device, self.config.optim.precision):
             values = self._losses_in_precision(batch)
-            sum_N = torch.stack([v.sum() for v in values.values()])
+            sum_N = torch.stack([*values.values()]).sum(1)
             mean_N = distributed.total(sum_N) / batch.global_size
             under_way = self._sent(values, mean_N, batch)
             if self.on_cpu:
                 under_way.means()
-            (self._factors(mean_N, batch.zoo) * sum_N / batch.global_size).sum().backward()
+            sum_N.backward(self._factors(mean_N, batch.zoo) * (1 / batch.global_size))
         distributed.sum_gradients(self.parameters)
         if self.config.optim.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)
+            self._clip(self.config.optim.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim_in_use, self.steps_done, self.total_steps)
         self.optimizer.step()
         self.steps_done += 1
         return under_way
+
+    def _clip(self, most: float) -> None:
+        """Scales the gradients down to this norm, if theirs is larger."""
+        if self.flat:  # one gradient, whose norm needs no norm of norms
+            norm = torch.linalg.vector_norm(cast(Tensor, self.flat.vector.grad))
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters, most)
 
     def _losses_in_precision(self, batch: Batch) -> dict[str, Tensor]:
         """`losses`, computed as `optim.precision` says, from the flat parameters where there are such."""
@@ -278,11 +287,10 @@ class Training:
         place_B, missing = self.models[zoo].find(batch.row_b)
         order_2BU, query_Q, place_B = self._on_device(order_2BU, query_Q, place_B)
         theta_BP, mixed_B = self._mixed(self._models(batch, place_B, missing), batch)
-        first_BP, second_BP = views(config, arch, theta_BP, batch, autoencoder.fitted(zoo, "std_P"), order_2BU)
+        seen_VBP = views(config, arch, theta_BP, batch, autoencoder.fitted(zoo, "std_P"), order_2BU)
         if "behavioral" in in_use:  # before anything is kept for the backward pass
-            inputs, targets_BQC = self._targets(first_BP, mixed_B, query_Q, batch)
-        seen = [view for view in (first_BP, second_BP) if view is not None]
-        x = autoencoder.standardise(torch.cat(seen), zoo)
+            inputs, targets_BQC = self._targets(seen_VBP[0], mixed_B, query_Q, batch)
+        x = autoencoder.standardise(seen_VBP.flatten(0, 1), zoo)
         spans = coder.spans(zoo)
         span = spans[self._draw(len(spans), batch)] if spans else None
         z = coder.encode(x, zoo) if span is None else coder.encode_span(x, zoo, span)
@@ -290,8 +298,8 @@ class Training:
         if "contrastive" in in_use:
             values["contrastive"] = self._contrastive(z, batch)
         # noise is not to be learnt, and with alignment the second view only serves contrast
-        decoded = len(seen) if config.data.views == "permutation" and not config.data.align else 1
-        if decoded < len(seen):
+        decoded = len(seen_VBP) if config.data.views == "permutation" and not config.data.align else 1
+        if decoded < len(seen_VBP):
             z, x = z[: len(theta_BP)], x[: len(theta_BP)]
         seen_arch = autoencoder.architectures[zoo]
         if span is None:

@@ -18,13 +18,22 @@ from distrecon.autoencoder.coder import Coder, CoderConfig
 from distrecon.nets import Architecture
 
 
+class Norm(nn.LayerNorm):
+    """Layer normalisation that answers in the type it reads, also under autocast; its sums are float32 in any case."""
+
+    def forward(self, x_BTW: Tensor) -> Tensor:
+        weight_W, bias_W = self.weight.to(x_BTW.dtype), self.bias.to(x_BTW.dtype)
+        with torch.autocast(x_BTW.device.type, enabled=False):
+            return F.layer_norm(x_BTW, self.normalized_shape, weight_W, bias_W, self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block over [B, T, W]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_attention, self.norm_mlp = Norm(width), Norm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
@@ -56,7 +65,8 @@ class Positions(nn.Module):
     def forward(self, zoo: int, span: slice = slice(None)) -> Tensor:
         """[t, W] for the tokens of this span, of the architecture of that zoo."""
         index_T3: Tensor = getattr(self, f"index{zoo}")[span]
-        return torch.stack([embedding(index_T3[:, i]) for i, embedding in enumerate(self.embeddings)]).sum(0)
+        index, layer, within = (embedding(index_T3[:, i]) for i, embedding in enumerate(self.embeddings))
+        return index + layer + within
 
 
 class TransformerCoder(Coder):
@@ -70,9 +80,9 @@ class TransformerCoder(Coder):
         width, blocks = config.width, range(config.layers)
         self.tokeniser = nn.Linear(self.token_size, width)
         self.encoder_positions, self.decoder_positions = (Positions(architectures, width) for _ in range(2))
-        self.encoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
+        self.encoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), Norm(width))
         self.to_latent, self.from_latent = nn.Linear(width, config.latent), nn.Linear(config.latent, width)
-        self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), nn.LayerNorm(width))
+        self.decoder = nn.Sequential(*(Block(width, config.heads) for _ in blocks), Norm(width))
         self.detokeniser = nn.Linear(width, self.token_size)
         self.projection = Projection(config.latent, config.projection)
 

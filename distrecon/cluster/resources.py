@@ -1,11 +1,17 @@
 """What one trial takes of the cluster, as settings."""
 
+import math
 from dataclasses import dataclass
 
 from distrecon.config import check, setting
 from distrecon.errors import UserError
 
 DEVICES = ("auto", "cuda", "cpu")
+RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
+NO_CUDA = (
+    "a GPU is reserved, but torch finds none on this node: install its CUDA build and a driver that fits, "
+    "or rehearse with resources.device=cpu"
+)
 
 
 @dataclass(frozen=True)
@@ -43,3 +49,14 @@ class ResourcesConfig:
             )
         if self.device == "cuda" and not self.use_gpu:
             raise UserError("resources.device is cuda, but no GPU is asked for: add --use-gpu, or leave it auto")
+
+    @property
+    def worker(self) -> dict[str, float]:
+        """What Ray reserves for one worker of a training, and for scoring after it."""
+        gpus = {"GPU": self.gpus_per_worker} if self.use_gpu else {}
+        return {"CPU": max(0.1, self.cpus_per_worker - RESERVE), **gpus}
+
+
+def threads(resources: ResourcesConfig) -> int:
+    """Of torch, in a worker."""
+    return max(1, math.floor(resources.cpus_per_worker))

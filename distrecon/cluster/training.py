@@ -1,9 +1,8 @@
-"""One autoencoder training on Ray Train: Ray Data shard -> steps -> report and checkpoint every epoch -> tasks.
+"""One autoencoder training on Ray Train: Ray Data shard -> steps -> report and checkpoint every epoch.
 
 `train_autoencoder` runs anywhere Ray is connected: from a command, or inside a Tune trial, to which it then reports.
 """
 
-import math
 import tempfile
 import time
 from collections import defaultdict
@@ -17,12 +16,12 @@ import torch
 from distrecon import config as configuration
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
-from distrecon.autoencoder.scoring import score
+from distrecon.autoencoder.store import save_autoencoder
 from distrecon.autoencoder.training import Training
-from distrecon.cluster.resources import ResourcesConfig
+from distrecon.cluster.resources import NO_CUDA, ResourcesConfig, threads
 from distrecon.config import setting
 from distrecon.errors import UserError
-from distrecon.record.artifacts import FINISHED, upload
+from distrecon.record.artifacts import upload
 from distrecon.zoos import Zoo
 from distrecon.zoos.models import Batch
 from distrecon.zoos.stream import plan, stream
@@ -30,7 +29,6 @@ from distrecon.zoos.stream import plan, stream
 STATE = "training.pt"
 RESIZE_SECONDS = 60.0  # how often an elastic training looks for room to grow: a resize goes back to the last checkpoint
 SAMPLE = 4096  # training states that statistics and the linear start are computed from
-RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
 
 
 @dataclass(frozen=True)
@@ -53,24 +51,21 @@ class AutoencoderRun(AutoencoderConfig):
 
 
 def train_autoencoder(run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, name: str, in_trial: bool = False) -> Any:
-    """Trains and scores one autoencoder; returns Ray's Result. `in_trial` of Ray Tune its reports are the trial's too.
+    """Trains one autoencoder; returns Ray's Result. `in_trial` of Ray Tune its reports are the trial's too.
 
-    Everything lies under `storage`/`name`: each epoch's checkpoint, and with the last report the autoencoder, the
-    tasks' arrays and the generated models. A training of the same name continues from its last checkpoint.
+    Everything lies under `storage`/`name`: each epoch's checkpoint, and at the end the autoencoder among the artifacts.
+    A training of the same name continues from its last checkpoint.
     """
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     resources = run.resources
-    per_worker = {"CPU": max(0.1, resources.cpus_per_worker - RESERVE)}
-    if resources.use_gpu:
-        per_worker["GPU"] = resources.gpus_per_worker
     elastic = (resources.min_workers, resources.num_workers)
     scaling: dict[str, Any] = {  # as Ray Train's second version has it; ray.train's stubs show the first
         "num_workers": elastic if resources.min_workers else resources.num_workers,
         "use_gpu": resources.use_gpu,
-        "resources_per_worker": per_worker,
+        "resources_per_worker": resources.worker,
         "elastic_resize_monitor_interval_s": RESIZE_SECONDS,
     }
     callbacks: list[Any] = [TuneReportCallback()] if in_trial else []
@@ -95,18 +90,21 @@ def train_autoencoder(run: AutoencoderRun, zoos: Sequence[Zoo], storage: str, na
 
 
 def train_loop(settings: Mapping[str, Any]) -> None:
-    """The body of every Ray Train worker: train, report every epoch, score at the end."""
+    """The body of every Ray Train worker: train, report every epoch, and leave the autoencoder at the end."""
     from ray import train
 
     run: AutoencoderRun = configuration.replace(AutoencoderRun(), settings["run"])
     zoos: list[Zoo] = settings["zoos"]
     rank = train.get_context().get_world_rank()
-    torch.set_num_threads(max(1, math.floor(run.resources.cpus_per_worker)))
+    torch.set_num_threads(threads(run.resources))
     began = time.monotonic()
     training, first_epoch = _prepare(run, zoos)
     for epoch, metrics in train_epochs(run, zoos, training, first_epoch, rank, train.get_context().get_world_size()):
         _report(epoch, {**metrics, "time/seconds": time.monotonic() - began}, training, rank)
-    _score(run, zoos[0], training, rank, settings["artifacts"])
+    if rank == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            save_autoencoder(folder, training.autoencoder)
+            upload(Path(folder), settings["artifacts"])
 
 
 def train_epochs(
@@ -188,10 +186,7 @@ def _device(resources: ResourcesConfig) -> torch.device:
         return torch.device("cpu")
     device = get_device()
     if device.type != "cuda":
-        raise UserError(
-            "a GPU is reserved, but torch finds none on this node: install its CUDA build and a driver that fits, "
-            "or rehearse with resources.device=cpu"
-        )
+        raise UserError(NO_CUDA)
     return device
 
 
@@ -209,15 +204,3 @@ def _report(epoch: int, metrics: Mapping[str, float], training: Training, rank: 
             torch.save({"training": training.state_dict(), "epoch": epoch}, Path(folder) / STATE)
             checkpoint = train.Checkpoint.from_directory(folder)
         train.report({"epoch": epoch, **metrics}, checkpoint=checkpoint)
-
-
-def _score(run: AutoencoderRun, zoo: Zoo, training: Training, rank: int, artifacts: str) -> None:
-    """Rank 0 scores the autoencoder on the zoo's held-out models and stores it with what the figures need."""
-    from ray import train
-
-    metrics: dict[str, Any] = {}
-    if rank == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            metrics = score(training.autoencoder, zoo, run.autoencoder, Path(folder))
-            upload(Path(folder), artifacts)
-    train.report({"epoch": run.optim.epochs, **metrics, FINISHED: 1})

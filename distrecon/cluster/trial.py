@@ -31,8 +31,8 @@ def run_trial(
     with tempfile.TemporaryDirectory() as folder:
         metrics = dict(kind.run(config, Trial(name, zoos, storage, Path(folder))))
         if not kind.reports_itself:
-            metrics |= {"time/seconds": time.monotonic() - began, "epoch": 0, FINISHED: 1}
+            metrics |= {"time/seconds": time.monotonic() - began, "epoch": 0}
+        metrics[FINISHED] = 1
         upload(Path(folder), address)
     finish(address, metrics)
-    if not kind.reports_itself:
-        tune.report(metrics)
+    tune.report(metrics)

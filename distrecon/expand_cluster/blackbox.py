@@ -128,6 +128,11 @@ class BlackBox:
         return around.standard(x_QI[told_Q]), self.standard.scores(y_QO[told_Q])
 
     @property
+    def untold(self) -> int:
+        """How many answers `asked` leaves out."""
+        return self.queries - len(self.asked()[0])
+
+    @property
     def queries(self) -> int:
         """Different queries made so far."""
         return self.memory.queries

@@ -68,8 +68,9 @@ class Certificate:
 
     `lowest`, `highest` [I] and `farthest` (a bound of the Euclidean norm) say where the answers compared were asked.
     `given` of them are all earlier ones of the run (0: the fit was not exact, and only fresh ones were compared);
-    `fresh` had no part in the fit. What differs from the network on more than `hidden_share` of the inputs from which
-    fresh queries are drawn has been met, with a confidence of 95 % (rule of three).
+    `fresh` had no part in the fit. `not_compared` others tell nothing: probabilities so near 0 or 1 that their scores
+    cannot be told, and answers from outside the domain. What differs from the network on more than `hidden_share` of
+    the inputs from which fresh queries are drawn has been met, with a confidence of 95 % (rule of three).
 
     Of each output [O], in the answers' own unit: `noise` is the standard deviation of its rounding, `spread` its own
     standard deviation at the training queries, `terms` the size of its terms there; `allowed` is the largest
@@ -83,6 +84,7 @@ class Certificate:
     farthest: float
     given: int
     fresh: int
+    not_compared: int
     noise: list[float]
     spread: list[float]
     terms: list[float]
@@ -108,6 +110,7 @@ class Certificate:
         """The few numbers that go to summary.json and MLflow; disagreements relative to the outputs' spreads."""
         return {
             "recover/answers_compared": self.given + self.fresh,
+            "recover/answers_not_compared": self.not_compared,
             "recover/worst_disagreement": max(w / s for w, s in zip(self.worst, self.spread, strict=True)),
             "recover/smallest_seen": max(c / s for c, s in zip(self.smallest_seen, self.spread, strict=True)),
             "recover/hidden_share": self.hidden_share,
@@ -119,9 +122,10 @@ class Certificate:
         metrics = self.metrics()
         outputs = zip(self.worst, self.worst_share, strict=True)
         worst, share = max(outputs, key=lambda pair: pair[1])
+        left_out = f"; {self.not_compared} others tell nothing" if self.not_compared else ""
         return [
             f"compared     {self.given} answers of the run and {self.fresh} fresh ones, inputs from {low:.4g} to "
-            f"{high:.4g} (norm at most {self.farthest:.4g})",
+            f"{high:.4g} (norm at most {self.farthest:.4g}){left_out}",
             f"disagreement at most {metrics['recover/worst_disagreement']:.1e} of an output's deviation; "
             f"at the worst place {worst:.1e}, {100 * share:.3g} % of what rounding and fit allow there",
             f"unseen       contributions below {metrics['recover/smallest_seen']:.1e} of an output's deviation; "
@@ -167,7 +171,13 @@ def compare(weights: Weights, activation: str, x_QI: Tensor, y_QO: Tensor, toler
 
 
 def certify(
-    comparison: Comparison, tolerance: Tolerance, x_QI: Tensor, fresh: int, noise_O: Tensor, spread_O: Tensor
+    comparison: Comparison,
+    tolerance: Tolerance,
+    x_QI: Tensor,
+    fresh: int,
+    noise_O: Tensor,
+    spread_O: Tensor,
+    not_compared: int = 0,
 ) -> Certificate:
     """The certificate of a comparison at the inputs x[Q, I], of which `fresh` had no part in the fit."""
     return Certificate(
@@ -176,6 +186,7 @@ def certify(
         farthest=float(x_QI.norm(dim=1).max()),
         given=comparison.count - fresh,
         fresh=fresh,
+        not_compared=not_compared,
         noise=noise_O.tolist(),
         spread=spread_O.tolist(),
         terms=tolerance.terms_O.tolist(),

@@ -180,7 +180,10 @@ def _linear_path(sample: Sample) -> list[Finding]:
     evidence = (
         f"far out, answers grow linearly in every direction, by up to {float(matrix_OI.abs().max()):.3g} an input"
     )
-    advice = "a linear path round the network: subtract values['matrix'] @ x from the answers and recover the rest"
+    advice = (
+        "a linear path round the network: subtract values['matrix'] @ x from the answers and recover the rest, "
+        "in a domain= (far out the difference is all rounding)"
+    )
     return [Finding("linear skip", evidence, advice, True, {"matrix": matrix_OI})]
 
 

@@ -25,7 +25,6 @@ from distrecon.expand_cluster.kept import KeptAnswers
 from distrecon.expand_cluster.odds import Odds
 from distrecon.expand_cluster.standard import Standard
 from distrecon.expand_cluster.surroundings import (
-    VISIBLE,
     Bound,
     Surroundings,
     by_asking,
@@ -33,12 +32,13 @@ from distrecon.expand_cluster.surroundings import (
     from_domain,
     read_domain,
 )
-from distrecon.expand_cluster.symptoms import Sample
+from distrecon.expand_cluster.symptoms import Sample, number_format
 
 OUTPUTS = ("values", "probabilities")
 SAME_BOX = 1e-5  # relative difference of an answer asked again at which kept answers are another black box's
 THOROUGH = 20_000  # a smaller budget is not spent on what kind of function it is
-ROUNDED = 20.0  # steps of the answers' format: second differences below so many may be rounding
+ROUNDED = 20.0  # steps of the answers' format, or times their noise: smaller second differences may be rounding
+LEAST_VISIBLE = 1e-10  # of the answers
 FAR_KNOWN = tuple(2.0**k for k in range(10, -3, -1))  # half widths at which probabilities may still tell scores
 KNOWN = 0.95  # share of the queries that must
 
@@ -101,7 +101,7 @@ def examine(
     if not _stopped(findings) and thorough and data is None and domain is None:
         if ask_again.dtype != torch.float16:  # which overflows soon
             findings += [*normalised(sample, raw), *clamped(sample)]
-        around = around if _stopped(findings) else _elsewhere(ask, ask_again.dtype, sample, findings, generator)
+        around = around if _stopped(findings) else _elsewhere(ask, ask_again.dtype, sample, findings, raw.left())
     if _stopped(findings):
         return _examined(findings, sample, raw, None)
     if odds is not None:
@@ -124,9 +124,7 @@ def _named(findings: list[Finding], name: str) -> Finding | None:
     return next((found for found in findings if found.name == name), None)
 
 
-def _elsewhere(
-    ask: Function, dtype: torch.dtype, sample: Sample, findings: list[Finding], generator: torch.Generator
-) -> Surroundings:
+def _elsewhere(ask: Function, dtype: torch.dtype, sample: Sample, findings: list[Finding], left: float) -> Surroundings:
     """Surroundings of a black box of which nothing is said: inside its limits, or by asking."""
     limits = _named(findings, "clamped inputs")
     if limits is not None:
@@ -135,8 +133,10 @@ def _elsewhere(
     if dtype == torch.float16:
         largest_I = torch.full_like(around.scale_I, torch.finfo(dtype).max ** 0.5)
         around = Surroundings(around.centre_I, around.scale_I, -largest_I, largest_I)
-    rounded = float((ROUNDED * sample.quantum_O / sample.y_QO.abs().amax(0).clamp(min=1e-300)).max())
-    return by_asking(ask, around, generator, max(VISIBLE, ROUNDED * torch.finfo(dtype).eps, rounded))
+    coarse = max(torch.finfo(dtype).eps, *(number_format(y_Q).eps for y_Q in sample.y_QO.T if y_Q.any()))
+    noise_O = torch.maximum(sample.quantum_O, sample.noise_O) / sample.y_QO.abs().amax(0).clamp(min=1e-300)
+    visible = max(LEAST_VISIBLE, ROUNDED * max(coarse, float(noise_O.max())))
+    return by_asking(ask, around, sample.generator, visible, left)
 
 
 def _examined(findings: list[Finding], sample: Sample, raw: Memory, odds: Odds | None) -> Examined:

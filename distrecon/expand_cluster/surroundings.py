@@ -2,15 +2,15 @@
 
 The method works in standard inputs u = (x - centre) / scale, in which queries are about standard normal. Centre and
 scale come from the user's data, else from the domain, else they are found by asking: second differences at all scales
-tell at which the black box bends, and on long lines transitions are looked for (a neuron's bend or slope). Seen from
-afar, those of an ordinary black box all pass near 0. Where they do not, where it does not bend at standard normal
-inputs, or where some inputs act a hundred times as strongly as others, the transitions tell more: how far each input
-has to move there to change the answer is its scale; and since the answers' gradient changes across a transition by a
-multiple of the neuron's weights, each gives the normal of a hyperplane, and the centre is the point nearest to all.
+tell at which the black box bends, and on long lines transitions are looked for (see transitions.py). Seen from afar,
+those of an ordinary black box all pass near 0. Where they do not, where it does not bend at standard normal inputs, or
+where some inputs act a hundred times as strongly as others, the transitions tell more: how far each input has to move
+there to change the answer is its scale, and the point nearest to their hyperplanes is the centre.
 
-Legend: Q queries, I inputs, O outputs, K transitions, T points of a line.
+Legend: Q queries, I inputs, O outputs, K transitions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,29 +19,23 @@ import torch
 from torch import Tensor
 
 from distrecon.errors import UserError
+from distrecon.expand_cluster.transitions import Transitions
 
 Ask = Callable[[Tensor], Tensor]
 Bound = float | Sequence[float] | np.ndarray | Tensor
 
 TRIPLES = 8  # x - d, x, x + d: their second difference tells how the black box bends at the scale of x and d
 SCALES = tuple(10.0**k for k in range(-5, 6))
-FINER_SCALES = tuple(10.0 ** (k / 2) for k in range(-8, 4))
-VISIBLE = 1e-5  # of the answers: second differences below this may be rounding
 ORDINARY = 10.0  # the scale of ordinary inputs is 1 to within this factor, and their hyperplanes pass as near 0
 POINTS = 100  # times inputs that are moved one by one
 SPREAD = 100.0  # of the inputs' strengths: more means that they have scales of their own
-AFAR = 30.0  # length of the lines, in units of the scale at which the black box bends
-WITNESSES = 6  # transitions that are looked at first
-HALVINGS = 24  # of a line towards its sharpest bend
-STRAIGHT = 0.1  # share of second differences at which a zoomed transition looks straight
-SEARCH = 800  # queries for the normals of transitions, in each of
-NEARER = 10.0  # length of the second round's lines, likewise
-MOVE = 0.05  # of a transition's step, for derivatives beside it
-PURE = 0.05  # ratio of singular values of the derivatives' change at a transition of one neuron
-RIDGE = 1e-3  # shrinks a centre towards the one before
-TILT = 0.002  # of a normal, by differences of derivatives
-LARGEST = 0.8  # quantile of the misses that counts as usual
-REWEIGHTED = 20  # times, so that a few wrong normals do not matter
+ACTING = 1e-5  # of the strongest input's action: weaker ones do nothing visible
+AFAR = 100.0, 1000.0  # lengths of lines, in turn, in units of the scale at which it bends
+FINE = 1e-4  # of the answers: what is visible of transitions far away, where inputs are rounded too
+WITNESSES = 12  # transitions that are looked at first
+SEARCH = 12_000  # queries for the transitions of a round
+ROUNDS = 3
+SETTLED = 0.3  # of the scale: a centre that moves less is found
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,10 @@ class Surroundings:
     def standard(self, x_QI: Tensor) -> Tensor:
         """u of x."""
         return (x_QI - self.centre_I) / self.scale_I
+
+    def asked(self, ask: Ask) -> Ask:
+        """A function of x as one of u."""
+        return lambda u_QI: ask(self.inputs(u_QI))
 
     def pulled(self, u_QI: Tensor, share: float = 1.0) -> Tensor:
         """The same u moved straight towards the centre until they lie inside a share of the domain."""
@@ -130,59 +128,67 @@ def from_domain(low_I: Tensor, high_I: Tensor) -> Surroundings:
     return Surroundings(middle_I, scale_I, low_I, high_I)
 
 
-def by_asking(ask: Ask, standard: Surroundings, generator: torch.Generator, visible: float = VISIBLE) -> Surroundings:
+def by_asking(
+    ask: Ask, standard: Surroundings, generator: torch.Generator, visible: float, left: float = math.inf
+) -> Surroundings:
     """The same surroundings, of centre 0 and scale 1, where they are ordinary, else what transitions tell.
 
-    `visible`: second differences below this share of the answers may be rounding.
+    `visible`: second differences below this share of the answers may be rounding. `left`: queries, of which half may be
+    used.
     """
-    zero_I, inputs = standard.centre_I, len(standard.scale_I)
-    limits = standard.low_I, standard.high_I
-    reach = _reach(ask, standard, generator, SCALES, visible)
+    inputs = len(standard.scale_I)
+    reach = _reach(ask, standard, generator, visible)
     if reach is None:
         return standard
-    found = _Transitions.look(ask, AFAR * reach, WITNESSES, inputs, generator, visible)
-    near = 1 / ORDINARY <= reach <= ORDINARY and found.pass_within(ask, ORDINARY, generator)
+    near, found = 1 / ORDINARY <= reach <= ORDINARY, Transitions.none(inputs)
+    if visible < FINE:
+        found = Transitions.look(ask, [reach * length for length in AFAR], WITNESSES, inputs, generator, visible)
+        near &= found.pass_within(ask, ORDINARY, generator, visible)
     if near and _strength_spread(ask, standard, generator) < SPREAD:
         return standard
-    if not len(found.at_KI):
-        return Surroundings(zero_I, zero_I + reach, *limits)
-    scale_I = found.scales(ask)
+    scale_I = found.input_scales(ask)
     if scale_I is None:
-        return standard
-    around = Surroundings(zero_I, scale_I, *limits)
+        return _at(standard, standard.centre_I, standard.scale_I * reach)
+    around = _at(standard, standard.centre_I, scale_I)
     reach = float((reach / scale_I).max())
-    if not found.scaled(scale_I).pass_within(lambda u_QI: ask(scale_I * u_QI), None, generator):
-        count = int(min(inputs + 4, SEARCH / (4 * inputs + 60)))
-        for length in (AFAR, NEARER):
-            around = _recentred(ask, around, length * reach, count, generator, visible)
-            reach = _reach(ask, around, generator, tuple(reach * s for s in SCALES[1:-2]), visible) or reach
-    reach = _reach(ask, around, generator, tuple(reach * s for s in FINER_SCALES), visible) or reach
-    return Surroundings(around.centre_I, reach * scale_I, *limits)
+    count = max(1, int(min(3 * inputs + 12, min(SEARCH, left / (2 * ROUNDS)) / (4 * inputs + 40))))
+    for _ in range(ROUNDS):
+        standing = around.asked(ask)
+        found = Transitions.look(standing, [reach * length for length in AFAR], count, inputs, generator, visible)
+        if not len(found.at_KI):
+            break
+        planes = found.hyperplanes(standing, visible)
+        centre_I = planes.centre()
+        size_I = planes.size(centre_I) * planes.relative_scales()
+        moved = float((centre_I / size_I).square().mean().sqrt())
+        around, reach = _at(standard, around.inputs(centre_I), around.scale_I * size_I), 1.0
+        if _ordinary(around):
+            return standard
+        if moved < SETTLED:
+            break
+    return around
 
 
-def _recentred(
-    ask: Ask, around: Surroundings, length: float, count: int, generator: torch.Generator, visible: float
-) -> Surroundings:
-    """The same scales round the point nearest to the hyperplanes that lines of a length show."""
-
-    def standard(u_QI: Tensor) -> Tensor:
-        return ask(around.inputs(u_QI))
-
-    found = _Transitions.look(standard, length, count, len(around.scale_I), generator, visible)
-    centre_I = around.inputs(found.centre(standard)) if len(found.at_KI) else around.centre_I
-    return Surroundings(centre_I, around.scale_I, around.low_I, around.high_I)
+def _ordinary(around: Surroundings) -> bool:
+    """Whether inputs are of one scale, near 1, round a centre near 0."""
+    low, high = float(around.scale_I.min()), float(around.scale_I.max())
+    near = float(around.centre_I.square().mean().sqrt()) <= ORDINARY
+    return low == high and 1 / ORDINARY <= low <= ORDINARY and near
 
 
-def _reach(
-    ask: Ask, around: Surroundings, generator: torch.Generator, scales: Sequence[float], visible: float
-) -> float | None:
+def _at(around: Surroundings, centre_I: Tensor, scale_I: Tensor) -> Surroundings:
+    """The same domain with another centre and scale."""
+    return Surroundings(centre_I, scale_I, around.low_I, around.high_I)
+
+
+def _reach(ask: Ask, around: Surroundings, generator: torch.Generator, visible: float) -> float | None:
     """The smallest scale at which second differences over the scale reach half of their largest value.
 
-    The median over the outputs; None where nothing visibly bends, or as much at the smallest scale.
+    The median over the outputs; 1 where that is the smallest of all scales (a kink at 0); None where nothing bends.
     """
-    bends = []
-    for scale in scales:
-        u_QI, d_QI = torch.randn(2, TRIPLES, len(around.scale_I), generator=generator, dtype=torch.float64) * scale
+    bends, triples_2QI = [], torch.randn(2, TRIPLES, len(around.scale_I), generator=generator, dtype=torch.float64)
+    for scale in SCALES:
+        u_QI, d_QI = triples_2QI * scale  # the same at all scales: far from its kinks a homogeneous function is alike
         at_QO, up_QO, down_QO = ask(around.inputs(torch.cat([u_QI, u_QI + d_QI, u_QI - d_QI]))).chunk(3)
         second_QO = up_QO + down_QO - 2 * at_QO
         seen_QO = second_QO.abs() > visible * at_QO.abs().amax(0)
@@ -193,7 +199,7 @@ def _reach(
         return None
     first_O = (bend_SO >= bend_SO.amax(0) / 2).int().argmax(0)
     first = int(first_O.median())
-    return scales[first] if first else None
+    return SCALES[first] if first else 1.0
 
 
 def _strength_spread(ask: Ask, around: Surroundings, generator: torch.Generator) -> float:
@@ -205,140 +211,5 @@ def _strength_spread(ask: Ask, around: Surroundings, generator: torch.Generator)
     change_QIO = ask(around.inputs(moved_QI)).unflatten(0, (points, -1)) - ask(around.inputs(u_QI))[:, None]
     strength_IO = change_QIO.square().mean(0).sqrt()
     strength_I = (strength_IO / strength_IO.amax(0).clamp(min=1e-300)).amax(1)
-    seen_I = strength_I[strength_I > VISIBLE]
+    seen_I = strength_I[strength_I > ACTING]
     return float(seen_I.max() / seen_I.min()) if len(seen_I) else 1.0
-
-
-@dataclass(frozen=True)
-class _Transitions:
-    """Points x[K, I] where the black box bends, half a transition `step_KI` along the line that found each."""
-
-    at_KI: Tensor
-    step_KI: Tensor
-
-    @staticmethod
-    def look(
-        ask: Ask, length: float, count: int, inputs: int, generator: torch.Generator, visible: float
-    ) -> "_Transitions":
-        """The sharpest bends of random lines, zoomed in on until they look straight."""
-        from_KI, to_KI = length * torch.randn(2, count, inputs, generator=generator, dtype=torch.float64)
-        at_KI, step_KI, found_K = _zoom(ask, from_KI, to_KI, visible)
-        return _Transitions(at_KI[found_K], step_KI[found_K])
-
-    def scaled(self, scale_I: Tensor) -> "_Transitions":
-        """The same in standard inputs."""
-        return _Transitions(self.at_KI / scale_I, self.step_KI / scale_I)
-
-    def pass_within(self, ask: Ask, distance: float | None, generator: torch.Generator) -> bool:
-        """Whether most hyperplanes pass 0 so near: from derivatives towards 0 and in a few random directions.
-
-        None: within ORDINARY widths of their transitions.
-        """
-        if not len(self.at_KI):
-            return True
-        count, inputs = self.at_KI.shape
-        toward_KI = self.at_KI / self.at_KI.norm(dim=1, keepdim=True)
-        other_KDI = torch.randn(count, 6, inputs, generator=generator, dtype=torch.float64)
-        other_KDI = torch.nn.functional.normalize(other_KDI, dim=2)
-        jump_KDO = self._jumps(ask, torch.cat([toward_KI[:, None], other_KDI], dim=1))
-        slope_KO = jump_KDO[:, 1:].square().mean(1).sqrt() * inputs**0.5
-        height_K = self.at_KI.norm(dim=1) * (jump_KDO[:, 0].norm(dim=1) / slope_KO.norm(dim=1).clamp(min=1e-300))
-        width_K = self.step_KI.norm(dim=1) / inputs**0.5
-        return float((height_K / (1 if distance else width_K)).median()) <= (distance or ORDINARY)
-
-    def _jumps(self, ask: Ask, directions_KDI: Tensor) -> Tensor:
-        """Changes of the derivatives in directions[K, D, I] from one side of the transition to the other, [K, D, O]."""
-        move_K11 = MOVE * self.step_KI.norm(dim=1)[:, None, None]
-        sides = []
-        for x_KI in (self.at_KI + 2 * self.step_KI, self.at_KI - 2 * self.step_KI):
-            moved_KDI = torch.cat(
-                [x_KI[:, None] + move_K11 * directions_KDI, x_KI[:, None] - move_K11 * directions_KDI]
-            )
-            up_KDO, down_KDO = ask(moved_KDI.flatten(0, 1)).unflatten(0, moved_KDI.shape[:2]).chunk(2)
-            sides.append((up_KDO - down_KDO) / (2 * move_K11))
-        return sides[0] - sides[1]
-
-    def scales(self, ask: Ask) -> Tensor | None:
-        """How far each input moves to change the answer as the transition does, up to one factor, [I].
-
-        None where no single input changes it.
-        """
-        inputs = self.at_KI.shape[1]
-        at_WI, step_WI = self.at_KI[:3], self.step_KI[:3]
-        here_WO = ask(at_WI)
-        size_WO = (ask(at_WI + step_WI) - ask(at_WI - step_WI)).abs().clamp(min=1e-300)
-        move_WI = 0.1 * step_WI.norm(dim=1, keepdim=True).expand(-1, inputs) / inputs**0.5
-        strength_WI = torch.zeros_like(move_WI)
-        for _ in range(5 if inputs <= 64 else 2):
-            moved_WII = at_WI[:, None] + torch.diag_embed(move_WI)
-            change_WIO = (ask(moved_WII.flatten(0, 1)).unflatten(0, (-1, inputs)) - here_WO[:, None]).abs()
-            share_WI = (change_WIO / size_WO[:, None]).amax(2)
-            strength_WI = share_WI / move_WI
-            factor_WI = (0.1 / share_WI.clamp(min=1e-4)).clamp(min=1 / 30)
-            move_WI = move_WI * torch.where((share_WI > 0.01) & (share_WI < 0.5), torch.ones_like(move_WI), factor_WI)
-        strength_I = strength_WI.square().mean(0).sqrt()
-        alive_I = strength_I > 1e-9 * strength_I.max()
-        if not alive_I.any():
-            return None
-        return 1 / torch.where(alive_I, strength_I, strength_I[alive_I].median())
-
-    def centre(self, ask: Ask) -> Tensor:
-        """The point nearest to the hyperplanes of all transitions, [I], by robust least squares.
-
-        A normal's error moves its hyperplane the more, the farther the transition is from the centre.
-        """
-        inputs = self.at_KI.shape[1]
-        eye_II = torch.eye(inputs, dtype=torch.float64)
-        jump_KOI = self._jumps(ask, eye_II.expand(len(self.at_KI), -1, -1)).transpose(1, 2)
-        jump_KOI = jump_KOI / jump_KOI.norm(dim=2, keepdim=True).mean(0).clamp(min=1e-300)  # outputs of any size
-        _, values, right = torch.linalg.svd(jump_KOI, full_matrices=False)
-        pure_K = (values[:, 1] < PURE * values[:, 0]) if values.shape[1] > 1 else torch.ones(len(values)) > 0
-        pure_K = pure_K if pure_K.any() else ~pure_K
-        normal_KI, at_KI = right[pure_K, 0], self.at_KI[pure_K]
-        offset_K, centre_I = (normal_KI * at_KI).sum(1), torch.zeros(inputs, dtype=torch.float64)
-        weight_K = torch.ones_like(offset_K)
-        for _ in range(REWEIGHTED):
-            weighted_IK = normal_KI.T * weight_K
-            gram_II = weighted_IK @ normal_KI
-            ridge = RIDGE * gram_II.diagonal().mean()
-            centre_I = torch.linalg.solve(gram_II + ridge * eye_II, weighted_IK @ offset_K)
-            miss_K = (normal_KI @ centre_I - offset_K).abs()
-            usual = miss_K.quantile(LARGEST)
-            tilt_K = TILT * (at_KI - centre_I).norm(dim=1)
-            weight_K = 1 / (miss_K.square() + usual.square() + tilt_K.square()).clamp(min=1e-300)
-        return centre_I
-
-
-def _zoom(ask: Ask, from_KI: Tensor, to_KI: Tensor, visible: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The sharpest bend between the ends of each line: where, the step to its neighbours, whether there is one.
-
-    Five points a line; the bend that is sharpest among the inner three is the middle of the next line, half as long, of
-    which three points are known. The first line has nine.
-    """
-    count, points = len(from_KI), 9
-    share_T = torch.linspace(0, 1, points, dtype=torch.float64)
-    line_KTI = from_KI[:, None] + share_T[:, None] * (to_KI - from_KI)[:, None]
-    y_KTO = ask(line_KTI.flatten(0, 1)).unflatten(0, (count, points))
-    at_KI, step_KI = (from_KI + to_KI) / 2, (to_KI - from_KI) / (points - 1)
-    found_K, going_K = torch.zeros(count, dtype=torch.bool), torch.ones(count, dtype=torch.bool)
-    rows_K = torch.arange(count)
-    for _ in range(HALVINGS):
-        first_KTO, second_KTO = (y_KTO[:, 2:] - y_KTO[:, :-2]) / 2, y_KTO.diff(n=2, dim=1) / 2
-        share_KT = (second_KTO.square() / (first_KTO.square() + second_KTO.square()).clamp(min=1e-300)).amax(2)
-        size_KO = (y_KTO.amax(1) - y_KTO.amin(1)).clamp(min=1e-300)
-        seen_KT = (2 * second_KTO.abs() > visible * y_KTO.abs().amax(1, keepdim=True)).any(2)
-        bend_KT = (second_KTO.abs() / size_KO[:, None]).amax(2) * seen_KT
-        best_K = bend_KT.argmax(1)
-        going_K = going_K & (bend_KT.amax(1) > 0) & (share_KT[rows_K, best_K] > STRAIGHT)
-        if not going_K.any():
-            break
-        known_KTO = torch.stack([y_KTO[rows_K, best_K + i] for i in range(3)], dim=1)
-        middle_KI = line_KTI[rows_K, best_K + 1]
-        half_KI = (line_KTI[:, 1] - line_KTI[:, 0]) / 2
-        at_KI = torch.where(going_K[:, None], middle_KI, at_KI)
-        step_KI = torch.where(going_K[:, None], 2 * half_KI, step_KI)
-        found_K = found_K | going_K
-        line_KTI = middle_KI[:, None] + torch.arange(-2, 3)[:, None] * half_KI[:, None]
-        y_KTO = known_KTO.repeat_interleave(2, dim=1)[:, :5]
-        y_KTO[going_K, 1::2] = ask(line_KTI[going_K, 1::2].flatten(0, 1)).unflatten(0, (-1, 2))
-    return at_KI, step_KI, found_K

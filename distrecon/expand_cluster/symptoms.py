@@ -18,7 +18,8 @@ from distrecon.expand_cluster.surroundings import Surroundings
 Ask = Callable[[Tensor], Tensor]
 POINTS = 160  # standard draws that the answers' means and deviations are taken from
 COARSE = 8.0  # steps of the answers' format, taken for the inputs' too, between the points of sixth differences
-NOISE_LINES, NOISE_SPACING = 16, 1e-4  # sixth differences: h^6 is far below rounding, h above the rounding of inputs
+NOISE_LINES, NOISE_SPACING = 24, 1e-4  # sixth differences: h^6 is far below rounding, h above the rounding of inputs
+TRIMMED, TRIMMED_NORMAL = 0.8, 0.6616  # share of them that is used; their root mean square, of normal numbers
 LATTICE = 0.01  # of a quantum: answers this near its multiples are rounded to it
 FORMAT_STEPS = 4.0  # steps of the numbers' own format that a quantum must exceed
 LEVELS = 1e9  # a range of more quanta than this is no rounding
@@ -85,7 +86,8 @@ def rounding(
     times_T1 = torch.arange(7, dtype=torch.float64)[:, None] * spacing
     line_LTI = inside(start_LI, 7 * spacing)[:, None] + times_T1 * direction_LI[:, None]
     differences_LO = torch.diff(ask(line_LTI.flatten(0, 1)).unflatten(0, (-1, 7)), n=6, dim=1)[:, 0]
-    return differences_LO.abs().median(0).values / (0.6745 * math.sqrt(924))
+    smaller_LO = differences_LO.square().sort(dim=0).values[: int(TRIMMED * NOISE_LINES)]  # larger ones may be kinks
+    return smaller_LO.mean(0).sqrt() / (TRIMMED_NORMAL * math.sqrt(924))
 
 
 def quantum(y_Q: Tensor) -> float:

@@ -39,7 +39,6 @@ DETERMINING = 5000  # training queries that are asked, besides the fresh ones, w
 FRESH_SCALES = (1.0, 3.0, 10.0, 30.0)  # of the queries that verify a result, in turn
 ELSEWHERE = 4  # for so many of them one is drawn in other rounds' coordinates, and one in the range of all answers
 BEYOND = 1.05  # x the range of all answers: how far these go
-RANGES = (1.0, 0.3, 0.1, 0.03)  # of that, in turn
 CONTRADICTIONS = 64  # that are kept for the next round, at most
 
 
@@ -112,7 +111,7 @@ def judge(run: Run, problem: Problem, weights: Weights, polished: bool, train_lo
             x_QI, y_QO = run.box.asked()
             comparison = compare(weights, run.activation.name, x_QI, y_QO, tolerance)
             objection = objection or _disagreement(comparison, "of the run's")
-        certificate = certify(comparison, tolerance, x_QI, len(fresh_QI), run.box.noise_O, spread_O)
+        certificate = certify(comparison, tolerance, x_QI, len(fresh_QI), run.box.noise_O, spread_O, run.box.untold)
         if objection and train_loss > floor:
             left = f"{math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
             objection = f"the best fit leaves a relative error of {left}"
@@ -132,7 +131,7 @@ def confirm(box: BlackBox, recovery: Recovery) -> Recovery:
     x_QI, y_QO = box.asked()
     comparison = compare(recovery.weights, recovery.activation, x_QI, y_QO, tolerance)
     spread_O = torch.tensor(certificate.spread, dtype=torch.float64)
-    certificate = certify(comparison, tolerance, x_QI, certificate.fresh, box.noise_O, spread_O)
+    certificate = certify(comparison, tolerance, x_QI, certificate.fresh, box.noise_O, spread_O, box.untold)
     objection = _disagreement(comparison, "of the run's")
     return dataclasses.replace(
         recovery,
@@ -190,17 +189,20 @@ def _fresh(run: Run, probes: Probes) -> tuple[Tensor, Tensor]:
 
 
 def beyond(asked_QI: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """x[count, I] over the range of the inputs asked so far.
+    """x[count, I] over the range of the inputs asked so far, as many of every size from the usual to the largest.
 
     Two of them, in opposite corners, lie beyond it: in each coordinate, and the first in its norm.
     """
     low_I, high_I = asked_QI.amin(0), asked_QI.amax(0)
     middle_I, half_I = (low_I + high_I) / 2, BEYOND * (high_I - low_I) / 2
+    usual_I = asked_QI.median(0).values
+    least = float(((asked_QI - usual_I).abs().median(0).values / half_I.clamp(min=1e-300)).median().clamp(1e-12, 1.0))
+    size_Q1 = least ** torch.rand(count, 1, generator=generator, dtype=torch.float64)
     unit_QI = 2 * torch.rand(count, len(low_I), generator=generator, dtype=torch.float64) - 1
-    unit_QI *= torch.tensor(RANGES, dtype=torch.float64).repeat(count // len(RANGES) + 1)[:count, None]
     unit_QI[0] = torch.where(middle_I >= 0, 1.0, -1.0)
     unit_QI[1] = -unit_QI[0]
-    return middle_I + half_I * unit_QI
+    inner_QI = torch.minimum(torch.maximum(usual_I + size_Q1 * half_I * unit_QI, low_I), high_I)
+    return torch.cat([(middle_I + half_I * unit_QI)[:2], inner_QI[2:]])
 
 
 def _tolerance(run: Run, problem: Problem, weights: Weights, polished: bool) -> tuple[Tolerance, Tensor]:

@@ -1,7 +1,8 @@
 """What an image set is: labelled images in three disjoint parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -26,3 +27,9 @@ class ImageSet:
     test: LabelledImages
     classes: tuple[str, ...]
     preprocessing: str
+
+    def on(self, device: torch.device | str) -> "ImageSet":
+        """The same with its images on that device; labels stay, since what they are compared with is small."""
+        parts = (self.train, self.validation, self.test)
+        train, validation, test = (LabelledImages(part.images.to(device), part.labels_Q) for part in parts)
+        return replace(self, train=train, validation=validation, test=test)

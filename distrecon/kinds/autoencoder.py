@@ -3,19 +3,25 @@
 `run` and what it needs of the cluster, the metrics, the report's figures, and loading what a trial left.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from distrecon.autoencoder.model import Autoencoder
 from distrecon.autoencoder.store import load_autoencoder as load_folder
+from distrecon.cluster.scoring import score_autoencoder
 from distrecon.cluster.training import AutoencoderRun, train_autoencoder
 from distrecon.errors import UserError
+from distrecon.nets import Architecture, outputs
 from distrecon.record.folder import RunFolder
 from distrecon.record.journal import SweepRecord
-from distrecon.record.kind import Arrays, Drawing, Kind, Metric, Needs, Trial, percent, two_digits
+from distrecon.record.kind import Arrays, Drawing, Kind, Metric, Needs, Served, Trial, percent, two_digits
 from distrecon.report import tables
 
 DRIVER_CPUS = 0.01  # what a trial's own process takes; Ray Train reserves its workers' CPUs and GPUs itself
@@ -23,9 +29,10 @@ MLFLOW_RUN = "runs:/"
 
 
 def run(config: AutoencoderRun, trial: Trial) -> Mapping[str, Any]:
-    """Trains and scores one autoencoder; the training's own reports become the trial's."""
+    """Trains one autoencoder, whose own reports become the trial's, and scores it on the first zoo."""
     zoos = [trial.zoos[name] for name in config.zoo]
-    return train_autoencoder(config, zoos, trial.storage, trial.name, in_trial=True).metrics
+    train_autoencoder(config, zoos, trial.storage, trial.name, in_trial=True)
+    return {"epoch": config.optim.epochs} | score_autoencoder(config, zoos[0], f"{trial.storage}/{trial.name}")
 
 
 def needs(config: AutoencoderRun) -> Needs:
@@ -80,6 +87,47 @@ def zoo_folder(path: str) -> str:
     if len(zoos) != 1:
         raise UserError(f"{path} was trained on {len(zoos)} zoos: name one with --zoo")
     return next(iter(zoos.values()))["path"]
+
+
+def serve(folder: Path) -> Served | None:
+    """The autoencoder of a trial's files, or the networks that `distrecon.generate` made."""
+    if (folder / "autoencoder.json").exists():
+        return _serve_autoencoder(load_folder(folder))
+    networks = sorted(folder.glob("[0-9]*.safetensors"))
+    return _serve_networks(networks) if networks else None
+
+
+def _serve_autoencoder(autoencoder: Autoencoder) -> Served:
+    """Weights [B, P] to latents [B, Z] (`task` encode), back (decode), or to their reconstructions (reconstruct)."""
+
+    @torch.no_grad()
+    def call(array: np.ndarray, task: str = "reconstruct", zoo: int = 0) -> np.ndarray:
+        rows = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        shape = autoencoder.latent_shape(zoo)
+        if task == "encode":
+            return autoencoder.encode(rows, zoo).flatten(1).numpy()
+        if task == "decode":
+            return autoencoder.decode(rows.view(len(rows), *shape), zoo).numpy()
+        if task == "reconstruct":
+            return autoencoder.decode(autoencoder.encode(rows, zoo), zoo).numpy()
+        raise UserError(f"task is encode, decode or reconstruct, not {task!r}")
+
+    example = autoencoder.fitted(0, "reference_P")[None].float().numpy()
+    return Served(autoencoder, call, example, {"task": "reconstruct", "zoo": 0})
+
+
+def _serve_networks(files: Sequence[Path]) -> Served:
+    """Inputs [Q, ...] to the outputs [Q, O] of one of the networks, `number` in the order of the files."""
+    with safe_open(files[0], "pt") as first:
+        arch = Architecture.from_dict(json.loads(first.metadata()["description"]))
+    theta_BP = torch.stack([arch.flatten(load_file(file)) for file in files])
+
+    @torch.no_grad()
+    def call(array: np.ndarray, number: int = 0) -> np.ndarray:
+        inputs = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        return outputs(arch, theta_BP[number : number + 1], inputs)[0].numpy()
+
+    return Served(theta_BP, call, np.zeros((1, *arch.input_shape), dtype=np.float32), {"number": 0})
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
@@ -265,5 +313,6 @@ KIND = Kind(
     needs=needs,
     epochs=lambda config: config.optim.epochs,
     reports_itself=True,
+    serve=serve,
     offer=("The best autoencoder in Python", 'distrecon.load_autoencoder("{run}")'),
 )

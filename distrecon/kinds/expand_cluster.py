@@ -5,10 +5,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from distrecon import images
@@ -18,7 +20,7 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, network, recover_network, score
 from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.expand_cluster.teachers import synthetic_problem, train_teacher
-from distrecon.expand_cluster.weights import Weights
+from distrecon.expand_cluster.weights import Weights, read_weights
 from distrecon.nets import ACTIVATIONS
 from distrecon.record.artifacts import ARRAYS
 from distrecon.record.journal import SweepRecord, TrialRecord
@@ -28,6 +30,7 @@ from distrecon.record.kind import (
     Kind,
     Metric,
     Needs,
+    Served,
     Trial,
     percent,
     scientific,
@@ -118,6 +121,20 @@ def needs(config: RecoveryRun) -> Needs:
     """The CPUs of one worker; GPUs do not help a recovery."""
     amounts = {"CPU": config.resources.cpus_per_worker}
     return Needs(amounts, amounts, amounts)
+
+
+def serve(folder: Path) -> Served:
+    """The recovered network of a trial's files: inputs [Q, I] to outputs [Q, O], in float64."""
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        activation = opened.metadata()["activation"]
+    weights = read_weights(file)
+    model = network(weights, activation)
+
+    def call(array: np.ndarray) -> np.ndarray:
+        return model(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))).numpy()
+
+    return Served(model, call, np.zeros((1, weights[0][0].shape[1])))
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
@@ -212,6 +229,7 @@ METRICS = (
         objective=False,
     ),
     Metric("recover/answers_compared", "", str, "answers that the verdict compared", objective=False),
+    Metric("recover/answers_not_compared", "", str, "answers that tell no scores", objective=False),
     Metric(
         "recover/worst_disagreement", "", scientific, "largest difference, of its output's deviation", objective=False
     ),
@@ -233,4 +251,5 @@ KIND = Kind(
     smoke={"teacher.hidden": [3], "budget.attempts": 1, "warm_start.steps": 100},
     figures=(recovered_sizes, dendrogram, similarity),
     needs=needs,
+    serve=serve,
 )

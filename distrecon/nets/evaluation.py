@@ -1,5 +1,7 @@
 """Outputs, accuracies and losses of many models on one set of images, in chunks of bounded memory.
 
+The images say where: models that lie elsewhere go there chunk by chunk, and what is found comes back to them.
+
 Legend: B models, P parameters, Q images, C classes.
 """
 
@@ -31,7 +33,8 @@ def inputs_for(arch: Architecture, images: Tensor, what: str = "images") -> Tens
 @torch.no_grad()
 def outputs(arch: Architecture, theta_BP: Tensor, images: Tensor) -> Tensor:
     """logits[B, Q, C] on images as in `inputs_for`, without gradients."""
-    return torch.cat([*_chunks(arch, theta_BP, images)])
+    chunks = [logits_bQC.to(theta_BP.device) for logits_bQC in _chunks(arch, theta_BP, images)]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,23 @@ class Scores:
 def evaluate(arch: Architecture, theta_BP: Tensor, images: Tensor, labels_Q: Tensor) -> Scores:
     """Accuracy (share of images) and mean cross-entropy (nats) of each model, on images as in `inputs_for`."""
     accuracy, loss, predictions = [], [], []
+    labels_Q = labels_Q.to(images.device)
     for logits_BQC in _chunks(arch, theta_BP, images):
         predictions.append(logits_BQC.transpose(1, 2).max(1).indices)  # as laid out: argmax(2) takes four times as long
         accuracy.append((predictions[-1] == labels_Q).float().mean(1))
         loss.append(cross_entropy(logits_BQC, labels_Q))
-    return Scores(torch.cat(accuracy), torch.cat(loss), torch.cat(predictions))
+    return Scores(*(torch.cat(parts).to(theta_BP.device) for parts in (accuracy, loss, predictions)))
 
 
 def _chunks(arch: Architecture, theta_BP: Tensor, images: Tensor) -> Iterator[Tensor]:
     """logits[b, Q, C] of some models after the other."""
     inputs = inputs_for(arch, images)
-    if theta_BP.device.type == "cpu":
+    if images.device.type == "cpu":
         models, count = models_per_chunk(arch, len(inputs)), len(inputs)
     else:
         models, count = gpu_chunk(arch, len(theta_BP), len(inputs))
     for theta_bP in theta_BP.split(models):
+        theta_bP = theta_bP.to(images.device)
         parts = [arch.forward(theta_bP, part) for part in inputs.split(max(1, count))]
         yield parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

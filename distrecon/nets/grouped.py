@@ -2,7 +2,8 @@
 
 - Activations are laid out [Q, B * channels, height, width], a group of channels a model; nothing is unfolded into
   columns. The first layer, whose inputs all models share, is one dense convolution to B * channels.
-- Linear layers are batched matrix products that read the same memory without a copy.
+- Each layer's weights are brought together first, those of all models, which convolutions would do one by one.
+- Linear layers are batched matrix products.
 - Of a pool only the places of its maxima are kept for the backward pass, in two bytes each, not what it read.
 - It runs on the CPU too, where `convolution/` is faster.
 
@@ -26,8 +27,9 @@ def forward(chain: Chain, theta_BP: Tensor, inputs: Tensor, transformed: bool = 
     """
     pool = _Pool.apply if theta_BP.requires_grad and not transformed else F.max_pool2d
     act, models = activation(chain.activation), len(theta_BP)
+    parts = chain.weights_and_biases(theta_BP, torch.split if transformed else _Split.apply)
     hidden, features_BQF = inputs, None
-    for i, (layer, (weight, bias_BO)) in enumerate(zip(chain.layers, chain.weights_and_biases(theta_BP), strict=True)):
+    for i, (layer, (weight, bias_BO)) in enumerate(zip(chain.layers, parts, strict=True)):
         if layer.kernel:
             groups = models if i else 1
             hidden = F.conv2d(hidden, weight.flatten(0, 1), bias_BO.flatten(), padding=layer.padding, groups=groups)
@@ -40,6 +42,20 @@ def forward(chain: Chain, theta_BP: Tensor, inputs: Tensor, transformed: bool = 
             features_BQF = act(features_BQF)
     assert features_BQF is not None
     return features_BQF
+
+
+class _Split(torch.autograd.Function):
+    """Columns of a matrix, in parts that are contiguous each: one kernel for all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, theta_BP: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
+        parts = tuple(theta_BP.new_empty(len(theta_BP), size) for size in sizes)
+        torch.split_with_sizes_copy(theta_BP, sizes, dim, out=parts)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return torch.cat(grads, dim=1), None, None
 
 
 class _Pool(torch.autograd.Function):

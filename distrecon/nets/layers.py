@@ -5,10 +5,12 @@ The flat order is the state dict's: layer by layer, weight then bias.
 Legend: B models, P parameters.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import torch
 from torch import Tensor
 
 from distrecon.errors import UserError
@@ -77,11 +79,13 @@ class Chain:
             starts.append(starts[-1] + layer.num_parameters)
         return tuple(starts)
 
-    def weights_and_biases(self, theta_BP: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Views of theta: per layer the weight [B, *weight_shape] and the bias [B, out]."""
+    def weights_and_biases(
+        self, theta_BP: Tensor, split: Callable[[Tensor, list[int], int], Sequence[Tensor]] = torch.split
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Views of theta, or what else `split` makes: per layer the weight [B, *weight_shape] and the bias [B, out]."""
         self.check(theta_BP)
         sizes = [size for layer in self.layers for size in (layer.out_features * layer.fan_in, layer.out_features)]
-        parts = theta_BP.split(sizes, dim=1)  # at once: the gradient is then one concatenation
+        parts = split(theta_BP, sizes, 1)  # at once: the gradient is then one concatenation
         pairs = zip(self.layers, parts[::2], parts[1::2], strict=True)
         return [(weight.unflatten(1, layer.weight_shape), bias_BO) for layer, weight, bias_BO in pairs]
 

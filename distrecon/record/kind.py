@@ -4,7 +4,7 @@ The kinds themselves are the files of `distrecon/kinds/`; docs/extending.md has 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,16 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Served:
+    """A trial's model for callers who know numpy only: `call(array, **options)` answers with an array."""
+
+    model: Any  # the thing itself
+    call: Callable[..., np.ndarray]
+    example: np.ndarray  # of what it takes
+    options: Mapping[str, str | int | float] = field(default_factory=dict)  # their defaults
+
+
+@dataclass(frozen=True)
 class Kind:
     """A kind of trial.
 
@@ -101,8 +111,11 @@ class Kind:
     figures: tuple[Callable[[SweepRecord, Arrays], Drawing | None], ...] = ()  # None where there is nothing to draw
     needs: Callable[[Any], Needs] = lambda config: ONE_CPU
     epochs: Callable[[Any], int | None] = lambda config: None  # how many a trial reports, where it does
-    reports_itself: bool = False  # `run` reports to Ray Tune, epoch by epoch; others' metrics are reported at their end
+    reports_itself: bool = (
+        False  # epoch by epoch to Ray Tune, with the time; what `run` returns is reported in any case
+    )
     offer: tuple[str, str] | None = None  # of the best trial: what it is, and the line of Python that loads {run}
+    serve: Callable[[Path], Served | None] | None = None  # the model of a folder with a trial's files, where it has one
 
     @property
     def columns(self) -> tuple[Metric, ...]:

@@ -1,4 +1,4 @@
-"""The only file that imports MLflow. Journals are sent to the tracking store as they grow, from the driver.
+"""What is sent to MLflow. Journals are sent to the tracking store as they grow, from the driver.
 
 The journal is the record, the store a copy: what was sent is remembered in the run folder, so when the store is down
 the rest is sent later, and nothing is sent twice. An experiment a sweep name, a parent run a sweep, a child a trial.
@@ -21,7 +21,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -32,7 +33,8 @@ from distrecon.record.folder import RunFolder
 
 STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"}
 RETRY_SECONDS = 30.0
-MODEL = "model"  # the artifact folder of a trial's models
+MODEL = "model"  # the artifact folder of a trial's files in runs of version 0.1
+FILES = "files"  # where an MLflow model has the files of its own
 NOTE_LENGTH = 5000  # of a description
 PARAM_LENGTH = 500  # MLflow's databases hold 500 to 8,000 characters
 
@@ -47,10 +49,14 @@ def store_uri() -> str:
 
 
 def model_folder(run_id: str) -> Path:
-    """A local copy of the model of a trial's run, or of a sweep's best trial; UserError when there is none."""
+    """A local copy of the model's files of a trial's run, or of a sweep's best trial; UserError when there are none."""
     client = MlflowClient(store_uri())
     try:
         best = client.get_run(run_id).data.tags.get(BEST, run_id)
+        outputs = client.get_run(best).outputs
+        if outputs is not None and outputs.model_outputs:
+            model = outputs.model_outputs[-1].model_id
+            return Path(download_artifacts(f"models:/{model}", tracking_uri=store_uri())) / "artifacts" / FILES
         if not client.list_artifacts(best, MODEL):
             raise UserError(f"MLflow run {run_id} holds no model: name an autoencoder's run, or its sweep's")
         return Path(client.download_artifacts(best, MODEL))
@@ -189,6 +195,38 @@ class Tracker:
                 self.client.log_artifact(run, str(file), folder)
 
         return self._try(send)
+
+    def model(self, sweep: str, trial: str, package: Path, kind: str) -> bool:
+        """Adds an MLflow model, a folder, to a trial's run, once; False when the store did not answer."""
+        sent = self._sent.get(sweep, {})
+        run = sent.get("runs", {}).get(trial)
+        models = sent.setdefault("models", {})
+        if run is None or trial in models:
+            return run is not None
+
+        def send() -> None:
+            model = self.client.create_logged_model(sent["experiment"], name=kind, source_run_id=run, model_type=kind)
+            self.client.log_model_artifacts(model.model_id, str(package))
+            self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+            self.client.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
+            models[trial] = model.model_id
+            self._save()
+
+        return self._try(send)
+
+    def register(self, sweep: str, trial: str, name: str) -> str | None:
+        """Registers a trial's model as the next version of `name`, and says which; None when there is no such model."""
+        model = self._sent.get(sweep, {}).get("models", {}).get(trial)
+        versions: list[str] = []
+
+        def send() -> None:
+            with contextlib.suppress(MlflowException):  # it is there already; what else it may be, the next line meets
+                self.client.create_registered_model(name)
+            run = self._sent[sweep]["runs"][trial]
+            made = self.client.create_model_version(name, f"models:/{model}", run_id=run, model_id=model)
+            versions.append(f"models:/{name}/{made.version}")
+
+        return versions[0] if model is not None and self._try(send) else None
 
     def _try(self, send: Callable[[], None]) -> bool:
         """False, with the reason in `problem`, when the store did not answer."""

@@ -3,12 +3,18 @@
 import dataclasses
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import ray
 import torch
+from ray._private.state import actors
 
 from distrecon import config
+from distrecon.cluster.scoring import score_autoencoder
 from distrecon.cluster.training import AutoencoderRun, train_autoencoder
+from distrecon.errors import UserError
 from distrecon.kinds import KINDS
 from distrecon.zoos.settings import SMOKE_ZOO
 from distrecon.zoos.train import ensure
@@ -65,10 +71,36 @@ def test_in_process_training_reports_and_leaves_everything(zoo, tmp_path):
     run = small_run(**{"resources.num_workers": 0})
     result = train(run, zoo, tmp_path)
     assert result.metrics["epoch"] == 2
+    metrics = score_autoencoder(run, zoo, f"{tmp_path}/run")
+    assert 0 <= metrics["reconstruct/agreement"] <= 1
     artifacts = {path.name for path in (tmp_path / "run" / "artifacts").iterdir()}
     assert artifacts == {"autoencoder.json", "autoencoder.safetensors", "arrays.npz", "generated.safetensors"}
     stored = json.loads((tmp_path / "run" / "artifacts" / "autoencoder.json").read_text())
     assert "resources.num_workers" not in stored["config"]
+
+
+@pytest.mark.slow
+def test_scoring_finds_the_trainings_workers_gone(zoo, tmp_path):
+    """Two workers trained; while the autoencoder is scored, one place is taken and nothing else is reserved."""
+    run = small_run(**{"resources.num_workers": 2, "resources.cpus_per_worker": 0.9, "optim.epochs": 1})
+    train(run, zoo, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        scoring = pool.submit(score_autoencoder, run, zoo, f"{tmp_path}/run")
+        free, working = [], set()
+        while not scoring.done():
+            free.append(ray.available_resources().get("CPU", 0.0))
+            working |= {a["ActorID"] for a in actors().values() if a["ActorClassName"] == "RayTrainWorker"
+                        and a["State"] == "ALIVE"}  # fmt: skip
+            time.sleep(0.05)
+    assert "generate/accuracy_mean" in scoring.result()
+    assert not working
+    assert min(free) == pytest.approx(2 - 0.8)
+
+
+def test_scoring_says_what_is_wrong_with_the_models(zoo, tmp_path):
+    """Not what is wrong with a Ray task."""
+    with pytest.raises(UserError, match="holds no autoencoder"):
+        score_autoencoder(small_run(), zoo, str(tmp_path))
 
 
 @pytest.mark.slow

@@ -8,8 +8,11 @@ import math
 import pytest
 import torch
 
-from distrecon.expand_cluster import BlackBox, network, synthetic_teacher
+from distrecon.expand_cluster import BlackBox, network, recover_network, synthetic_teacher
 from distrecon.expand_cluster.certificate import Tolerance, certify, compare, outputs_and_terms
+from distrecon.expand_cluster.odds import Odds
+from distrecon.expand_cluster.standard import Standard
+from distrecon.expand_cluster.surroundings import Surroundings
 from distrecon.expand_cluster.thresholds import AGREEMENT, AGREEMENT_WORST
 from distrecon.nets.activations import ACTIVATIONS
 
@@ -101,10 +104,11 @@ def test_a_certificate_is_plain_numbers():
     y_QO = x_QI[:, :1] + tensor([0.0, 0.0], [0.0, 0.02], [0.0, 0.0])
     tolerance = Tolerance(tensor(1e-3, 1e-3), tensor(100.0, 100.0))
     found = certify(
-        compare(weights, "relu", x_QI, y_QO, tolerance), tolerance, x_QI, 1, tensor(0.0, 1e-5), tensor(1.0, 4.0)
+        compare(weights, "relu", x_QI, y_QO, tolerance), tolerance, x_QI, 1, tensor(0.0, 1e-5), tensor(1.0, 4.0), 7
     )
     assert (found.lowest, found.highest, found.farthest) == ([0.5, -4.0], [3.0, 2.0], 5.0)
     assert (found.given, found.fresh, found.hidden_share) == (2, 1, 1.0)
+    assert found.not_compared == 7
     assert found.worst == pytest.approx([0.0, 0.02])
     assert found.worst_share == pytest.approx([0.0, 20 / AGREEMENT_WORST])
     assert found.mean_share == pytest.approx([0.0, 20 / 3**0.5 / AGREEMENT])
@@ -113,16 +117,41 @@ def test_a_certificate_is_plain_numbers():
     assert json.loads(json.dumps(dataclasses.asdict(found))) == dataclasses.asdict(found)
     metrics = found.metrics()
     assert metrics["recover/answers_compared"] == 3
+    assert metrics["recover/answers_not_compared"] == 7
     assert metrics["recover/worst_disagreement"] == pytest.approx(0.02 / 4)
     assert metrics["recover/smallest_seen"] == pytest.approx(1e-3 * AGREEMENT)  # of the output that hides most
     text = "\n".join(found.lines())
     for words in (
         "2 answers of the run and 1 fresh",
-        "from -4 to 3 (norm at most 5)",
+        "from -4 to 3 (norm at most 5); 7 others tell nothing",
         "2.0e-02, 20 %",
         "100 % of the inputs",
     ):
         assert words in text
+
+
+def test_answers_that_tell_no_score_are_counted():
+    """A sigmoid of x: p is 1 to the last digit from x = 37 on, and loses more than half of its digits from about 17."""
+    around = Surroundings(tensor(0.0), tensor(1.0), tensor(-30.0), tensor(50.0))
+    standard = Standard(around, Odds(1, None, 0, torch.float64, 0.0), tensor(0.0), tensor(1.0))
+    box = BlackBox(torch.sigmoid, 1, standard=standard, noise_O=tensor(1e-15))
+    before = len(box.asked()[0])  # the noise's lines
+    assert box.untold == 0
+    asked = tensor([-29.0], [-1.0], [0.5], [3.0], [25.0], [40.0], [49.0])
+    box(asked)
+    box.memory(tensor([-31.0], [60.0]))  # outside the domain, before it was known
+    assert box.untold == 5
+    assert torch.equal(box.asked()[0][before:], asked[:4])
+
+
+def test_a_recovery_counts_what_it_could_not_compare():
+    net = network(synthetic_teacher(3, 2, "tanh", seed=1), "tanh")
+    result = recover_network(lambda x: torch.sigmoid(5 * net(x)), 3, "tanh", outputs="probabilities")
+    assert result.certificate.not_compared > 0
+    compared = result.certificate.given + result.certificate.fresh
+    assert compared + result.certificate.not_compared == result.metrics["recover/queries"]
+    assert result.metrics["recover/answers_not_compared"] == result.certificate.not_compared
+    assert f"{result.certificate.not_compared} others tell nothing" in result.report()
 
 
 def test_noise_is_measured_output_by_output_and_all_answers_are_kept():

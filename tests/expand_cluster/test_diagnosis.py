@@ -92,9 +92,12 @@ def test_a_recovery_that_stops_says_why_and_never_verifies():
     assert result.reason.startswith("linear skip: far out")
     assert result.metrics["recover/queries"] <= LIMIT_QUERIES
     (found,) = [finding for finding in result.findings if finding.stops]
-    torch.testing.assert_close(found.values["matrix"], MATRIX_OI, rtol=0, atol=1e-9)
-    rest = recover_network(lambda x: SICK["linear skip"](x) - x @ found.values["matrix"].T, 8, "tanh")
+    torch.testing.assert_close(found.values["matrix"], MATRIX_OI, rtol=0, atol=1e-13)
+    rest = recover_network(
+        lambda x: SICK["linear skip"](x) - x @ found.values["matrix"].T, 8, "tanh", domain=(-100, 100)
+    )
     assert rest.layer_sizes == [5]
+    assert rest.verified, rest.reason
 
 
 @pytest.mark.parametrize("box", [TANH, RELU], ids=["tanh", "relu"])

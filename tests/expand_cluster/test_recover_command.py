@@ -2,6 +2,7 @@
 
 import json
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -25,11 +26,11 @@ def teacher_file(tmp_path):
 def test_a_teacher_from_a_file_is_recovered_and_written(teacher_file, tmp_path, capsys):
     out = tmp_path / "run"
     np.save(tmp_path / "data.npy", np.random.default_rng(0).normal(size=(20, 6)))
-    arguments = ["--teacher", str(teacher_file), "--students", "4", "--out", str(out), "--json"]
+    arguments = ["--teacher", str(teacher_file), "--students", "4", "--out", str(out), "--json", "--register", "mine"]
     assert main([*arguments, "--data", str(tmp_path / "data.npy")]) == 0
     summary = json.loads(capsys.readouterr().out)
     written = json.loads((out / "summary.json").read_text())
-    uri = summary.pop("mlflow")
+    uri, (registered,) = summary.pop("mlflow"), summary.pop("registered")
     assert summary == {"command": "distrecon.recover", "exit_code": 0, "folder": str(out), **written}
     (trial,) = written["sweeps"][0]["trials"]
     assert {key: trial["metrics"][key] for key in written["metrics"]} == written["metrics"]
@@ -38,7 +39,14 @@ def test_a_teacher_from_a_file_is_recovered_and_written(teacher_file, tmp_path, 
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("recover").experiment_id], "tags.trial_id != ''")
     assert run.data.metrics["recover/verified"] == 1
-    assert [file.path for file in client.list_artifacts(run.info.run_id, "model")] == ["model/recovered.safetensors"]
+    teacher = {name: tensor.numpy() for name, tensor in load_file(teacher_file).items()}
+    for address in (f"runs:/{run.info.run_id}/expand_cluster", registered):
+        model = mlflow.pyfunc.load_model(address)
+        x = np.random.default_rng(1).normal(size=(7, 6))
+        hidden = np.tanh(x @ teacher["layer0.weight"].T + teacher["layer0.bias"])
+        by_hand = hidden @ teacher["layer1.weight"].T + teacher["layer1.bias"]
+        np.testing.assert_allclose(model.predict(x), by_hand, rtol=1e-9)
+    assert registered.startswith("models:/mine/")
     assert summary["metrics"]["recover/layer_sizes"] == [3]
     assert summary["metrics"]["recover/max_cosine_distance"] < 1e-12
     assert load_file(out / "models" / "recovered.safetensors")["layer0.weight"].shape == (3, 6)

@@ -66,7 +66,7 @@ def test_reflected_queries_cover_a_domain_evenly(generator):
 
 def examine(box, inputs, seed=0):
     standard = Surroundings(torch.zeros(inputs).double(), torch.ones(inputs).double(), *unbounded(inputs))
-    return by_asking(box, standard, torch.Generator().manual_seed(seed))
+    return by_asking(box, standard, torch.Generator().manual_seed(seed), 1e-10)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "softplus", "g"])
@@ -83,11 +83,39 @@ def test_scales_of_the_inputs_are_found_by_asking(activation, sizes, kind):
     assert 0.02 < gain_H.median() < 50
 
 
-def test_an_ordinary_box_is_left_as_it_is():
-    for activation in ("relu", "tanh", "gelu"):
-        found = examine(net([8, 5, 3], activation, seed=3), 8)
-        assert found.centre_I.eq(0).all()
-        assert found.scale_I.eq(1).all()
+@pytest.mark.parametrize("activation", ["tanh", "softplus", "g", "relu"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_centre_far_off_is_found_by_asking(activation, seed):
+    """All hyperplanes of the first layer then pass near it, in units of the scale that was found."""
+    inner, (w_HI, b_H) = net([4, 6, 2], activation, seed=seed), weights([4, 6, 2], seed)[0]
+    found = examine(lambda x: inner(x - 50.0), 4, seed)
+    distance_H = (w_HI @ (found.centre_I - 50.0) + b_H).abs() / (w_HI * found.scale_I).norm(dim=1)
+    assert distance_H.median() < 2
+    assert distance_H.max() < 10
+    assert (found.centre_I - 50.0).norm() < 20
+
+
+def test_how_much_of_the_queries_a_search_takes_is_limited():
+    asked = []
+    inner = net([16, 20, 3], "tanh", seed=0)
+
+    def box(x):
+        asked.append(len(x))
+        return inner(x - 50.0)
+
+    standard = Surroundings(torch.zeros(16).double(), torch.ones(16).double(), *unbounded(16))
+    for left in (5e3, 1e4):
+        asked.clear()
+        by_asking(box, standard, torch.Generator().manual_seed(0), 1e-10, left)
+        assert sum(asked) < 2500 + left / 2
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_ordinary_box_is_left_as_it_is(activation, seed):
+    found = examine(net([8, 5, 3], activation, seed=seed), 8)
+    assert found.centre_I.eq(0).all()
+    assert found.scale_I.eq(1).all()
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])

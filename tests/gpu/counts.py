@@ -10,9 +10,11 @@ from collections.abc import Callable
 import torch
 
 from distrecon.autoencoder import PAPER, AutoencoderConfig, Batch, Training, ZooSample
+from distrecon.autoencoder.tasks import run_tasks
 from distrecon.config import replace
 from distrecon.images import ImageSet, LabelledImages
 from distrecon.nets import Architecture, architecture, evaluate, fit, initialise
+from distrecon.zoos.models import Models
 
 MODELS = 64
 
@@ -60,6 +62,19 @@ def evaluation(gpu: Recorder) -> dict[str, dict[str, float]]:
     return {"64 models on 45,000 pictures": gpu.counts()}
 
 
+def scoring(gpu: Recorder) -> dict[str, dict[str, float]]:
+    """All tasks on 48 CNN3 models, which lie on the CPU and are aligned there, and 4,096 pictures."""
+    arch = architecture("cnn3")
+    theta_BP = initialise(arch, ["kaiming_normal"] * 48, range(48))
+    images = random_images(arch, 4096)
+    config = replace(AutoencoderConfig(), PAPER | {"model.layers": 2, "tasks.refine": 2, "tasks.samples": 8})
+    autoencoder = Training(config, [ZooSample(arch, theta_BP, images)], 1, "cuda").autoencoder
+    splits = [Models(theta_BP[i::3], [f"m{n}" for n in range(16)], *[torch.arange(16.0)] * 6) for i in range(3)]
+    gpu.reset()
+    run_tasks(autoencoder, *splits, images.on("cuda"))
+    return {"48 models on 4,096 pictures": gpu.counts()}
+
+
 CASES: dict[str, Callable[[Recorder], dict[str, dict[str, float]]]] = {
     "step float32": lambda gpu: step(gpu, "float32"),
     "step tf32": lambda gpu: step(gpu, "tf32"),
@@ -67,6 +82,7 @@ CASES: dict[str, Callable[[Recorder], dict[str, dict[str, float]]]] = {
     "step mixed": lambda gpu: step(gpu, "float32", **{"data.align": True, "data.mix": 0.5, "data.query_pool": 256}),
     "zoo training": zoo_training,
     "evaluation": evaluation,
+    "scoring": scoring,
 }
 
 

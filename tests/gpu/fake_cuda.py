@@ -38,7 +38,8 @@ VIEWS = set(
     "_reshape_alias _unsafe_view alias as_strided chunk detach diagonal expand expand_as lift_fresh movedim narrow "
     "permute select slice split split_with_sizes squeeze t transpose unbind unfold unsafe_split unsqueeze view".split()
 )
-QUESTIONS = set(
+QUESTIONS = set(  # and memory asked for, which no kernel fills
+    "empty empty_like empty_strided new_empty new_empty_strided "
     "device dim is_contiguous is_non_overlapping_and_dense is_strides_like_format numel size storage_offset stride "
     "sym_is_contiguous sym_numel sym_size sym_storage_offset sym_stride".split()
 )
@@ -178,7 +179,8 @@ class _FusedAttention(TorchFunctionMode):
     """Attention by the kernel that GPUs have for it; without one torch would take it apart."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and args[0].device.type == "cuda":
+        fused = torch.backends.cuda.mem_efficient_sdp_enabled()  # but where its gradient has to be differentiated
+        if func is F.scaled_dot_product_attention and args[0].device.type == "cuda" and fused:
             if torch.is_autocast_enabled("cuda"):
                 args = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in args]
             return aten._scaled_dot_product_efficient_attention(*args, None, torch.is_grad_enabled())[0]

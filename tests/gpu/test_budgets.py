@@ -10,7 +10,7 @@ from tests.conftest import environment
 from tests.gpu import guard
 
 pytestmark = pytest.mark.skipif(guard.compiler() is None, reason="needs a C++ compiler (g++, or CXX)")
-KERNELS = {"step float32": 715, "step tf32": 720, "step bf16": 835}
+KERNELS = 700  # of a step at the paper's size, whatever its precision
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def counts() -> dict[str, dict[str, dict[str, float]]]:
 @pytest.mark.parametrize(("precision", "peak_gib"), [("float32", 6), ("tf32", 6), ("bf16", 4)])
 def test_a_step_of_the_papers_size(counts, precision: str, peak_gib: float) -> None:
     first, later = (counts[f"step {precision}"][which] for which in ("first", "later"))
-    most = {"kernels": KERNELS[f"step {precision}"], "synchronisations": 1, "copies": 2, "peak_gib": peak_gib}
+    most = {"kernels": KERNELS, "synchronisations": 1, "copies": 2, "peak_gib": peak_gib}
     assert all(later[name] <= value for name, value in most.items()), later
     assert all(first[name] <= 1.5 * value for name, value in most.items()), first
     assert first["written_gib"] < 1.5 * later["written_gib"]
@@ -49,3 +49,11 @@ def test_evaluation_keeps_to_its_memory(counts) -> None:
     found = counts["evaluation"]["64 models on 45,000 pictures"]
     assert found["peak_gib"] < 3
     assert found["synchronisations"] == found["copies"] == 0
+
+
+def test_scoring_computes_on_the_gpu_what_lies_on_the_cpu(counts) -> None:
+    """Every model that is evaluated goes there once, and its predictions come back."""
+    found = counts["scoring"]["48 models on 4,096 pictures"]
+    assert found["peak_gib"] < 3
+    assert found["copies"] <= 80
+    assert found["synchronisations"] <= 180

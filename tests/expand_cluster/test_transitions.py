@@ -1,0 +1,94 @@
+"""Transitions on long lines: places, hyperplanes, widths, and the point nearest to all."""
+
+import pytest
+import torch
+
+from distrecon.expand_cluster.transitions import Hyperplanes, Transitions
+from tests.expand_cluster.test_diagnosis import net, weights
+
+VISIBLE = 1e-10
+
+
+def looked(activation, sizes, generator, move=0.0):
+    inner = net(sizes, activation, seed=1)
+
+    def ask(x):
+        return inner(x - move)
+
+    return ask, Transitions.look(ask, [1e3], 18, sizes[0], generator, VISIBLE)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "softplus", "gelu", "relu"])
+def test_hyperplanes_are_those_of_the_first_layer(activation, generator):
+    """Nearly all: where two transitions meet there is none of one neuron alone."""
+    sizes, move = [4, 6, 2], 30.0
+    ask, found = looked(activation, sizes, generator, move)
+    planes = found.hyperplanes(ask, VISIBLE)
+    w_HI, b_H = weights(sizes, 1)[0]
+    size_H = w_HI.norm(dim=1)
+    cosine_KH = planes.normal_KI @ (w_HI / size_H[:, None]).T
+    nearest_K = cosine_KH.abs().argmax(1)
+    sign_K = cosine_KH.gather(1, nearest_K[:, None])[:, 0].sign()
+    right_K = cosine_KH.abs().amax(1) > 1 - 1e-8
+    assert right_K.double().mean() > 0.8
+    assert len(nearest_K[right_K].unique()) >= 4
+    miss_K = sign_K * planes.offset_K - ((w_HI.sum(1) * move - b_H) / size_H)[nearest_K]
+    assert miss_K[right_K].abs().max() < (0.01 if activation == "relu" else 3 / float(size_H.min()))
+    assert planes.kinks == (activation == "relu")
+    if not planes.kinks:
+        ratio_K = (planes.width_K * size_H[nearest_K])[right_K]
+        assert ratio_K.max() / ratio_K.min() < 20
+        assert 0.05 < ratio_K.median() < 5
+
+
+def test_a_transition_is_met_where_it_is():
+    """One relu, kinked where x0 = 7: the zoom ends there, to its last step."""
+    generator = torch.Generator().manual_seed(0)
+    found = Transitions.look(lambda x: torch.relu(x[:, :1] - 7.0), [100.0], 6, 3, generator, VISIBLE)
+    assert len(found.at_KI)
+    assert ((found.at_KI[:, 0] - 7).abs() <= found.step_KI[:, 0].abs() + 1e-9).all()
+    assert (found.step_KI.norm(dim=1) < 1e-2).all()
+
+
+def test_no_transition_is_met_where_nothing_bends(generator):
+    found = Transitions.look(lambda x: x @ torch.ones(3, 2).double(), [100.0], 6, 3, generator, 1e-8)
+    assert not len(found.at_KI)
+    assert found.pass_within(None, 1.0, generator, 1e-8)
+    assert found.input_scales(None) is None
+
+
+def planes(normal_KI, point_I, misses_K, width=1.0, kinks=False):
+    normal_KI = torch.nn.functional.normalize(normal_KI, dim=1)
+    offset_K = normal_KI @ point_I + misses_K
+    return Hyperplanes(normal_KI, offset_K, torch.full_like(offset_K, width), 100.0, kinks)
+
+
+def test_the_centre_is_nearest_to_the_hyperplanes_and_a_few_wrong_ones_do_not_matter(generator):
+    normal_KI = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    point_I = torch.tensor([50.0, -20.0, 3.0], dtype=torch.float64)
+    misses_K = 0.1 * torch.randn(20, generator=generator, dtype=torch.float64)
+    misses_K[:3] = torch.tensor([400.0, -300.0, 900.0])
+    found = planes(normal_KI, point_I, misses_K)
+    assert (found.centre() - point_I).norm() < 0.3
+    assert found.size(found.centre()) == 2.0  # WIDTHS: no hyperplane is farther off, but the few
+
+
+def test_hyperplanes_of_one_neuron_count_once(generator):
+    normal_KI = torch.eye(2, dtype=torch.float64)[[0, 0, 0, 0, 0, 0, 1]]
+    misses_K = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0], dtype=torch.float64)
+    normal_KI = torch.cat([normal_KI, torch.tensor([[1.0, 0.2]]).double()])
+    once = planes(normal_KI[5:], torch.zeros(2).double(), torch.cat([misses_K[5:], torch.zeros(1).double()]))
+    often = planes(normal_KI, torch.zeros(2).double(), torch.cat([misses_K, torch.zeros(1).double()]))
+    torch.testing.assert_close(often.centre(), once.centre())
+
+
+def test_what_hyperplanes_leave_undetermined_stays_where_it_was():
+    found = planes(torch.tensor([[1.0, 0.0, 0.0]]).double(), torch.tensor([5.0, 9.0, 9.0]).double(), torch.zeros(1))
+    torch.testing.assert_close(found.centre(), torch.tensor([5.0, 0.0, 0.0]).double(), rtol=1e-3, atol=1e-9)
+
+
+def test_kinks_give_a_scale_by_their_distances():
+    normal_KI = torch.eye(2, dtype=torch.float64)
+    found = planes(normal_KI, torch.zeros(2).double(), torch.tensor([4.0, 4.0]).double(), kinks=True)
+    assert found.size(torch.zeros(2).double()) == pytest.approx(4.0)
+    assert found.size(torch.tensor([4.0, 4.0]).double()) == pytest.approx(0.1)  # LEAST of the distance 100
