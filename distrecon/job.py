@@ -27,7 +27,7 @@ from distrecon.record.tracking import Tracker
 from distrecon.recording import Outcome, Provenance, finish
 from distrecon.report import tables
 from distrecon.zoos import Zoo, open_zoo
-from distrecon.zoos.settings import ZOOS
+from distrecon.zoos.settings import ZOOS, described
 from distrecon.zoos.storage import store
 from distrecon.zoos.train import ensure
 
@@ -161,7 +161,7 @@ def _zoos(sweeps: Sequence[Sweep], request: Request) -> dict[str, Zoo]:
             zoos[name] = open_zoo(name, images=request.images, module=request.modules)
             continue
         config = dataclasses.replace(ZOOS[name], seed=request.seed)
-        flat = json.dumps(configuration.flatten(config), sort_keys=True)
+        flat = json.dumps(described(config), sort_keys=True)
         digest = hashlib.sha256(flat.encode()).hexdigest()[:8]
         folder = f"{request.storage or '.'}/zoos/{name}-{digest}"
         stage = Progress("zoo")

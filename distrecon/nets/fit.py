@@ -93,7 +93,9 @@ def fit(
         weight_decay_B = torch.zeros(len(theta_BP))
     update = OPTIMIZERS[optimizer](theta_BP, lr_B.to(theta_BP), weight_decay_B.to(theta_BP))
     order = torch.Generator().manual_seed(seed)
-    statistics = arch.table.places(("mean", "variance")).to(theta_BP.device)
+    statistics = arch.table.places(("mean", "variance"))
+    if arch.has_statistics:
+        statistics = statistics.to(theta_BP.device)
     for epoch in range(1, epochs + 1):
         total_B = theta_BP.new_zeros(len(theta_BP))
         for batch in torch.randperm(len(inputs), generator=order).to(inputs.device).split(batch_size):

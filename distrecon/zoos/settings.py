@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
-from distrecon.config import check, replace, setting
+from distrecon.config import check, flatten, replace, setting
 from distrecon.errors import UserError, nearest
 from distrecon.images import IMAGE_SETS, ImageSet
 from distrecon.nets import ACTIVATIONS, ARCHITECTURES, INITIALISATIONS, Architecture, architecture
@@ -128,6 +129,14 @@ class ZooConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+def described(config: ZooConfig) -> dict[str, Any]:
+    """The configuration as plain data, by which a zoo is known; that of known networks as it has always been."""
+    flat = flatten(config)
+    if config.architecture.module is None:
+        del flat["architecture.module"]
+    return flat
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from distrecon import config as configuration
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture, evaluate, fit, initialise, inputs_for
 from distrecon.zoos import build, datasets, tasks
 from distrecon.zoos import format as zoo_format
-from distrecon.zoos.settings import ModelPlan, ZooConfig, groups
+from distrecon.zoos.settings import ModelPlan, ZooConfig, described, groups
 from distrecon.zoos.storage import Store, store
 from distrecon.zoos.zoo import Zoo, open_zoo
 
@@ -54,15 +53,12 @@ def ensure(
 
 
 def _origin(config: ZooConfig) -> dict[str, Any]:
-    flat = configuration.flatten(config)
-    if flat["architecture.module"] is None:  # as zoos of known networks have always been described
-        del flat["architecture.module"]
-    return {"kind": "trained", "config": flat}
+    return {"kind": "trained", "config": described(config)}
 
 
 def _check_same(where: Store, origin: dict[str, Any], config: ZooConfig) -> None:
     """Another place of the same images is no difference."""
-    wanted = configuration.flatten(config)
+    wanted = described(config)
     there = origin.get("config")
     if origin.get("kind") != "trained" or there is None:
         raise UserError(f"{where} holds a zoo that was not trained by distrecon: choose another folder")
