@@ -35,6 +35,7 @@ from distrecon.nets import Architecture, outputs, permute, random_permutation
 from distrecon.zoos.models import Batch
 
 SMALLEST_SCALE = {"cycle": 0.01}  # the Fisher coders' latents, of unit variance, start with no cycle loss at all
+SMALLEST_OF_A_WINDOW = {"behavioral": 1e-3}  # the first step's window may change the outputs by next to nothing
 TARGET_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -167,7 +168,8 @@ class Training:
         self.steps_done = 0
         self.scales: list[dict[str, float]] = [{} for _ in zoos]  # per zoo, each loss at its first step
         weights = config.loss.weights  # in the order of what `losses` returns
-        table = [[*weights.values()], [SMALLEST_SCALE.get(name, 1e-12) for name in weights]]
+        self.smallest = SMALLEST_SCALE | (SMALLEST_OF_A_WINDOW if config.model.window else {})
+        table = [[*weights.values()], [self.smallest.get(name, 1e-12) for name in weights]]
         self.weight_N, self.smallest_N = torch.tensor(table, dtype=torch.float64).to(self.device)
         self.factors: list[Tensor | None] = [None for _ in zoos]  # per zoo, weights over scales [N], on the device
         self.pools = [self._pool(zoo) for zoo in zoos]
@@ -274,7 +276,7 @@ class Training:
         """A step's losses by name, and their total."""
         means, scales = losses.means(), self.scales[losses.batch.zoo]
         for name, mean in means.items():
-            scales.setdefault(name, max(abs(mean), SMALLEST_SCALE.get(name, 1e-12)))
+            scales.setdefault(name, max(abs(mean), self.smallest.get(name, 1e-12)))
         weights = self.config.loss.weights
         total = sum(weights[name] / scales[name] * mean for name, mean in means.items())
         return {f"loss/{name}": mean for name, mean in means.items()} | {"loss/total": total}
