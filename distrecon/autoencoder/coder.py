@@ -29,6 +29,12 @@ class CoderConfig:
     layers: int = setting(2, "blocks of the encoder, and as many of the decoder", least=1)
     heads: int = setting(4, "of the transformers' attention; they divide the width", least=1)
     latent: int = setting(16, "numbers a token; other coders have up to latent * tokens numbers a model", least=1)
+    token_size: int | None = setting(
+        None, "numbers of a token at most, longer rows are cut; empty: whole rows", least=2
+    )
+    window: int | None = setting(
+        None, "tokens that attention spans; a step of the training then reads one window of each model", least=1
+    )
     projection: int = setting(30, "numbers a model for the contrastive loss", least=1)
     fisher_metric: str = setting(
         "behavioral", "structural: plain principal components of the weights", choices=("behavioral", "structural")
@@ -89,6 +95,18 @@ class Coder(nn.Module, ABC):
     @abstractmethod
     def decode(self, z: Tensor, zoo: int) -> Tensor:
         """Standardised weights [B, P] of latents; differentiable in them, for refinement."""
+
+    def spans(self, zoo: int) -> list[slice]:
+        """Windows of tokens that are coded by themselves, one of which a training step reads; none: whole models."""
+        return []
+
+    def encode_span(self, x_BP: Tensor, zoo: int, span: slice) -> Tensor:
+        """Latents of the tokens of one of `spans`."""
+        raise NotImplementedError
+
+    def decode_span(self, z: Tensor, zoo: int, span: slice) -> Tensor:
+        """Tokens [B, t, D] of the latents that `encode_span` gave."""
+        raise NotImplementedError
 
     def move(self, z: Tensor, change: Tensor, zoo: int) -> Tensor:
         """Latents after a small change of them, as the gradient of `decode` understands it."""

@@ -213,6 +213,9 @@ def generate(
         metrics[f"{prefix}/ms_per_model"] = milliseconds
         headline = theta_MP if headline is None else headline
     assert headline is not None
+    if config.remeasure and arch.has_statistics:
+        few = inputs_for(arch, images.train.images[: config.remeasure])
+        report("generate/remeasured", arch.remeasured(headline, few))
     std_P = autoencoder.fitted(zoo, "std_P").float().cpu()
     reached = float(evaluate(arch, headline, images.validation.images, images.validation.labels_Q).accuracy_B.mean())
     scale = matched_noise(arch, good_NP, std_P, reached, images, config.samples, seed)

@@ -26,14 +26,13 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 def weight_statistics(arch: Architecture, theta_BP: Tensor) -> Tensor:
-    """[B, layers * 2 * 9]: mean, deviation and quantiles of each layer's weights and of its biases."""
+    """[B, tensors * 9]: mean, deviation and quantiles of each layer's weights, of its biases, and so on."""
     quantiles = torch.tensor(QUANTILES, dtype=theta_BP.dtype)
     parts = []
-    for pair in arch.weights_and_biases(theta_BP):
-        for values in pair:
-            flat = values.flatten(1)
-            spread = torch.stack([flat.mean(1), flat.std(1, correction=0)], dim=1)
-            parts.append(torch.cat([spread, torch.quantile(flat, quantiles, dim=1).T], dim=1))
+    for values in arch.table.tensors(theta_BP):
+        flat = values.flatten(1)
+        spread = torch.stack([flat.mean(1), flat.std(1, correction=0)], dim=1)
+        parts.append(torch.cat([spread, torch.quantile(flat, quantiles, dim=1).T], dim=1))
     return torch.cat(parts, dim=1)
 
 

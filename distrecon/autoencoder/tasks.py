@@ -107,6 +107,10 @@ def run_tasks(
     originals_BP = autoencoder.canonical(test.theta_BP, zoo)
     rebuilt_BP = decode_latents(autoencoder, latents[2], zoo)
     add(*compare(arch, originals_BP, rebuilt_BP, images.test))
+    if config.tasks.remeasure and arch.has_statistics:
+        few = inputs_for(arch, images.train.images[: config.tasks.remeasure])
+        again_BP = arch.remeasured(rebuilt_BP, few)
+        add(*compare(arch, originals_BP, again_BP, images.test, "reconstruct/remeasured"))
     add(*_gradients(arch, originals_BP[:GRADIENT_MODELS], rebuilt_BP[:GRADIENT_MODELS], images))
     if config.tasks.refine:
         begin("refine")

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distrecon.errors import UserError, nearest
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture
+from distrecon.nets.given import Given, module_of, running
 from distrecon.zoos import datasets
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.models import Models
@@ -51,6 +52,7 @@ class Zoo:
     store: Store
     info: dict[str, Any]  # the content of zoo.json
     images_directory: str | None = None  # where its images lie, if not in the zoo
+    modules: tuple[nn.Module, ...] = ()  # one of which runs its networks, where those are a module's
 
     @property
     def name(self) -> str:
@@ -63,7 +65,7 @@ class Zoo:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return Architecture.from_dict(self.info["architecture"])
+        return running(Architecture.from_dict(self.info["architecture"]), self.modules)
 
     @property
     def image_set(self) -> str | None:
@@ -207,15 +209,28 @@ class Zoo:
 
 
 def open_zoo(
-    path: str | os.PathLike[str] | Store, filesystem: Any = None, images: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str] | Store,
+    filesystem: Any = None,
+    images: str | os.PathLike[str] | None = None,
+    module: Given | Sequence[Given] | None = None,
 ) -> Zoo:
     """The zoo at a local path, a URL (`s3://...`), or a path on a pyarrow or fsspec filesystem.
 
     `images` is the directory where its images lie, for a zoo that has them neither in itself nor where they were.
+    `module` runs the networks of a zoo that was made with a torch module: the module, a factory of it, or its name
+    `package.file:factory`; or several, of which the one that fits is taken. Nothing is imported but what is given here.
 
     Raises UserError when there is none, when it is unfinished, or when its format is newer than this distrecon knows.
     """
     where = path if isinstance(path, Store) else store(path, filesystem)
     if where.exists(zoo_format.UNFINISHED) and not where.exists(zoo_format.MANIFEST):
         raise UserError(f"{where} is an unfinished zoo: run the command that began it again, and it continues")
-    return Zoo(where, zoo_format.read_manifest(where), os.path.abspath(images) if images is not None else None)
+    given: list[Given]
+    if module is None:
+        given = []
+    elif isinstance(module, str) or not isinstance(module, Sequence):
+        given = [module]
+    else:
+        given = [*module]
+    directory = os.path.abspath(images) if images is not None else None
+    return Zoo(where, zoo_format.read_manifest(where), directory, tuple(module_of(one) for one in given))
