@@ -23,10 +23,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from distrecon.autoencoder.coder import Coder, CoderConfig
+from distrecon.autoencoder.coder import Coder, CoderConfig, chain
 from distrecon.autoencoder.transformer import Projection
 from distrecon.errors import UserError
-from distrecon.nets import Architecture, ChainArchitecture
+from distrecon.nets import Architecture
 from distrecon.nets.kronecker import factors, from_layer_matrices, layer_by_layer, layer_matrices, models_at_once
 
 SMALLEST_DEVIATION = 1e-6  # of a latent number, relative to the largest
@@ -41,7 +41,7 @@ def fit(
     `deviation_Z` are the latents' root mean squares over the sample, by which they are divided, `scale_Z` the same in
     the behavioural metric. Raises UserError when the latent has no room for a single component.
     """
-    arch = _chain(arch)
+    arch = chain(arch, "activation_pca")
     few = torch.linspace(0, len(theta_BP) - 1, min(config.fisher_models, len(theta_BP))).round().long()
     few_BP, center_P = theta_BP[few], theta_BP.mean(0)
     found = factors(arch, few_BP, queries[: config.fisher_queries].to(few_BP), config.fisher_temperature)
@@ -83,18 +83,11 @@ def allocate(values: Sequence[Tensor], sizes: Sequence[int], budget: int) -> lis
     return counts
 
 
-def _chain(arch: Architecture) -> ChainArchitecture:
-    """UserError for networks that are not walked up layer by layer."""
-    if not isinstance(arch, ChainArchitecture):
-        raise UserError(f"model.kind: activation_pca is for chains of layers, which {arch.name} is not")
-    return arch
-
-
 class Walk:
     """The walk up the layers of one architecture, which encoder and decoder share; latents as they are, undivided."""
 
     def __init__(self, config: CoderConfig, arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
-        self.arch = _chain(arch)
+        self.arch = chain(arch, "activation_pca")
         self.shared, layers = config.activation_shared, range(len(self.arch.layers))
         self.queries = tensors["queries"][: config.activation_queries]
         self.moments = [tensors[f"moment{i}_FF"].double() for i in layers]

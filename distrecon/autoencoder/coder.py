@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distrecon.config import check, setting
 from distrecon.errors import UserError
-from distrecon.nets import Architecture
+from distrecon.nets import Architecture, ChainArchitecture
 
 
 @dataclass(frozen=True)
@@ -126,3 +126,10 @@ class Coder(nn.Module, ABC):
         F are the numbers of `latent_shape`, flattened.
         """
         return noise_BF
+
+
+def chain(arch: Architecture, kind: str) -> ChainArchitecture:
+    """The architecture as a chain of layers, which this kind of coder walks; UserError where it is none."""
+    if not isinstance(arch, ChainArchitecture):
+        raise UserError(f"model.kind: {kind} is for chains of layers, which {arch.name} is not")
+    return arch

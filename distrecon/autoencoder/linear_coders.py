@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distrecon.autoencoder import fisher, kronecker_map
-from distrecon.autoencoder.coder import Coder, CoderConfig
+from distrecon.autoencoder.coder import Coder, CoderConfig, chain
 from distrecon.autoencoder.transformer import Block, Norm, Positions, Projection
 from distrecon.nets import Architecture
 from distrecon.nets.kronecker import factors, from_layer_matrices, layer_matrices
@@ -124,21 +124,23 @@ class KroneckerPCA(LinearCoder):
         config: CoderConfig, arch: Architecture, theta_BP: Tensor, mean_P: Tensor, std_P: Tensor, queries: Tensor
     ) -> dict[str, Tensor]:
         """The map's tensors (see `kronecker_map.fit`)."""
+        layers = chain(arch, config.kind)
         few = torch.linspace(0, len(theta_BP) - 1, min(config.fisher_models, len(theta_BP))).round().long()
-        found = factors(arch, theta_BP[few], queries[: config.fisher_queries].to(theta_BP), config.fisher_temperature)
+        found = factors(layers, theta_BP[few], queries[: config.fisher_queries].to(theta_BP), config.fisher_temperature)
         sides = [
             kronecker_map.Sides(*(kronecker_map.eigenbasis(m.mean(0).to(theta_BP)) for m in (f.outputs, f.inputs)))
             for f in found
         ]
         budget = config.latent * arch.num_tokens
-        return kronecker_map.fit(sides, layer_matrices(arch, theta_BP), budget, config.kronecker_damping)
+        return kronecker_map.fit(sides, layer_matrices(layers, theta_BP), budget, config.kronecker_damping)
 
     def flat_noise(self, noise_BF: Tensor, zoo: int) -> Tensor:
         return kronecker_map.flattened(self.fitted[zoo], noise_BF.to(self.fitted[zoo]["scale_Z"])).to(noise_BF)
 
     def compress(self, x_BP: Tensor, zoo: int) -> Tensor:
         tensors = self.fitted[zoo]
-        matrices = layer_matrices(self.architectures[zoo], x_BP * tensors["std_P"] + tensors["mean_P"])
+        layers = chain(self.architectures[zoo], "kronecker_pca")
+        matrices = layer_matrices(layers, x_BP * tensors["std_P"] + tensors["mean_P"])
         return kronecker_map.compress(tensors, kronecker_map.coordinates(tensors, matrices))
 
     def expand(self, z_BZ: Tensor, zoo: int) -> Tensor:
