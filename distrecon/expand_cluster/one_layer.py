@@ -23,7 +23,7 @@ from distrecon.expand_cluster.outgoing import drop_costs
 from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.problem import Found, Problem
 from distrecon.expand_cluster.run import Run
-from distrecon.expand_cluster.segments import Bends, scan
+from distrecon.expand_cluster.segments import Bends, BendsEverywhere, scan
 from distrecon.expand_cluster.signs import carried_term, carriers, choose_flips, flip_constant, open_signs
 from distrecon.expand_cluster.thresholds import COMPLETE, ERROR_MARGIN
 from distrecon.nets.activations import Activation
@@ -108,7 +108,7 @@ def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Pr
             if explained.misfit <= ERROR_MARGIN:
                 found = explained.arrangement
                 yield _network(run, coordinates, explained, answers, sum(counts[: number + 1]))
-    except OutOfQueries:
+    except (OutOfQueries, BendsEverywhere):
         pass
     if best is not None and best[0].misfit > ERROR_MARGIN and _relative(*best) < COMPLETE:
         yield _network(run, coordinates, *best, sum(counts))

@@ -17,6 +17,7 @@ from torch import Tensor
 from distrecon.expand_cluster.thresholds import BEND_MARGIN, CLEAR
 
 ROUNDS = 120  # of splitting, at most
+OPEN = 2000  # intervals of a line that are still to be split, at most: the function bends everywhere
 TINY = 1e-13  # of its distance from the line's start: intervals shorter than this are not split
 EDGE = 0.02  # likewise where one end has no answer
 BESIDE = 0.01  # of the room on both sides of a meeting point: where answers confirm it
@@ -25,6 +26,10 @@ FRESH, STRAIGHT, BENT, BEND, LOST, APART = range(6)  # intervals: to be asked; .
 
 _Inner = tuple[Tensor, Tensor, Tensor]  # t, y and noise of one point inside every interval
 Answer = Callable[[Tensor], tuple[Tensor, Tensor]]  # z[Q, R] -> y[Q, O], its rounding noise [Q, O]; NaN: no answer
+
+
+class BendsEverywhere(Exception):
+    """The function is not piecewise linear, or has thousands of pieces on a line."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,10 @@ class _Points:
 
 
 def scan(answer: Answer, start_LR: Tensor, direction_LR: Tensor, grid_LT: Tensor, generator: torch.Generator) -> Bends:
-    """Bends on lines (unit directions) between the first and the last of some ascending t[L, T] on each."""
+    """Bends on lines (unit directions) between the first and the last of some ascending t[L, T] on each.
+
+    Raises BendsEverywhere where splitting the intervals makes ever more of them.
+    """
 
     def ask(line_G: Tensor, t_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return t_G, *answer(start_LR[line_G] + t_G[:, None] * direction_LR[line_G])
@@ -105,6 +113,8 @@ def scan(answer: Answer, start_LR: Tensor, direction_LR: Tensor, grid_LT: Tensor
         bent = bent[(state_G[bent - 1] != FRESH) & (state_G[bent + 1] != FRESH)]  # the others wait for their neighbours
         if not len(fresh) and not len(bent):
             break
+        if len(fresh) + len(bent) > OPEN * lines:
+            raise BendsEverywhere
         slope_GO, slack_GO, _, _ = points.pieces()
         before_SO, after_SO = slope_GO[bent - 1], slope_GO[bent + 1]
         slack_SO = slack_GO[bent - 1] + slack_GO[bent + 1]
