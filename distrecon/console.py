@@ -165,6 +165,17 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     output_options(parser)
 
 
+def module_option(parser: argparse.ArgumentParser) -> None:
+    """What runs the networks of zoos that were made with torch modules."""
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="PACKAGE.FILE:FACTORY",
+        help="the torch module of a zoo's networks (of several zoos: repeat it)",
+    )
+
+
 def output_options(parser: argparse.ArgumentParser) -> None:
     """How a command tells what it does."""
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout; text goes to stderr")

@@ -30,13 +30,14 @@ def parser() -> console.Parser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="settings, such as tasks.samples=50"
     )
+    console.module_option(parser)
     console.common_options(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> console.Answer:
     check_absent(args.out)
-    autoencoder, zoo = load_autoencoder(args.autoencoder), open_zoo(args.zoo, images=args.images)
+    autoencoder, zoo = load_autoencoder(args.autoencoder), open_zoo(args.zoo, images=args.images, module=args.module)
     zoo_index(autoencoder, zoo)
     check_memory(zoo, session.memory())
     small = {"tasks.samples": 4, "tasks.pairs": 4} if args.smoke else {}

@@ -45,6 +45,7 @@ def parser() -> console.Parser:
         "--bandwidth", type=float, help="width of the sampler's kernel; larger is more novel, less accurate"
     )
     parser.add_argument("--refine", type=int, help="steps on each latent towards good models' averaged outputs")
+    console.module_option(parser)
     console.common_options(parser)
     return parser
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> console.Answer:
     if args.count < 1:
         raise UserError(f"--count must be at least 1, not {args.count}")
     autoencoder = load_autoencoder(args.autoencoder)
-    zoo = open_zoo(args.zoo or zoo_folder(args.autoencoder), images=args.images)
+    zoo = open_zoo(args.zoo or zoo_folder(args.autoencoder), images=args.images, module=args.module)
     index, arch = zoo_index(autoencoder, zoo), zoo.architecture
     changes = {"samples": max(2, args.count), "bandwidth": args.bandwidth, "generate_refine": args.refine}
     tasks = dataclasses.replace(autoencoder.config.tasks, **{k: v for k, v in changes.items() if v is not None})

@@ -27,7 +27,7 @@ from distrecon.record.tracking import Tracker
 from distrecon.recording import Outcome, Provenance, finish
 from distrecon.report import tables
 from distrecon.zoos import Zoo, open_zoo
-from distrecon.zoos.settings import ZOOS
+from distrecon.zoos.settings import ZOOS, described
 from distrecon.zoos.storage import store
 from distrecon.zoos.train import ensure
 
@@ -46,6 +46,7 @@ class Request:
     smoke: bool = False
     address: str | None = None
     storage: str | None = None
+    modules: tuple[str, ...] = ()  # that run the networks of zoos made with torch modules; a resumed job is given them
     images: str | None = None  # the directory of the images of zoos that have them not inside
 
 
@@ -99,17 +100,19 @@ def prepare(request: Request, out: str | None, command: str, verbose: bool = Fal
     return _with_storage(folder, request)
 
 
-def reopen(path: str, command: str, address: str | None) -> tuple[RunFolder, Request]:
+def reopen(path: str, command: str, address: str | None, modules: tuple[str, ...] = ()) -> tuple[RunFolder, Request]:
     """An earlier job's folder and request, as it was made; only the cluster may be another.
+
+    Modules are given anew: no file of a run decides what is imported.
 
     Raises UserError when the run is stale: a zoo changed since it began, or its request is not one of this version.
     """
     folder, saved = RunFolder.reopen(path, command)
-    saved = {"zoo": [], "images": None, **saved}  # runs of earlier versions, which had neither
+    saved = {"zoo": [], "images": None, "modules": [], **saved}  # runs of earlier versions, which had neither
     names = [f.name for f in dataclasses.fields(Request)]
     if missing := [name for name in [*names, "zoos"] if name not in saved]:
         raise UserError(f"--resume {path}: {REQUEST} has no {missing[0]!r}; start anew with another --out")
-    values = {name: saved[name] for name in names} | {"address": address or saved["address"]}
+    values = {name: saved[name] for name in names} | {"address": address or saved["address"], "modules": modules}
     values |= {"spaces": tuple(str(folder.path / space) for space in saved["spaces"]), "zoo": tuple(saved["zoo"])}
     request = Request(**values)
     for name, zoo in _folders(read_sweeps(request)).items():
@@ -155,10 +158,10 @@ def _zoos(sweeps: Sequence[Sweep], request: Request) -> dict[str, Zoo]:
     zoos = {}
     for name in sorted(_zoo_names(sweeps)):
         if name not in ZOOS:
-            zoos[name] = open_zoo(name, images=request.images)
+            zoos[name] = open_zoo(name, images=request.images, module=request.modules)
             continue
         config = dataclasses.replace(ZOOS[name], seed=request.seed)
-        flat = json.dumps(configuration.flatten(config), sort_keys=True)
+        flat = json.dumps(described(config), sort_keys=True)
         digest = hashlib.sha256(flat.encode()).hexdigest()[:8]
         folder = f"{request.storage or '.'}/zoos/{name}-{digest}"
         stage = Progress("zoo")

@@ -22,6 +22,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-workers", type=int, help="data-parallel workers of each autoencoder (default: 1)")
     parser.add_argument("--use-gpu", action="store_true", help="autoencoders train on GPUs")
+    console.module_option(parser)
     console.common_options(parser)
 
 
@@ -41,7 +42,7 @@ def launch(args: argparse.Namespace, command: str, **what: Any) -> console.Answe
     A request that turns out to be wrong before the first trial leaves no folder.
     """
     if args.resume:
-        folder, request = job.reopen(args.resume, command, args.address)
+        folder, request = job.reopen(args.resume, command, args.address, tuple(args.module))
     else:
         request = job.Request(
             **what,
@@ -51,6 +52,7 @@ def launch(args: argparse.Namespace, command: str, **what: Any) -> console.Answe
             address=args.address,
             storage=args.storage,
             images=args.images,
+            modules=tuple(args.module),
         )
         folder = job.prepare(request, args.out, command, args.verbose)
     try:

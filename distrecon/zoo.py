@@ -41,6 +41,7 @@ def parser() -> console.Parser:
     check.add_argument("zoo", help="folder or URL of the zoo")
     check.add_argument("--sample", type=int, default=64, help="states to recompute (default: 64)")
     check.add_argument("--images-dir", "--images", metavar="DIR", help="where its images lie, if not in the zoo")
+    console.module_option(check)
     export = _command(commands, "export", "write one model as safetensors")
     export.add_argument("zoo", help="folder or URL of the zoo")
     export.add_argument("--model", required=True, metavar="ID", help="the model's id in the zoo")
@@ -70,6 +71,9 @@ def _train_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted setting laid over the configuration"
     )
+    command.add_argument(
+        "--module", metavar="PACKAGE.FILE:FACTORY", help="a torch module to train: the setting architecture.module"
+    )
     _store_option(command)
     _ray_options(command)
 
@@ -88,6 +92,7 @@ def _import_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--epochs", help="only these, e.g. 20,30,40,50 (default: all)")
     command.add_argument("--architecture", help="where several have the same weights")
     command.add_argument("--activation", help="where the source does not tell it")
+    command.add_argument("--module", metavar="PACKAGE.FILE:FACTORY", help="the torch module whose state dicts they are")
     command.add_argument("--images", metavar="NAME", help="image set the models were trained on")
     command.add_argument("--images-dir", metavar="DIR", help="where its files lie")
     _store_option(command)
@@ -129,6 +134,7 @@ def train(args: argparse.Namespace) -> console.Answer:
 
     config = read_config(args.config or ("smoke" if args.smoke else "digits"))
     values = {} if args.seed is None else {"seed": args.seed}
+    values |= {} if args.module is None else {"architecture.module": args.module}
     config = configuration.replace(config, values | configuration.parse_assignments(args.set), "--set")
     resources, stage = _connect(args), console.Progress("train")
     zoo = ensure(config, args.out, _shower(stage), resources, args.store_images)
@@ -157,6 +163,7 @@ def import_(args: argparse.Namespace) -> console.Answer:
         name=args.name,
         seed=args.seed or 0,
         strict=args.strict,
+        module=args.module,
     )
     with tempfile.TemporaryDirectory() as folder:
         source = _smoke_source(Path(folder)) if args.smoke and args.source is None else args.source
@@ -196,7 +203,7 @@ def info(args: argparse.Namespace) -> console.Answer:
 
 def check(args: argparse.Namespace) -> console.Answer:
     """Tells what is wrong with a zoo."""
-    zoo = open_zoo(args.zoo)
+    zoo = open_zoo(args.zoo, module=args.module)
     result = inspection.check(zoo, 4 if args.smoke else args.sample, args.seed or 0, args.images_dir)
     recomputed = (
         f"{result.recomputed} accuracies recomputed" if result.recomputed else f"none recomputed: {result.note}"

@@ -50,6 +50,14 @@ def test_the_concepts_are_as_the_page_shows():
     assert done.returncode == 0, done.stderr
 
 
+def test_your_own_module_is_as_the_page_shows():
+    text = (CHECKOUT / "docs/extending.md").read_text()
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "SmallResNet" in code]
+    done = subprocess.run([sys.executable, "-c", block], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fc.weight" in done.stdout
+
+
 def test_the_worked_examples_are_one_file_and_a_test_each(tmp_path):
     """Puts each block of docs/extending.md where it says, in a copy of the package, and runs the tests it shows."""
     shutil.copytree(CHECKOUT / "distrecon", tmp_path / "distrecon", ignore=shutil.ignore_patterns("__pycache__"))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from distrecon.autoencoder.coder import Coder, CoderConfig
+from distrecon.autoencoder.coder import Coder, CoderConfig, chain
 from distrecon.autoencoder.transformer import Projection
 from distrecon.errors import UserError
 from distrecon.nets import Architecture
@@ -41,6 +41,7 @@ def fit(
     `deviation_Z` are the latents' root mean squares over the sample, by which they are divided, `scale_Z` the same in
     the behavioural metric. Raises UserError when the latent has no room for a single component.
     """
+    arch = chain(arch, "activation_pca")
     few = torch.linspace(0, len(theta_BP) - 1, min(config.fisher_models, len(theta_BP))).round().long()
     few_BP, center_P = theta_BP[few], theta_BP.mean(0)
     found = factors(arch, few_BP, queries[: config.fisher_queries].to(few_BP), config.fisher_temperature)
@@ -86,11 +87,12 @@ class Walk:
     """The walk up the layers of one architecture, which encoder and decoder share; latents as they are, undivided."""
 
     def __init__(self, config: CoderConfig, arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
-        self.arch, self.shared, layers = arch, config.activation_shared, range(len(arch.layers))
+        self.arch = chain(arch, "activation_pca")
+        self.shared, layers = config.activation_shared, range(len(self.arch.layers))
         self.queries = tensors["queries"][: config.activation_queries]
         self.moments = [tensors[f"moment{i}_FF"].double() for i in layers]
         self.bases = [tensors[f"basis{i}_FK"].double() for i in layers]
-        self.centers = [m[0] for m in layer_matrices(arch, tensors["center_P"][None])]
+        self.centers = [m[0] for m in layer_matrices(self.arch, tensors["center_P"][None])]
         self.sizes = [len(c) * b.shape[1] for c, b in zip(self.centers, self.bases, strict=True)]
 
     def encode(self, theta_BP: Tensor) -> Tensor:

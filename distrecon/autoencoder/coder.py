@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distrecon.config import check, setting
 from distrecon.errors import UserError
-from distrecon.nets import Architecture
+from distrecon.nets import Architecture, ChainArchitecture
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,13 @@ class CoderConfig:
     width: int = setting(64, "of the transformers", least=1)
     layers: int = setting(2, "blocks of the encoder, and as many of the decoder", least=1)
     heads: int = setting(4, "of the transformers' attention; they divide the width", least=1)
-    latent: int = setting(16, "numbers a token; the Fisher coders have latent * tokens numbers a model", least=1)
+    latent: int = setting(16, "numbers a token; other coders have up to latent * tokens numbers a model", least=1)
+    token_size: int | None = setting(
+        None, "numbers of a token at most, longer rows are cut; empty: whole rows", least=2
+    )
+    window: int | None = setting(
+        None, "tokens that attention spans; a step of the training then reads one window of each model", least=1
+    )
     projection: int = setting(30, "numbers a model for the contrastive loss", least=1)
     fisher_metric: str = setting(
         "behavioral", "structural: plain principal components of the weights", choices=("behavioral", "structural")
@@ -42,7 +48,7 @@ class CoderConfig:
         "one linear map for all weights, one a layer or one for a layer's tokens; latents split by eigenvalue",
         choices=("global", "layer", "token"),
     )
-
+    kronecker_damping: float = setting(3e-4, "of the mean eigenvalue, added to each side's", above=0)
     activation_queries: int = setting(200, "on which each model's own activations are taken", least=1)
     activation_shared: float = setting(0.03, "share of the zoo's mean activations in each model's", least=0, most=1)
 
@@ -90,6 +96,18 @@ class Coder(nn.Module, ABC):
     def decode(self, z: Tensor, zoo: int) -> Tensor:
         """Standardised weights [B, P] of latents; differentiable in them, for refinement."""
 
+    def spans(self, zoo: int) -> list[slice]:
+        """Windows of tokens that are coded by themselves, one of which a training step reads; none: whole models."""
+        return []
+
+    def encode_span(self, x_BP: Tensor, zoo: int, span: slice) -> Tensor:
+        """Latents of the tokens of one of `spans`."""
+        raise NotImplementedError
+
+    def decode_span(self, z: Tensor, zoo: int, span: slice) -> Tensor:
+        """Tokens [B, t, D] of the latents that `encode_span` gave."""
+        raise NotImplementedError
+
     def move(self, z: Tensor, change: Tensor, zoo: int) -> Tensor:
         """Latents after a small change of them, as the gradient of `decode` understands it."""
         return z + change
@@ -108,3 +126,10 @@ class Coder(nn.Module, ABC):
         F are the numbers of `latent_shape`, flattened.
         """
         return noise_BF
+
+
+def chain(arch: Architecture, kind: str) -> ChainArchitecture:
+    """The architecture as a chain of layers, which this kind of coder walks; UserError where it is none."""
+    if not isinstance(arch, ChainArchitecture):
+        raise UserError(f"model.kind: {kind} is for chains of layers, which {arch.name} is not")
+    return arch

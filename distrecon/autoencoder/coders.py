@@ -2,12 +2,14 @@
 
 from distrecon.autoencoder.activation_pca import ActivationPCA
 from distrecon.autoencoder.coder import Coder
-from distrecon.autoencoder.fisher_coders import FisherPCA, FisherResidual
+from distrecon.autoencoder.linear_coders import FisherPCA, FisherResidual, KroneckerPCA, KroneckerResidual
 from distrecon.autoencoder.transformer import TransformerCoder
 
 CODERS: dict[str, type[Coder]] = {
     "transformer": TransformerCoder,
     "fisher_residual": FisherResidual,
     "fisher_pca": FisherPCA,
+    "kronecker_residual": KroneckerResidual,
+    "kronecker_pca": KroneckerPCA,
     "activation_pca": ActivationPCA,
 }

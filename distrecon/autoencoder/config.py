@@ -122,6 +122,7 @@ class TasksConfig:
     """How the trained autoencoder is judged."""
 
     samples: int = setting(100, "generated models", least=2)
+    images: int = setting(2000, "validation and as many test images that judge, where a set has more", least=1)
     samplers: tuple[str, ...] = setting(
         ("joint_kde",), "of latents; the first gives the headline numbers", choices=SAMPLERS, filled=True
     )
@@ -133,6 +134,11 @@ class TasksConfig:
     refine: int = setting(0, "steps on the latent of reconstructions (reported under refined/)", least=0)
     generate_refine: int = setting(0, "steps on the latent of generated models", least=0)
     refiner: str = setting("gauss_newton", "how latents are refined; Adam's steps cost a tenth", choices=REFINERS)
+    remeasure: int = setting(
+        256,
+        "training images for measuring statistics of batch normalisation again (reported under remeasured/); 0: none",
+        least=0,
+    )
     teachers: int = setting(10, "good models whose averaged outputs a generated model is refined towards", least=1)
     finetune_epochs: int = setting(0, "of generated models, on training images", least=0)
     pairs: int = setting(24, "generated models compared with each other for diversity_l2", least=2)

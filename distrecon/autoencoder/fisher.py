@@ -45,12 +45,11 @@ def blocks(arch: Architecture, kind: str) -> list[Block]:
     if kind == "global":
         found = [Block(torch.arange(arch.num_parameters)[None])]
     else:
-        found = []
-        for start, end in zip(arch.offsets, arch.offsets[1:], strict=False):
-            found.append(Block(torch.arange(start, end)[None]))
+        layers, arch = range(len(arch.layer_names)), arch.with_pieces(None)
+        found = [Block((arch.layer_of_parameter_P == i).nonzero().T) for i in layers]
         if kind == "token":
             layer_T = arch.token_positions_T3[:, 1]
-            rows = [arch.token_index_TD[layer_T == i] for i in range(len(arch.layers))]
+            rows = [arch.token_index_TD[layer_T == i] for i in layers]
             found = [Block(r[:, (r < arch.num_parameters).all(0)]) for r in rows]
     largest = max(block.index_NE.shape[1] for block in found)
     if largest > LARGEST_BLOCK:

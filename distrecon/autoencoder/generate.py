@@ -25,6 +25,7 @@ from distrecon.nets import Architecture, align, evaluate, fit, inputs_for, outpu
 from distrecon.zoos.models import Models
 
 NOISE_SCALES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # in deviations of a layer's weights
+SEARCH_MODELS = 32  # by which a noise scale is chosen
 FINETUNE_LR = 1e-3
 
 
@@ -168,10 +169,10 @@ def averaged(arch: Architecture, good_NP: Tensor, count: int, seed: int, share: 
 def matched_noise(
     arch: Architecture, good_NP: Tensor, std_P: Tensor, accuracy: float, images: ImageSet, count: int, seed: int
 ) -> float:
-    """The noise scale whose mean accuracy on validation images is nearest to `accuracy`."""
+    """The noise scale whose mean accuracy on validation images is nearest to `accuracy`, over the first few models."""
 
     def gap(scale: float) -> float:
-        noisy_MP = noisy(good_NP, std_P, scale, count, seed)
+        noisy_MP = noisy(good_NP, std_P, scale, min(count, SEARCH_MODELS), seed)
         scores = evaluate(arch, noisy_MP, images.validation.images, images.validation.labels_Q)
         return abs(float(scores.accuracy_B.mean()) - accuracy)
 
@@ -212,6 +213,9 @@ def generate(
         metrics[f"{prefix}/ms_per_model"] = milliseconds
         headline = theta_MP if headline is None else headline
     assert headline is not None
+    if config.remeasure and arch.has_statistics:
+        few = inputs_for(arch, images.train.images[: config.remeasure])
+        report("generate/remeasured", arch.remeasured(headline, few))
     std_P = autoencoder.fitted(zoo, "std_P").float().cpu()
     reached = float(evaluate(arch, headline, images.validation.images, images.validation.labels_Q).accuracy_B.mean())
     scale = matched_noise(arch, good_NP, std_P, reached, images, config.samples, seed)

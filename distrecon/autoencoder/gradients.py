@@ -59,7 +59,7 @@ def analyse(arch: Architecture, theta_BP: Tensor, theta_hat_BP: Tensor, inputs: 
     exact_BP = behavioral_gradient(arch, theta_BP, theta_hat_BP, inputs)
     delta_BP = theta_hat_BP - theta_BP
     layer_P = arch.layer_of_parameter_P.to(theta_BP.device)
-    masks = [layer_P == i for i in range(len(arch.layers))]
+    masks = [layer_P == i for i in range(len(arch.layer_names))]
     return GradientAnalysis(
         F.cosine_similarity(predicted_BP, exact_BP, dim=1),
         torch.stack([F.cosine_similarity(predicted_BP[:, m], exact_BP[:, m], dim=1) for m in masks]),

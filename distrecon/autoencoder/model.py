@@ -57,11 +57,11 @@ def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
         raise UserError(f"an autoencoder of {arch.name} needs a sample of at least 2 models, not {len(sample_BP)}")
     check_finite(sample_BP, "the zoo's sample")
     reference_P = _reference(arch, sample_BP) if config.data.align else sample_BP[0]
-    layer_P = arch.layer_of_parameter_P
+    set_P = arch.standardised_together_P
     mean_P, std_P = torch.empty_like(reference_P), torch.empty_like(reference_P)
-    for i in range(len(arch.layers)):
-        values = sample_BP[:, layer_P == i]
-        mean_P[layer_P == i], std_P[layer_P == i] = values.mean(), values.std().clamp_min(1e-8)
+    for i in range(int(set_P.max()) + 1):
+        values = sample_BP[:, set_P == i]
+        mean_P[set_P == i], std_P[set_P == i] = values.mean(), values.std().clamp_min(1e-8)
     pool = query_pool("data", zoo.images, arch, REFINE_QUERIES, config.seed).to(sample_BP)
     tensors = {"reference_P": reference_P, "mean_P": mean_P, "std_P": std_P, "queries": pool}
     fits = [CODERS[config.model.kind].fit, fisher.fit if config.loss.structural == "fisher" else None]
@@ -128,11 +128,18 @@ class Autoencoder(nn.Module):
         fitted: Sequence[Mapping[str, Tensor]],
     ) -> None:
         super().__init__()
-        self.config, self.architectures = config, tuple(architectures)
+        self.config = config
+        self.architectures = tuple(arch.with_pieces(config.model.token_size) for arch in architectures)
         kept = [Statistics(tensors) for tensors in fitted]
         self.statistics = nn.ModuleList(kept)
         self.coder = CODERS[config.model.kind](config.model, self.architectures, [s.tensors for s in kept])
         self.to(DTYPES[config.optim.precision])
+
+    def adopt(self, zoo: int, arch: Architecture) -> None:
+        """Takes an equal architecture in place of one, for what it can run."""
+        architectures = [*self.architectures]
+        architectures[zoo] = arch.with_pieces(self.config.model.token_size)
+        self.architectures = tuple(architectures)
 
     def fitted(self, zoo: int, name: str) -> Tensor:
         """What was fitted to a zoo before training: mean_P, std_P, reference_P, queries, and the coder's own."""
@@ -244,7 +251,7 @@ def pooled(z_BTZ: Tensor, arch: Architecture) -> Tensor:
     if z_BTZ.ndim == 2:
         return z_BTZ
     layer_T = arch.token_positions_T3[:, 1].to(z_BTZ.device)
-    parts = [z_BTZ[:, layer_T == i] for i in range(len(arch.layers))]
+    parts = [z_BTZ[:, layer_T == i] for i in range(len(arch.layer_names))]
     return torch.cat([f for part in parts for f in (part.mean(1), part.std(1, correction=0))], dim=1)
 
 

@@ -1,7 +1,8 @@
 """Prediction task: a model's test accuracy, generalisation gap and epoch from its embedding, by a ridge probe.
 
 The probe is fitted on training models; its regularisation and its features are chosen on validation models; R2 is
-reported on test models. The baseline reads simple statistics of the weights instead (Unterthiner et al., 2020).
+reported on test models. Features are latents, and latents beside simple statistics of the weights (Unterthiner et al.,
+2020), which alone are the baseline.
 
 Legend: B models, F features, P parameters.
 """
@@ -25,14 +26,13 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 def weight_statistics(arch: Architecture, theta_BP: Tensor) -> Tensor:
-    """[B, layers * 2 * 9]: mean, deviation and quantiles of each layer's weights and of its biases."""
+    """[B, tensors * 9]: mean, deviation and quantiles of each layer's weights, of its biases, and so on."""
     quantiles = torch.tensor(QUANTILES, dtype=theta_BP.dtype)
     parts = []
-    for pair in arch.weights_and_biases(theta_BP):
-        for values in pair:
-            flat = values.flatten(1)
-            spread = torch.stack([flat.mean(1), flat.std(1, correction=0)], dim=1)
-            parts.append(torch.cat([spread, torch.quantile(flat, quantiles, dim=1).T], dim=1))
+    for values in arch.table.tensors(theta_BP):
+        flat = values.flatten(1)
+        spread = torch.stack([flat.mean(1), flat.std(1, correction=0)], dim=1)
+        parts.append(torch.cat([spread, torch.quantile(flat, quantiles, dim=1).T], dim=1))
     return torch.cat(parts, dim=1)
 
 
@@ -48,13 +48,14 @@ class Ridge:
         mean_F, std_F = train_BF.mean(0), train_BF.std(0)
         keep = std_F > 1e-8 * max(1e-12, float(std_F.max()))
         parts = [(f[:, keep] - mean_F[keep]) / std_F[keep] for f in (train_BF, validation_BF, test_BF)]
-        self.variance_K, basis_FK = np.linalg.eigh(parts[0].T @ parts[0])
-        self.train, self.validation, self.test = (part @ basis_FK for part in parts)
+        _, singular_K, basis_KF = np.linalg.svd(parts[0], full_matrices=False)  # models may be fewer than features
+        self.variance_K = singular_K**2
+        self.train, self.validation, self.test = (part @ basis_KF.T for part in parts)
 
     def best(self, train_B: np.ndarray, validation_B: np.ndarray) -> tuple[float, np.ndarray]:
         """Best validation R2 over ALPHAS, and that probe's predictions for the test models."""
         correlation_K = self.train.T @ (train_B - train_B.mean())
-        probes = [correlation_K / (self.variance_K.clip(0) + alpha) for alpha in ALPHAS]
+        probes = [correlation_K / (self.variance_K + alpha) for alpha in ALPHAS]
         scored = [r2(self.validation @ probe + train_B.mean(), validation_B) for probe in probes]
         best = int(np.argmax(scored))
         return scored[best], self.test @ probes[best] + train_B.mean()
@@ -85,15 +86,20 @@ def predict(
     """`predict/<property>_r2` with its baseline, and per property the actual and predicted values [2, B].
 
     `splits` and `latents` are those of training, validation and test models. The features tried are the latents pooled
-    by layer, whole, and the statistics of the weights that they decode to.
+    by layer, whole, and the statistics of the weights that they decode to; each alone and beside the statistics of the
+    weights themselves, and these alone.
     """
     arch = autoencoder.architectures[zoo]
-    embeddings = {
+    statistics = [weight_statistics(arch, m.theta_BP).double().numpy() for m in splits]
+    latent = {
         "pooled": [pooled(z, arch).double().numpy() for z in latents],
         "whole": [z.flatten(1).double().numpy() for z in latents],
         "decoded": [weight_statistics(arch, decode_latents(autoencoder, z, zoo)).double().numpy() for z in latents],
     }
-    metrics, arrays = _probe(embeddings, splits, "predict")
-    statistics = {"statistics": [weight_statistics(arch, m.theta_BP).double().numpy() for m in splits]}
-    baseline, _ = _probe(statistics, splits, "predict/baseline_statistics")
+    beside = {
+        f"{name}+statistics": [np.concatenate(pair, axis=1) for pair in zip(parts, statistics, strict=True)]
+        for name, parts in latent.items()
+    }
+    baseline, _ = _probe({"statistics": statistics}, splits, "predict/baseline_statistics")
+    metrics, arrays = _probe({**latent, **beside, "statistics": statistics}, splits, "predict")
     return metrics | baseline, arrays

@@ -14,18 +14,21 @@ from distrecon.autoencoder.store import save_autoencoder
 from distrecon.autoencoder.tasks import Show, run_tasks
 from distrecon.autoencoder.training import products
 from distrecon.errors import UserError
+from distrecon.nets import ModuleArchitecture
 from distrecon.zoos import Zoo
 
 
 def zoo_index(autoencoder: Autoencoder, zoo: Zoo) -> int:
-    """Which of the autoencoder's zoos has this one's architecture; UserError when none has."""
+    """Which of the autoencoder's zoos has this one's architecture, whose module it then runs; or UserError."""
     for index, arch in enumerate(autoencoder.architectures):
-        if (arch.layers, arch.activation) == (zoo.architecture.layers, zoo.architecture.activation):
+        if arch.same_networks(zoo.architecture):
+            if isinstance(arch, ModuleArchitecture):
+                autoencoder.adopt(index, zoo.architecture)
             return index
-    known = ", ".join(f"{a.name} ({a.num_parameters} parameters, {a.activation})" for a in autoencoder.architectures)
+    known = ", ".join(f"{a.name} ({a.num_parameters} parameters, {a.kind})" for a in autoencoder.architectures)
     arch = zoo.architecture
     raise UserError(
-        f"{zoo.store}: its models are {arch.name} ({arch.num_parameters} parameters, {arch.activation}); "
+        f"{zoo.store}: its models are {arch.name} ({arch.num_parameters} parameters, {arch.kind}); "
         f"the autoencoder was trained on {known}: name a zoo of those, or train one on this zoo"
     )
 
@@ -61,6 +64,6 @@ def score(
         results = run_tasks(autoencoder.to(device), train, validation, test, images, config, index, show)
     save_autoencoder(folder, autoencoder)
     save_file({"theta": results.generated_theta_BP.contiguous()}, folder / "generated.safetensors")
-    layers = np.array([layer.name for layer in zoo.architecture.layers])
+    layers = np.array(zoo.architecture.layer_names)
     np.savez_compressed(folder / "arrays.npz", allow_pickle=False, layers=layers, **results.arrays)  # type: ignore[arg-type]
     return {**results.metrics, "time/scoring_seconds": time.monotonic() - began}

@@ -4,9 +4,10 @@ Test images and test models only judge; whatever is chosen is chosen on validati
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from distrecon.autoencoder import gradients
@@ -16,7 +17,7 @@ from distrecon.autoencoder.model import Autoencoder, decode_latents, encode_mode
 from distrecon.autoencoder.predict import predict
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
-from distrecon.images import ImageSet
+from distrecon.images import ImageSet, LabelledImages
 from distrecon.nets import Architecture, inputs_for
 from distrecon.zoos.models import Models
 
@@ -52,6 +53,18 @@ def _gradients(
     )
 
 
+def judging(images: ImageSet, count: int) -> ImageSet:
+    """The image set with at most `count` of its validation and of its test images, always the same ones."""
+
+    def few(part: LabelledImages) -> LabelledImages:
+        if len(part) <= count:
+            return part
+        chosen = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:count]
+        return LabelledImages(part.images[chosen], part.labels_Q[chosen])
+
+    return replace(images, validation=few(images.validation), test=few(images.test))
+
+
 def run_tasks(
     autoencoder: Autoencoder,
     train: Models,
@@ -64,6 +77,7 @@ def run_tasks(
 ) -> TaskResults:
     """All tasks of one autoencoder on one zoo; `config` (default: the autoencoder's) gives `tasks` and `seed`."""
     config = config or autoencoder.config
+    images = judging(images, config.tasks.images)
     arch = autoencoder.architectures[zoo]
     for name, split in (("training", train), ("validation", validation), ("test", test)):
         if len(split) < 2:
@@ -93,6 +107,10 @@ def run_tasks(
     originals_BP = autoencoder.canonical(test.theta_BP, zoo)
     rebuilt_BP = decode_latents(autoencoder, latents[2], zoo)
     add(*compare(arch, originals_BP, rebuilt_BP, images.test))
+    if config.tasks.remeasure and arch.has_statistics:
+        few = inputs_for(arch, images.train.images[: config.tasks.remeasure])
+        again_BP = arch.remeasured(rebuilt_BP, few)
+        add(*compare(arch, originals_BP, again_BP, images.test, "reconstruct/remeasured"))
     add(*_gradients(arch, originals_BP[:GRADIENT_MODELS], rebuilt_BP[:GRADIENT_MODELS], images))
     if config.tasks.refine:
         begin("refine")

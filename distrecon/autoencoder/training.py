@@ -37,6 +37,7 @@ from distrecon.nets import Architecture, outputs, permute, random_permutation
 from distrecon.zoos.models import Batch
 
 SMALLEST_SCALE = {"cycle": 0.01}  # the Fisher coders' latents, of unit variance, start with no cycle loss at all
+SMALLEST_OF_A_WINDOW = {"behavioral": 1e-3}  # the first step's window may change the outputs by next to nothing
 TARGET_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -85,7 +86,7 @@ def views(
         noise_GP = torch.randn(batch.global_size, arch.num_parameters, generator=draw)
         noisy_BP = theta_BP + config.data.noise * std_P * noise_GP[b].to(theta_BP, non_blocking=True)
         return torch.stack([theta_BP, noisy_BP])
-    units = [layer.out_features for layer in arch.layers[:-1]]
+    units = [group.units for group in arch.groups]
     if config.data.align:
         return torch.stack([theta_BP, permute(arch, theta_BP, list(order_2BU[1].split(units, dim=1)))])
     both_BP = permute(arch, torch.cat([theta_BP, theta_BP]), list(order_2BU.flatten(0, 1).split(units, dim=1)))
@@ -173,7 +174,8 @@ class Training:
         self.steps_done = 0
         self.scales: list[dict[str, float]] = [{} for _ in zoos]  # per zoo, each loss at its first step
         weights = config.loss.weights  # in the order of what `losses` returns
-        table = [[*weights.values()], [SMALLEST_SCALE.get(name, 1e-12) for name in weights]]
+        self.smallest = SMALLEST_SCALE | (SMALLEST_OF_A_WINDOW if config.model.window else {})
+        table = [[*weights.values()], [self.smallest.get(name, 1e-12) for name in weights]]
         self.weight_N, self.smallest_N = torch.tensor(table, dtype=torch.float64).to(self.device)
         self.factors: list[Tensor | None] = [None for _ in zoos]  # per zoo, weights over scales [N], on the device
         self.pools = [self._pool(zoo) for zoo in zoos]
@@ -289,7 +291,7 @@ class Training:
         """A step's losses by name, and their total."""
         means, scales = losses.means(), self.scales[losses.batch.zoo]
         for name, mean in means.items():
-            scales.setdefault(name, max(abs(mean), SMALLEST_SCALE.get(name, 1e-12)))
+            scales.setdefault(name, max(abs(mean), self.smallest.get(name, 1e-12)))
         weights = self.config.loss.weights
         total = sum(weights[name] / scales[name] * mean for name, mean in means.items())
         return {f"loss/{name}": mean for name, mean in means.items()} | {"loss/total": total}
@@ -306,7 +308,9 @@ class Training:
         if "behavioral" in in_use:  # before anything is kept for the backward pass
             inputs, targets_BQC = self._targets(seen_VBP[0], mixed_B, query_Q, batch)
         x = autoencoder.standardise(seen_VBP.flatten(0, 1), zoo)
-        z = coder.encode(x, zoo)
+        spans = coder.spans(zoo)
+        span = spans[self._draw(len(spans), batch)] if spans else None
+        z = coder.encode(x, zoo) if span is None else coder.encode_span(x, zoo, span)
         values: dict[str, Tensor] = {}
         if "contrastive" in in_use:
             values["contrastive"] = self._contrastive(z, batch)
@@ -314,10 +318,16 @@ class Training:
         decoded = len(seen_VBP) if config.data.views == "permutation" and not config.data.align else 1
         if decoded < len(seen_VBP):
             z, x = z[: len(theta_BP)], x[: len(theta_BP)]
-        x_hat = coder.decode(z, zoo)
+        seen_arch = autoencoder.architectures[zoo]
+        if span is None:
+            x_hat = coder.decode(z, zoo)
+        else:  # the rest of each model stays as it is
+            x_hat = seen_arch.with_tokens(x, coder.decode_span(z, zoo, span), span)
         with torch.autocast(self.device.type, enabled=False):
             if "structural" in in_use:
                 values["structural"] = self._structural(x_hat, x, zoo).view(decoded, -1).mean(0)
+                if span is not None:  # a mean over what was read
+                    values["structural"] *= arch.num_parameters / int(seen_arch.token_mask_TD[span].sum())
         if "behavioral" in in_use:
             theta_hat_BP = autoencoder.unstandardise(x_hat[: len(theta_BP)].to(autoencoder.dtype), zoo)
             outputs_BQC = arch.forward(theta_hat_BP, inputs).to(targets_BQC)
@@ -326,10 +336,14 @@ class Training:
                     config.loss.behavioral, outputs_BQC, targets_BQC, config.loss.distillation_temperature
                 )
         if "cycle" in in_use:
-            again = coder.encode(x_hat, zoo)
+            again = coder.encode(x_hat, zoo) if span is None else coder.encode_span(x_hat, zoo, span)
             with torch.autocast(self.device.type, enabled=False):
                 values["cycle"] = losses.cycle(z.to(again), again).view(decoded, -1).mean(0)
         return values
+
+    def _draw(self, count: int, batch: Batch) -> int:
+        """Which of so many windows this step reads, the same on every worker."""
+        return int(torch.randint(count, (), generator=generator(self.config.seed, batch.epoch, batch.step, 3)))
 
     def _queries(self, batch: Batch) -> Tensor:
         """Which queries of the pool this step asks, the same on every worker."""

@@ -8,7 +8,7 @@ whose tokens are padded to the longest.
 Legend: B models, T tokens, D token size, W width, Z latent per token, H heads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,9 +62,9 @@ class Positions(nn.Module):
         for i, arch in enumerate(architectures):
             self.register_buffer(f"index{i}", arch.token_positions_T3, persistent=False)
 
-    def forward(self, zoo: int) -> Tensor:
-        """[T, W] for the architecture of that zoo."""
-        index_T3: Tensor = getattr(self, f"index{zoo}")
+    def forward(self, zoo: int, span: slice = slice(None)) -> Tensor:
+        """[t, W] for the tokens of this span, of the architecture of that zoo."""
+        index_T3: Tensor = getattr(self, f"index{zoo}")[span]
         index, layer, within = (embedding(index_T3[:, i]) for i, embedding in enumerate(self.embeddings))
         return index + layer + within
 
@@ -91,17 +91,38 @@ class TransformerCoder(Coder):
 
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
         """z[B, T, Z]. Padding enters as zeros."""
-        tokens_BTD = self.architectures[zoo].tokenize(x_BP)
-        if padding := self.token_size - tokens_BTD.shape[2]:
-            tokens_BTD = F.pad(tokens_BTD, (0, padding))
-        return self.to_latent(self.encoder(self.tokeniser(tokens_BTD) + self.encoder_positions(zoo)))
+        return self._in_windows(self._encoded, self.architectures[zoo].tokenize(x_BP), zoo)
 
     def decode(self, z_BTZ: Tensor, zoo: int) -> Tensor:
         """Standardised weights [B, P]; what the network writes into padding is dropped."""
-        arch = self.architectures[zoo]
-        hidden_BTW = self.decoder(self.from_latent(z_BTZ) + self.decoder_positions(zoo))
-        tokens_BTD = self.detokeniser(hidden_BTW)
-        return arch.detokenize(tokens_BTD if arch.token_size == self.token_size else tokens_BTD[..., : arch.token_size])
+        return self.architectures[zoo].detokenize(self._in_windows(self._decoded, z_BTZ, zoo))
+
+    def spans(self, zoo: int) -> list[slice]:
+        size, tokens = self.config.window, self.architectures[zoo].num_tokens
+        return [] if size is None or size >= tokens else [slice(i, i + size) for i in range(0, tokens, size)]
+
+    def encode_span(self, x_BP: Tensor, zoo: int, span: slice) -> Tensor:
+        return self._encoded(self.architectures[zoo].tokens_of(x_BP, span), zoo, span)
+
+    def decode_span(self, z_BtZ: Tensor, zoo: int, span: slice) -> Tensor:
+        return self._decoded(z_BtZ, zoo, span)
+
+    def _in_windows(self, code: Callable[[Tensor, int, slice], Tensor], sequence_BTD: Tensor, zoo: int) -> Tensor:
+        """Every window coded by itself: memory of attention grows with the sequence, not with its square."""
+        spans = self.spans(zoo)
+        if not spans:
+            return code(sequence_BTD, zoo, slice(None))
+        return torch.cat([code(sequence_BTD[:, span], zoo, span) for span in spans], dim=1)
+
+    def _encoded(self, tokens_BtD: Tensor, zoo: int, span: slice) -> Tensor:
+        if padding := self.token_size - tokens_BtD.shape[2]:
+            tokens_BtD = F.pad(tokens_BtD, (0, padding))
+        return self.to_latent(self.encoder(self.tokeniser(tokens_BtD) + self.encoder_positions(zoo, span)))
+
+    def _decoded(self, z_BtZ: Tensor, zoo: int, span: slice) -> Tensor:
+        hidden_BtW = self.decoder(self.from_latent(z_BtZ) + self.decoder_positions(zoo, span))
+        size, tokens_BtD = self.architectures[zoo].token_size, self.detokeniser(hidden_BtW)
+        return tokens_BtD if size == self.token_size else tokens_BtD[..., :size]
 
     def project(self, z_BTZ: Tensor, zoo: int) -> Tensor:
         """[B, J] for the contrastive loss."""

@@ -102,6 +102,22 @@ class BlackBox:
             return self.memory(u_QI)
         return self.standard.scores(self.memory(self.standard.inputs(u_QI)))
 
+    def told(self, u_QI: Tensor) -> Tensor:
+        """y[Q, O]; NaN outside the domain, where nothing is asked, and where an answer tells no scores."""
+        if self.standard is None:
+            return self(u_QI)
+        y_QO = torch.full((len(u_QI), self.outputs), math.nan, dtype=torch.float64)
+        inside_Q = self.standard.around.holds(u_QI)
+        if inside_Q.any():
+            answers_QC = self.memory(self.standard.inputs(u_QI[inside_Q]))
+            known_Q1 = self.standard.known(answers_QC)[:, None]
+            y_QO[inside_Q] = self.standard.scores(answers_QC).where(known_Q1, math.nan)
+        return y_QO
+
+    def error(self, y_QO: Tensor) -> Tensor:
+        """Bounds [Q, O] of the rounding that answers y have besides the noise: that of scores of probabilities."""
+        return torch.zeros_like(y_QO) if self.standard is None else self.standard.error(y_QO)
+
     def place(self, u_QI: Tensor, margin: float = 0.0) -> Tensor:
         """The same queries, moved inside the domain, and towards the centre where their answers tell no scores."""
         if self.standard is None:

@@ -8,6 +8,7 @@ Legend: Q queries, I inputs, O outputs.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +26,18 @@ RULE_OF_THREE = 3.0  # n draws without an event: with 95 % confidence it has a p
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The disagreement that is due, in the answers' own unit: `unit_O` where the terms have the size `terms_O`."""
+    """The disagreement that is due, in the answers' own unit: `unit_O` where the terms have the size `terms_O`.
+
+    `error` bounds the rounding of answers y[Q, O] that comes on top: that of scores of probabilities.
+    """
 
     unit_O: Tensor
     terms_O: Tensor
+    error: Callable[[Tensor], Tensor] = torch.zeros_like
 
-    def at(self, terms_QO: Tensor) -> Tensor:
-        """What is due where the terms have these sizes: in proportion to them, but never less than `unit_O`."""
-        return self.unit_O * (terms_QO / self.terms_O).clamp(min=1.0)
+    def at(self, terms_QO: Tensor, y_QO: Tensor) -> Tensor:
+        """What is due at answers y whose terms have these sizes: in proportion, but never less than `unit_O`."""
+        return self.unit_O * (terms_QO / self.terms_O).clamp(min=1.0) + self.error(y_QO)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def compare(weights: Weights, activation: str, x_QI: Tensor, y_QO: Tensor, toler
     for x, y in zip(x_QI.split(rows), y_QO.split(rows), strict=True):
         out_QO, terms_QO = outputs_and_terms(weights, activation, x)
         error_QO = (out_QO - y).abs().nan_to_num(torch.inf)
-        ratio_QO = (error_QO / tolerance.at(terms_QO)).nan_to_num(torch.inf)
+        ratio_QO = (error_QO / tolerance.at(terms_QO, y)).nan_to_num(torch.inf)
         largest_O = torch.maximum(largest_O, error_QO.amax(0))
         ratio_O = torch.maximum(ratio_O, ratio_QO.amax(0))
         sum_O = sum_O + ratio_QO.square().sum(0)

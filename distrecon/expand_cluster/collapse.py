@@ -8,23 +8,23 @@ Legend: Q queries, R relevant input directions, H hidden, K = R + 1, O outputs, 
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import LayerClustering, Pool, cluster, representatives
-from distrecon.expand_cluster.outgoing import (
-    choose_flips,
-    drop_costs,
-    features,
-    flip_constant,
-    pursue,
-    solve_outgoing,
-)
+from distrecon.expand_cluster.outgoing import drop_costs, features, pursue, solve_outgoing
 from distrecon.expand_cluster.problem import Found, Problem
-from distrecon.expand_cluster.thresholds import FREE_DROP, KEEPS_FIT, NEARLY_EXACT, PROMISING, STILL_FALLS
+from distrecon.expand_cluster.signs import Flips, carried_term, carriers, choose_flips, flip_constant, open_signs
+from distrecon.expand_cluster.thresholds import (
+    FREE_DROP,
+    KEEPS_FIT,
+    LINEAR_SHARES,
+    NEARLY_EXACT,
+    PROMISING,
+    STILL_FALLS,
+)
 from distrecon.nets.activations import Activation
 
 FALLBACK_GAMMAS = (0.5, 0.3)  # shares of the students that are tried when the settings' fails
@@ -82,28 +82,29 @@ def exact_network(
         neurons_HK, loss = _refit(problem, neurons_HK, skip)
     else:
         neurons_HK = refitted_HK
+    objection = ""
     if skip:
-        neurons_HK = _eliminate(problem, neurons_HK, loss, True)[0]
-        return reduced(problem, _unflip(problem, neurons_HK), linkage)
-    return _reduced(problem, neurons_HK, loss, linkage)
+        neurons_HK, loss = _eliminate(problem, neurons_HK, loss, True)
+        neurons_HK, loss, objection = _without_skip(problem, neurons_HK, loss)
+    return _reduced(problem, neurons_HK, loss, linkage, objection)
 
 
-def reduced(
-    problem: Problem, neurons_HK: Tensor, linkage: Sequence[LayerClustering] = (), fitted: bool = True
-) -> Found:
+def reduced(problem: Problem, neurons_HK: Tensor, fitted: bool = True) -> Found:
     """The neurons without a skip, freed of those that are not needed; not `fitted` where they are nearly exact."""
     theta_1P, data = _with_outgoing(problem, neurons_HK, False), problem.data
     loss = float(problem.net(len(neurons_HK)).loss(theta_1P, data.z_QR, data.y_QO)[0])
     if fitted or loss > NEARLY_EXACT:
         neurons_HK, loss = _refit(problem, neurons_HK, False)
-    return _reduced(problem, neurons_HK, loss, list(linkage))
+    return _reduced(problem, neurons_HK, loss, [])
 
 
-def _reduced(problem: Problem, neurons_HK: Tensor, loss: float, linkage: list[LayerClustering]) -> Found:
+def _reduced(
+    problem: Problem, neurons_HK: Tensor, loss: float, linkage: list[LayerClustering], objection: str = ""
+) -> Found:
     data, (neurons_HK, loss) = problem.data, _eliminate(problem, neurons_HK, loss, False)
     net, theta_1P = problem.net(len(neurons_HK)), _with_outgoing(problem, neurons_HK, False)
     loss = float(net.loss(theta_1P, data.z_QR, data.y_QO)[0])
-    return Found(net, theta_1P, loss, linkage)
+    return Found(net, theta_1P, loss, linkage, objection)
 
 
 def _with_outgoing(problem: Problem, neurons_HK: Tensor, skip: bool, rows: int | None = None) -> Tensor:
@@ -150,11 +151,34 @@ def _eliminate(problem: Problem, neurons_HK: Tensor, loss: float, skip: bool) ->
     return neurons_HK, loss
 
 
-def _unflip(problem: Problem, neurons_HK: Tensor) -> Tensor:
-    """Turn round the neurons whose flips the linear skip stands for, so that no skip is needed."""
+def _without_skip(problem: Problem, neurons_HK: Tensor, loss: float) -> tuple[Tensor, float, str]:
+    """Neurons turned round, and fitted, so that no linear skip is left; the loss; what keeps them from being right.
+
+    The fit decides how exactly the skip is known: signs that explain it to ever fewer digits are tried. Where an exact
+    fit with the skip is left by all of them, neurons are added that carry what is left of it.
+    """
     activation, data = problem.activation, problem.data
     hidden, inputs = len(neurons_HK), data.z_QR.shape[1]
+    kappa = flip_constant(activation)
     coefficients_FO, _ = solve_outgoing(features(neurons_HK, data.z_QR, activation, True), data.y_QO)
     outgoing_OH, linear_OR = coefficients_FO[:hidden].T, coefficients_FO[hidden : hidden + inputs].T
-    flips_H = choose_flips(neurons_HK, outgoing_OH, linear_OR, flip_constant(activation))
-    return torch.where(flips_H[:, None], -neurons_HK, neurons_HK)
+    size = float((outgoing_OH.norm(dim=0) * neurons_HK[:, :-1].norm(dim=1)).norm())
+    allowed = max(problem.floor, KEEPS_FIT * loss)
+    for share in LINEAR_SHARES:
+        flips = choose_flips(neurons_HK, outgoing_OH, linear_OR, kappa, share * size)
+        if not flips.rest_OR.any():
+            refitted_HK, refitted_loss = _refit(problem, _turned(neurons_HK, flips), False)
+            if refitted_loss <= allowed:
+                return refitted_HK, refitted_loss, "" if flips.determined else open_signs(hidden)
+    nearest = choose_flips(neurons_HK, outgoing_OH, linear_OR, kappa, LINEAR_SHARES[0] * size)
+    turned_HK = _turned(neurons_HK, nearest)
+    refitted_HK, refitted_loss = _refit(problem, turned_HK, False)
+    if refitted_loss <= allowed or loss > max(problem.floor, NEARLY_EXACT):
+        return refitted_HK, refitted_loss, ""
+    extra_DK, _ = carriers(nearest.rest_OR, kappa, LINEAR_SHARES[0] * size)
+    neurons_HK, loss = _refit(problem, torch.cat([turned_HK, extra_DK]), False)
+    return neurons_HK, loss, carried_term(hidden, len(extra_DK))
+
+
+def _turned(neurons_HK: Tensor, flips: Flips) -> Tensor:
+    return torch.where(flips.flips_H[:, None], -neurons_HK, neurons_HK)

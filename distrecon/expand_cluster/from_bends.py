@@ -1,9 +1,9 @@
 """Recovery of relu and leaky_relu networks from their bends, without students: one or two hidden layers.
 
-Lines are scanned until the layers that their bends show explain the answers exactly (see bends.py, hyperplanes.py). A
-last hidden layer is a shallow problem on what it sees, so it is collapsed, freed of its sign flips and of false neurons
-like students' clusters. Deeper networks, and those whose first layer is wider than its relevant directions, are left to
-students.
+One layer, of any width, is the business of one_layer.py. For two, lines are scanned until the layers that their bends
+show explain the answers exactly (see bends.py, hyperplanes.py). The second layer is a shallow problem on what it sees,
+so it is collapsed, freed of its sign flips and of false neurons like students' clusters. Deeper networks, and those of
+two layers whose first is wider than its relevant directions, are left to students.
 
 Legend: L lines, R relevant input directions, H hidden, K = R + 1 coordinates of a neuron.
 """
@@ -18,6 +18,7 @@ from distrecon.expand_cluster.bends import GRID, Lines, random_lines, scan
 from distrecon.expand_cluster.collapse import exact_network
 from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.hyperplanes import first_layer, second_layer
+from distrecon.expand_cluster.one_layer import networks_from_bends
 from distrecon.expand_cluster.peel import assemble
 from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.problem import Problem
@@ -42,7 +43,7 @@ class FromBends:
 
     recovery: Recovery
     problem: Problem
-    first_HK: Tensor
+    first_HK: Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -78,6 +79,8 @@ def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
     """
     if run.activation.symmetry != "scaled" or run.hidden_layers > LAYERS:
         return None
+    if run.hidden_layers == 1:
+        return _one_layer(run, coordinates)
     unit = coordinates.rank**0.5
     scans = _Scans(run, coordinates, RESERVED * run.box.left() if run.box.budget else 0.0)
     for reach in REACHES:
@@ -92,7 +95,7 @@ def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
         before = len(scans.parts)
         if found is not None:
             scans.add(*_towards_misfits(found, coordinates, aimed, run.generator))
-            if run.hidden_layers > 1:
+            if found.first_HK is not None:
                 scans.add(*_from_corners(found.first_HK, fullest * unit, run.generator))
         for factor in AROUND:
             scans.add(*random_lines(coordinates.rank, fullest * factor * unit, lines, run.generator))
@@ -104,6 +107,19 @@ def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
         if best is None or found.loss < best.loss or found.recovery.verified:
             best = found
         if found.recovery.verified:
+            break
+    return best
+
+
+def _one_layer(run: Run, coordinates: Coordinates) -> FromBends | None:
+    """The first network of one layer that is verified, or the best of those that more and more lines show."""
+    best: FromBends | None = None
+    networks = networks_from_bends(run, coordinates)
+    for problem, network, metrics in networks:
+        recovery = conclude(run, problem, network, metrics)
+        if best is None or network.loss < best.loss or recovery.verified:
+            best = FromBends(recovery, problem)
+        if recovery.verified or network.objection:  # further lines find no other signs
             break
     return best
 
@@ -145,37 +161,30 @@ def _from_corners(first_HK: Tensor, reach: float, generator: torch.Generator) ->
 
 
 def _explain(run: Run, coordinates: Coordinates, lines: Lines) -> FromBends | None:
-    """The network whose layers the bends show, fitted and verified; None when they do not show every layer."""
+    """The network whose two layers the bends show, fitted and verified; None when they do not show both."""
     if len(lines.line_S) < 2:
         return None
     on_lines_HK, clustering = first_layer(lines)
-    deep = run.hidden_layers > 1
-    if not len(on_lines_HK) or (deep and len(on_lines_HK) > coordinates.rank):
+    if not 0 < len(on_lines_HK) <= coordinates.rank:
         return None
-    farthest = float((on_lines_HK[:, -1] / on_lines_HK[:, :-1].norm(dim=1)).abs().max())
-    bends_SI = None
-    if deep:
-        on_lines_HK, rows = second_layer(lines, on_lines_HK, run.activation)
-        several = [row for row in rows if len(row.points_SR) > 1]
-        if not several:
-            return None
-        nearest = [row.points_SR[row.points_SR.norm(dim=1).argsort()[:NEAREST]] for row in several]
-        farthest = max(farthest, *(float(points_SR[0].norm()) / coordinates.rank**0.5 for points_SR in nearest))
-        bends_SI = torch.cat(nearest) @ coordinates.back_IR.T
-        second_HK = torch.stack([row.vector_K for row in several])
-        of_one_bend = [row.vector_K for row in rows if len(row.points_SR) == 1 and row.complete]
-        candidates_HK = torch.stack(of_one_bend) if of_one_bend else second_HK[:0]
+    on_lines_HK, rows = second_layer(lines, on_lines_HK, run.activation)
+    several = [row for row in rows if len(row.points_SR) > 1]
+    if not several:
+        return None
+    nearest = [row.points_SR[row.points_SR.norm(dim=1).argsort()[:NEAREST]] for row in several]
+    second_HK = torch.stack([row.vector_K for row in several])
+    of_one_bend = [row.vector_K for row in rows if len(row.points_SR) == 1 and row.complete]
+    candidates_HK = torch.stack(of_one_bend) if of_one_bend else second_HK[:0]
+    planes = (on_lines_HK[:, -1] / on_lines_HK[:, :-1].norm(dim=1)).abs()
+    farthest = max(float(planes.max()), *(float(points_SR[0].norm()) / coordinates.rank**0.5 for points_SR in nearest))
     factor = max(1.0, farthest)  # probes must reach every bend
-    probes = Probes(coordinates.rescaled(factor), bends_SI)
+    probes = Probes(coordinates.rescaled(factor), torch.cat(nearest) @ coordinates.back_IR.T)
     first_HK = torch.cat([on_lines_HK[:, :-1] * factor, on_lines_HK[:, -1:]], dim=1)
-    layers = [first_HK, second_HK] if deep else [first_HK]
-    problem = run.problem(probes, sum(m.numel() for m in layers) + run.box.outputs * (len(layers[-1]) + 1))
-    if deep:
-        hidden_QH = run.activation(problem.data.z_QR @ first_HK[:, :-1].T + first_HK[:, -1])
-        inner = dataclasses.replace(problem, data=dataclasses.replace(problem.data, z_QR=hidden_QH))
-        last = exact_network(inner, second_HK, candidates_HK, problem.floor, clustering)
-        network = assemble(problem, [first_HK[None], *last.net.matrices(last.theta_1P)], [clustering])
-    else:
-        network = exact_network(problem, first_HK, first_HK[:0], problem.floor, clustering)
+    unknowns = first_HK.numel() + second_HK.numel() + run.box.outputs * (len(second_HK) + 1)
+    problem = run.problem(probes, unknowns)
+    hidden_QH = run.activation(problem.data.z_QR @ first_HK[:, :-1].T + first_HK[:, -1])
+    inner = dataclasses.replace(problem, data=dataclasses.replace(problem.data, z_QR=hidden_QH))
+    last = exact_network(inner, second_HK, candidates_HK, problem.floor, clustering)
+    network = assemble(problem, [first_HK[None], *last.net.matrices(last.theta_1P)], [clustering])
     metrics = {"recover/students": 0, "recover/lines": len(lines.start_LR)}
     return FromBends(conclude(run, problem, network, metrics), problem, on_lines_HK)

@@ -1,4 +1,4 @@
-"""Outgoing weights of given neurons by least squares: what is missing, what is redundant, whose sign is flipped.
+"""Outgoing weights of given neurons by least squares: what is missing, what is redundant.
 
 One hidden layer seen from its input z: y = C [f(V [z, 1]), (z with a skip), 1]. A missing neuron is fatal and an extra
 one is not, so neurons are added generously before the exact fit and dropped one by one after it.
@@ -6,15 +6,11 @@ one is not, so neurons are added generously before the exact fit and dropped one
 Legend: Q queries, R layer inputs, H hidden, K = R + 1 coordinates of a neuron [weights, bias], O outputs, F features.
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
-from distrecon.expand_cluster.thresholds import COPY, FLIPPED, SINGULAR
+from distrecon.expand_cluster.thresholds import COPY, SINGULAR
 from distrecon.nets.activations import Activation
-
-ENUMERATED = 16  # sign flips tried exhaustively where the linear term alone does not determine them
 
 
 def features(neurons_HK: Tensor, z_QR: Tensor, activation: Activation, skip: bool) -> Tensor:
@@ -79,28 +75,3 @@ def drop_costs(features_QF: Tensor, coefficients_FO: Tensor, hidden: int) -> Ten
     inverse_F = (right_FF / values_F.clamp(min=SINGULAR * float(values_F[0]))[:, None]).square().sum(0)
     power_F = (coefficients_FO * scale_F[:, None]).square().sum(1)
     return (power_F / inverse_F)[:hidden] / (len(features_QF) * coefficients_FO.shape[1])
-
-
-def flip_constant(activation: Activation) -> float:
-    """kappa in f(u) - f(-u) = kappa u, for even-plus-linear activations."""
-    one = torch.ones((), dtype=torch.float64)
-    return float(activation(one) - activation(-one))
-
-
-def choose_flips(neurons_HK: Tensor, outgoing_OH: Tensor, linear_OR: Tensor, kappa: float) -> Tensor:
-    """Which neurons to flip, [H] booleans, so that the linear term vanishes.
-
-    Flipping the set S turns sum_S a f(u) into sum_S a f(-u) + kappa sum_S a u; so the skip K must equal
-    -kappa sum_S a w (negative because the flips undo it): one least squares in S, rounded, or all sets where the
-    equations are fewer than the neurons.
-    """
-    terms_EH = (outgoing_OH[:, None, :] * neurons_HK[:, :-1].T[None]).flatten(0, 1) * -kappa
-    right_E = linear_OR.flatten()
-    hidden = len(neurons_HK)
-    solution_H = torch.linalg.lstsq(terms_EH, right_E[:, None], driver="gelsd").solution[:, 0]
-    rounded_H = solution_H > FLIPPED
-    if len(terms_EH) >= hidden or hidden > ENUMERATED:
-        return rounded_H
-    sets = torch.tensor(list(itertools.product((0.0, 1.0), repeat=hidden)), dtype=torch.float64)
-    errors = (sets @ terms_EH.T - right_E).square().sum(1)
-    return sets[int(errors.argmin())] > FLIPPED

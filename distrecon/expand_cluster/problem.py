@@ -110,9 +110,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Found:
-    """A network without skip in the relevant coordinates, its relative loss, and the clusterings that led to it."""
+    """A network without skip in the relevant coordinates, its relative loss, and the clusterings that led to it.
+
+    `objection`: why it is not the black box's own network even if all answers agree; `note`: what else is to be said.
+    """
 
     net: DenseNet
     theta_1P: Tensor
     loss: float
     linkage: list[LayerClustering]
+    objection: str = ""
+    note: str = ""

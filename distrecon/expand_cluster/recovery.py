@@ -222,7 +222,7 @@ def _attempts(run: Run) -> Recovery:
     if contradictions_QI is not None:
         coordinates = _coordinates(run, contradictions_QI)
         bends = recover_from_bends(run, coordinates) or bends
-    if bends is not None and bends.recovery.verified:
+    if bends is not None and (bends.recovery.verified or bends.loss <= bends.problem.floor):  # no student fits better
         return bends.recovery
     best = bends.recovery if bends is not None else None
     guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)

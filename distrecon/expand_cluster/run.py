@@ -3,6 +3,7 @@
 Legend: Q queries, I inputs.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,9 +76,11 @@ class Run:
         with self.timed("queries"):
             count = patience * (settings.count or max(LEAST_QUERIES, EQUATIONS * unknowns // outputs))
             x_QI = self.box.place(probes.training(count, settings, self.data_QI, self.generator))
-            data = TrainingData.of(x_QI, x_QI @ probes.coordinates.to_RI.T, self.box(x_QI))
+            answers_QO = self.box(x_QI)
+            data = TrainingData.of(x_QI, x_QI @ probes.coordinates.to_RI.T, answers_QO)
         if not data.scale > 0:
             raise UserError(f"all of {count} answers are the same: the black box does not depend on the inputs asked")
-        exact = max(self.config.solver.floor, (NOISE_MARGIN * self.box.noise / data.scale) ** 2)
+        noise = math.hypot(self.box.noise, float(self.box.error(answers_QO).square().mean().sqrt()))
+        exact = max(self.config.solver.floor, (NOISE_MARGIN * noise / data.scale) ** 2)
         floor = max(exact, (DIRECTION_MARGIN * probes.coordinates.error) ** 2)
         return Problem(data, self.activation, self.config, probes, floor, exact, self.deadline)

@@ -34,6 +34,13 @@ class Standard:
         """Standard scores [Q, O] of the black box's own answers."""
         return ((y_QC if self.odds is None else self.odds(y_QC)) - self.mean_O) / self.scale_O
 
+    def error(self, scores_QO: Tensor) -> Tensor:
+        """Bounds [Q, O] of the rounding that standard scores have because they come from probabilities; else 0."""
+        if self.odds is None:
+            return torch.zeros_like(scores_QO)
+        own_QO = scores_QO * self.scale_O + self.mean_O
+        return self.odds.error(self.odds.of_classes(self.odds.all_classes(own_QO))) / self.scale_O
+
     def known(self, y_QC: Tensor) -> Tensor:
         """[Q]: which answers tell their scores; all but probabilities near 0 or 1."""
         return torch.ones(len(y_QC), dtype=torch.bool) if self.odds is None else self.odds.known(y_QC)

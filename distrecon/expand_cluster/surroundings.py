@@ -61,6 +61,10 @@ class Surroundings:
         """u of x."""
         return (x_QI - self.centre_I) / self.scale_I
 
+    def holds(self, u_QI: Tensor) -> Tensor:
+        """[Q]: which u lie inside the domain."""
+        return ((u_QI >= self.standard(self.low_I)) & (u_QI <= self.standard(self.high_I))).all(1)
+
     def asked(self, ask: Ask) -> Ask:
         """A function of x as one of u."""
         return lambda u_QI: ask(self.inputs(u_QI))

@@ -48,9 +48,28 @@ FREE_DROP = 1e-8  # relative loss added: neurons that cost less to drop are cand
 KEEPS_FIT = 2.0  # x the loss before: a drop that leaves more than this was of a neuron that is needed
 FREE = 0.1  # x the loss before: likewise in a deep network, where freed fits converge and others stay as they are
 PURSUED = 1e-4  # relative error of the next pre-activations at which the clustered neurons are enough for a first fit
-FLIPPED = 0.5  # of a flip that least squares leave between 0 (none) and 1 (flipped)
+
+# Signs
+LINEAR_SHARES = (
+    1e-14,
+    1e-12,
+    1e-10,
+    1e-8,
+    1e-6,
+)  # of the neurons' own linear terms: a fitted one's rounding, tried in turn
+LINEAR_MARGIN = 30.0  # x the linear term's rounding: what a set of flips may leave of it; a wrong set leaves far more
 
 # Bends
+EXPECTED = 0.01  # of the room round a bend: how far from it a known hyperplane may cross; ten times that of its jump
+SAME_PLANE = (
+    1e-7  # distance of two hyperplanes that are one, at least; ERROR_MARGIN x their errors where these are larger
+)
+SURELY_OTHER = 0.03  # likewise, at most
+ERROR_MARGIN = 100.0  # x an estimated error: what is more is no error; as BEND_MARGIN, below which no bend is seen
+ORIENTED = 0.1  # error of a hyperplane's normal from gradients: worse ones are no start
+SHOWS = 5.0  # x its standard error: a jump that is less does not show in the answers
+COMPLETE = 1e-7  # relative residual: hyperplanes found to 1e-9 leave less, a missing one leaves more
+CLEAR = 1e-4  # of the jump between two slopes: their own rounding, where they are to meet in one point
 BEND_MARGIN = 100.0  # x noise: differences above it are bends; there are millions, so noise must never reach it
 MEETING_MARGIN = 1000.0  # x noise: how far two straight pieces may miss the answer at their crossing (extrapolated)
 PURE = 1e-6  # ratio of the second to the first singular value of the gradients' jump, which has rank one at one bend

@@ -52,7 +52,9 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
         theta_P = torch.zeros(nothing.num_parameters, dtype=torch.float64)
         weights = from_theta(nothing, theta_P, data.mean_O, data.scale, coordinates.to_RI)
         metrics = {**metrics, "recover/train_loss": 1.0}
-        return Recovery(weights, run.activation.name, False, "no student has neurons that contribute", [], metrics)
+        left = metrics.get("recover/student_loss_best", 1.0) ** 0.5
+        reason = f"no student has neurons that contribute; the best leaves a relative error of {left:.1e}"
+        return Recovery(weights, run.activation.name, False, reason, [], metrics)
     weights = from_theta(found.net, found.theta_1P[0], data.mean_O, data.scale, coordinates.to_RI)
     run.candidates.append(
         Recovery(weights, run.activation.name, False, "", found.linkage, {**metrics, "recover/train_loss": found.loss})
@@ -66,11 +68,12 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
     run.progress("size", sum(found.net.sizes[1:-1]))
     verdict = judge(run, problem, weights, polished, loss)
     metrics = {**metrics, **verdict.certificate.metrics(), "recover/train_loss": found.loss}
+    reasons = [verdict.objection or _agreement(verdict.certificate), found.objection, found.note]
     return Recovery(
         weights,
         run.activation.name,
-        not verdict.objection,
-        verdict.objection or _agreement(verdict.certificate),
+        not (verdict.objection or found.objection),
+        "; ".join(reason for reason in reasons if reason),
         found.linkage,
         metrics,
         certificate=verdict.certificate,
@@ -133,7 +136,7 @@ def confirm(box: BlackBox, recovery: Recovery) -> Recovery:
     if certificate is None or not recovery.verified:
         return recovery
     unit_O = torch.tensor(certificate.allowed, dtype=torch.float64) / AGREEMENT_WORST
-    tolerance = Tolerance(unit_O, torch.tensor(certificate.terms, dtype=torch.float64))
+    tolerance = Tolerance(unit_O, torch.tensor(certificate.terms, dtype=torch.float64), box.error)
     x_QI, y_QO = box.asked()
     comparison = compare(recovery.weights, recovery.activation, x_QI, y_QO, tolerance)
     spread_O = torch.tensor(certificate.spread, dtype=torch.float64)
@@ -182,7 +185,7 @@ def _fresh(run: Run, probes: Probes) -> tuple[Tensor, Tensor]:
     """Queries that had no part in the fit: those in the problem's coordinates, and all of them.
 
     All are also those of other rounds' coordinates, those in the range of all answers so far and beyond, and the user's
-    data.
+    data, as far as their answers tell scores.
     """
     count, generator = run.config.probes.fresh, run.generator
     own_QI = run.box.place(probes.draw(count, generator, FRESH_SCALES))
@@ -190,6 +193,7 @@ def _fresh(run: Run, probes: Probes) -> tuple[Tensor, Tensor]:
     others = [coordinates for coordinates in run.explored if coordinates is not probes.coordinates]
     parts = [coordinates.draw(math.ceil(few / len(others)), generator, FRESH_SCALES) for coordinates in others]
     data = [] if run.data_QI is None else [run.data_QI[:count]]
+    data = [x_QI[torch.isfinite(run.box.told(x_QI)).all(1)] for x_QI in data]
     elsewhere_QI = run.box.place(torch.cat([*parts, beyond(run.box.asked()[0], few, generator)]))
     return torch.cat([own_QI, *data]), torch.cat([own_QI, *data, elsewhere_QI])
 
@@ -227,9 +231,10 @@ def _tolerance(run: Run, problem: Problem, weights: Weights, polished: bool) -> 
     fit = math.sqrt(run.config.solver.floor)
     if not polished:
         fit = max(fit, DIRECTION_MARGIN * problem.probes.coordinates.error)
-    noise_O = run.box.noise_O * here_O / there_O
+    error_O = run.box.error(data.y_QO * data.scale + data.mean_O).square().mean(0).sqrt()
+    noise_O = (run.box.noise_O * here_O / there_O).hypot(error_O)
     rounding_O = torch.finfo(torch.float64).eps * (data.mean_O.abs() + spread_O)
-    return Tolerance(torch.maximum(torch.maximum(fit * spread_O, noise_O), rounding_O), here_O), spread_O
+    return Tolerance(torch.maximum(torch.maximum(fit * spread_O, noise_O), rounding_O), here_O, run.box.error), spread_O
 
 
 def _weakness(run: Run, problem: Problem, weights: Weights, x_QI: Tensor, relative_O: Tensor) -> str:

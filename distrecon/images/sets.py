@@ -1,6 +1,7 @@
 """Labelled image sets as tensors; `load(name)` is the one way in. Adding a set is adding one function to IMAGE_SETS."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from distrecon.errors import UserError, nearest
 from distrecon.images import published
 from distrecon.images.labelled import ImageSet, LabelledImages
+
+LIMIT_SEED = 42
 
 
 def digits(directory: Path | None = None) -> ImageSet:
@@ -35,8 +38,15 @@ IMAGE_SETS: dict[str, Callable[[Path | None], ImageSet]] = {
 }
 
 
-def load(name: str, directory: str | Path | None = None) -> ImageSet:
-    """The image set called `name`, read from `directory` where it does not come with scikit-learn."""
+def load(name: str, directory: str | Path | None = None, limit: int | None = None) -> ImageSet:
+    """The image set called `name`, read from `directory` where it does not come with scikit-learn.
+
+    With `limit`, only so many of its training images, always the same ones; validation and test images stay.
+    """
     if name not in IMAGE_SETS:
         raise UserError(f"unknown image set {name!r}{nearest(name, IMAGE_SETS)}")
-    return IMAGE_SETS[name](Path(directory) if directory is not None else None)
+    whole = IMAGE_SETS[name](Path(directory) if directory is not None else None)
+    if limit is None or limit >= len(whole.train):
+        return whole
+    few = torch.randperm(len(whole.train), generator=torch.Generator().manual_seed(LIMIT_SEED))[:limit]
+    return replace(whole, train=LabelledImages(whole.train.images[few], whole.train.labels_Q[few]))

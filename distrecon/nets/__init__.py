@@ -1,13 +1,14 @@
 """Ground floor: architectures as index maps over theta[B, P], batched forward, symmetries, fitting. Torch, numba."""
 
 from distrecon.nets.activations import ACTIVATIONS, Activation, activation
-from distrecon.nets.architectures import Architecture
+from distrecon.nets.architectures import Architecture, ChainArchitecture, ModuleArchitecture
 from distrecon.nets.evaluation import Scores, evaluate, inputs_for, outputs
 from distrecon.nets.fit import OPTIMIZERS, Epoch, cross_entropy, fit
 from distrecon.nets.initialise import INITIALISATIONS, initialise
 from distrecon.nets.known import ARCHITECTURES, architecture
 from distrecon.nets.layers import Layer
-from distrecon.nets.symmetries import align, permute, random_permutation, rescale
+from distrecon.nets.matching import align
+from distrecon.nets.symmetries import permute, random_permutation, rescale
 
 __all__ = [
     "ACTIVATIONS",
@@ -16,8 +17,10 @@ __all__ = [
     "OPTIMIZERS",
     "Activation",
     "Architecture",
+    "ChainArchitecture",
     "Epoch",
     "Layer",
+    "ModuleArchitecture",
     "Scores",
     "activation",
     "align",

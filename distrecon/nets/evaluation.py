@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from distrecon.errors import UserError
-from distrecon.nets.architectures import Architecture
+from distrecon.nets.architectures import CHUNK_NUMBERS, Architecture
 from distrecon.nets.fit import cross_entropy
-from distrecon.nets.layers import convolutions
 
-CHUNK_NUMBERS = 60_000_000  # intermediate numbers of a chunk in `plain.forward`: 240 MB in float32; fewer elsewhere
 GPU_CHUNK_NUMBERS = 1 << 28  # of a GPU's chunk in its widest layer: 1 GiB in float32, and up to three times that in all
 
 
@@ -76,16 +74,9 @@ def _chunks(arch: Architecture, theta_BP: Tensor, images: Tensor) -> Iterator[Te
 def gpu_chunk(arch: Architecture, models: int, inputs: int) -> tuple[int, int]:
     """How many models and how many inputs at once keep logits and the widest layer within GPU_CHUNK_NUMBERS."""
     models = max(1, min(models, GPU_CHUNK_NUMBERS // (8 * max(1, inputs) * arch.num_outputs)))
-    widths = [layer.out_features for layer in arch.layers]
-    if arch.layers[0].kernel:
-        widths += [layer.out_features * height * width for layer, (height, width), _ in convolutions(arch)]
-    return models, max(1, min(inputs, GPU_CHUNK_NUMBERS // (models * max(widths))))
+    return models, max(1, min(inputs, GPU_CHUNK_NUMBERS // (models * arch.widest_outputs)))
 
 
 def models_per_chunk(arch: Architecture, inputs: int) -> int:
-    """How many models' widest intermediate fits CHUNK_NUMBERS: bounded by positions x fan-in of any layer."""
-    positions = 1
-    for size in arch.input_shape[1:]:
-        positions *= size
-    widest = max(positions * layer.fan_in if layer.kernel else layer.fan_in for layer in arch.layers)
-    return max(1, CHUNK_NUMBERS // (inputs * widest))
+    """How many models' widest intermediate fits CHUNK_NUMBERS."""
+    return max(1, CHUNK_NUMBERS // (inputs * arch.widest))

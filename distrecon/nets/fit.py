@@ -93,13 +93,19 @@ def fit(
         weight_decay_B = torch.zeros(len(theta_BP))
     update = OPTIMIZERS[optimizer](theta_BP, lr_B.to(theta_BP), weight_decay_B.to(theta_BP))
     order = torch.Generator().manual_seed(seed)
+    statistics = arch.table.places(("mean", "variance"))
+    if arch.has_statistics:
+        statistics = statistics.to(theta_BP.device)
     for epoch in range(1, epochs + 1):
         total_B = theta_BP.new_zeros(len(theta_BP))
         for batch in torch.randperm(len(inputs), generator=order).to(inputs.device).split(batch_size):
             theta_BP.requires_grad_(True)
-            loss_B = cross_entropy(arch.forward(theta_BP, inputs[batch]), labels_Q[batch])
+            logits_BQC, after_BP = arch.train_step(theta_BP, inputs[batch])
+            loss_B = cross_entropy(logits_BQC, labels_Q[batch])
             (grad_BP,) = torch.autograd.grad(loss_B.sum(), theta_BP)
             theta_BP.requires_grad_(False)
             total_B += loss_B.detach() * len(batch)
             update.step(theta_BP, grad_BP)
+            if after_BP is not None:  # statistics follow the batches, not gradients
+                theta_BP[:, statistics] = after_BP[:, statistics]
         yield Epoch(epoch, theta_BP, total_B / len(inputs))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from distrecon.errors import UserError
-from distrecon.nets.architectures import Architecture
+from distrecon.nets.architectures import ChainArchitecture
 from distrecon.nets.known import ARCHITECTURES, mlp
 
 IMAGE_SIZES = (28, 32, 8, *range(4, 129))  # the usual ones first: several sizes may fit, as pooling rounds down
@@ -19,7 +19,7 @@ IMAGE_SIZES = (28, 32, 8, *range(4, 129))  # the usual ones first: several sizes
 Shapes = list[tuple[str, tuple[int, ...]]]
 
 
-def recognise(state_dict: Mapping[str, Tensor], activation: str = "relu", name: str | None = None) -> Architecture:
+def recognise(state_dict: Mapping[str, Tensor], activation: str = "relu", name: str | None = None) -> ChainArchitecture:
     """The architecture of a state dict, with its names; `name` restricts the search to one known architecture.
 
     Raises UserError that says what does not fit when no known architecture has these weights.
@@ -32,7 +32,7 @@ def recognise(state_dict: Mapping[str, Tensor], activation: str = "relu", name: 
     raise UserError(f"no known architecture{f' called {name!r}' if name else ''} has the weights {shapes}")
 
 
-def flatten_as(arch: Architecture, state_dict: Mapping[str, Tensor]) -> Tensor:
+def flatten_as(arch: ChainArchitecture, state_dict: Mapping[str, Tensor]) -> Tensor:
     """theta[P] of a state dict whose layers have the architecture's shapes, in its order if not under its names.
 
     (Dropout layers shift the numbers in a module list's names.) Raises UserError that names what does not fit.
@@ -67,7 +67,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _candidates(weights: Shapes, activation: str, name: str | None) -> Iterator[Architecture]:
+def _candidates(weights: Shapes, activation: str, name: str | None) -> Iterator[ChainArchitecture]:
     first, last = weights[0][1], weights[-1][1]
     for known in ARCHITECTURES if name is None else [name]:
         if known == "mlp":
@@ -77,7 +77,7 @@ def _candidates(weights: Shapes, activation: str, name: str | None) -> Iterator[
             yield from _sized(known, first[1], last[0], activation)
 
 
-def _sized(known: str, channels: int, classes: int, activation: str) -> Iterator[Architecture]:
+def _sized(known: str, channels: int, classes: int, activation: str) -> Iterator[ChainArchitecture]:
     for size in IMAGE_SIZES:
         try:
             yield ARCHITECTURES[known](
@@ -87,6 +87,6 @@ def _sized(known: str, channels: int, classes: int, activation: str) -> Iterator
             continue
 
 
-def _renamed(arch: Architecture, weights: Shapes) -> Architecture:
+def _renamed(arch: ChainArchitecture, weights: Shapes) -> ChainArchitecture:
     layers = tuple(replace(layer, name=name) for layer, (name, _) in zip(arch.layers, weights, strict=True))
     return replace(arch, layers=layers)

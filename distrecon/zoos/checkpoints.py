@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distrecon.errors import UserError
-from distrecon.nets import Architecture
+from distrecon.nets import Architecture, ChainArchitecture
 from distrecon.nets.recognise import flatten_as
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
@@ -69,11 +69,12 @@ def unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def to_theta(arch: Architecture, state: dict[str, Tensor], name: str) -> Tensor:
     """theta[P] float32; UserError for another architecture's shapes, non-finite or exploded weights."""
+    constants = {constant.name for constant in arch.table.constants}
     for key, value in state.items():
-        if not value.is_floating_point():
+        if key not in constants and not value.is_floating_point():
             raise UserError(f"{name}: {key!r} holds {value.dtype}, not floating-point numbers")
     try:
-        theta_P = flatten_as(arch, state).float()
+        theta_P = (flatten_as(arch, state) if isinstance(arch, ChainArchitecture) else arch.flatten(state)).float()
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     if not theta_P.isfinite().all():

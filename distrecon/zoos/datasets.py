@@ -63,14 +63,19 @@ def copy_images(source: Store, where: Store) -> dict[str, Any]:
 # -- images inside a zoo ----------------------------------------------------------------------------------------------
 
 
-def entry(where: Store, images: ImageSet | None, directory: str | None, keep: bool | None) -> dict[str, Any]:
+def entry(
+    where: Store, images: ImageSet | None, directory: str | None, keep: bool | None, limit: int | None = None
+) -> dict[str, Any]:
     """What `zoo.json` says of a new zoo's images, which are put into the zoo with `keep`.
 
-    None: if they lie in a directory, without which the zoo could not be used elsewhere, and are not very many.
+    None: if they lie in a directory, without which the zoo could not be used elsewhere, and are not very many. `limit`
+    is the number of training images that were kept of the set, where they are not all of them.
     """
     if images is None or not (keep if keep is not None else directory is not None and _pixels(images) <= KEPT_PIXELS):
-        return zoo_format.image_entry(images, os.path.abspath(directory) if directory is not None else None)
-    return write_images(where, images)
+        found = zoo_format.image_entry(images, os.path.abspath(directory) if directory is not None else None)
+    else:
+        found = write_images(where, images)
+    return found if limit is None else {**found, "limit": limit}
 
 
 def _pixels(images: ImageSet) -> int:

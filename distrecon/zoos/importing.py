@@ -18,12 +18,12 @@ from torch import Tensor
 
 from distrecon.errors import UserError
 from distrecon.images import load
-from distrecon.nets import ACTIVATIONS, Architecture
+from distrecon.nets import ACTIVATIONS, Architecture, ChainArchitecture
 from distrecon.nets.recognise import recognise
 from distrecon.zoos import build, datasets
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.checkpoints import read_state_dict, to_theta
-from distrecon.zoos.settings import SplitConfig, assign_splits
+from distrecon.zoos.settings import ArchitectureConfig, SplitConfig, assign_splits
 from distrecon.zoos.sources import Model, Skip, Source, State, find, problem
 from distrecon.zoos.storage import Store, store
 from distrecon.zoos.zoo import open_zoo
@@ -37,7 +37,8 @@ class ImportOptions:
     """What to take from a source, and what it does not say itself.
 
     `epochs`: only these; `architecture`: one of the known names, where several have the same weights; `activation`:
-    where the source's configuration does not name it; `store_images`: as of `write_zoo`;
+    where the source's configuration does not name it; `store_images`: as of `write_zoo`; `module`: the torch module,
+    `package.file:factory`, whose state dicts they are (`images` then gives the inputs to trace it on);
     `strict`: stop at the first thing that would be skipped.
     """
 
@@ -51,6 +52,7 @@ class ImportOptions:
     seed: int = 0
     split: SplitConfig = field(default_factory=SplitConfig)
     strict: bool = False
+    module: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,11 @@ def _architecture(where: Store, origin: Source, options: ImportOptions) -> Archi
     """The existing zoo's, or that of the first checkpoint that can be read."""
     if where.exists(zoo_format.MANIFEST):
         return open_zoo(where).architecture
+    if options.module is not None:
+        if options.images is None:
+            raise UserError("importing state dicts of a module needs the images it reads: give --images")
+        config = ArchitectureConfig(module=options.module)
+        return config.build(load(options.images, options.images_directory))
     problems = []
     for model in origin.models():
         for state in origin.states(model):
@@ -296,7 +303,7 @@ def _read(state: State, seen: set[int], origin: Source, arch: Architecture) -> T
     if (reason := problem(state.metrics)) is not None:
         return Skip(state.file, reason)
     named = _named_activation(state)
-    if named not in (None, arch.activation):
+    if isinstance(arch, ChainArchitecture) and named not in (None, arch.activation):
         return Skip(state.file, f"another activation ({named}; the zoo has {arch.activation})")
     try:
         return to_theta(arch, read_state_dict(origin.store.read(state.file), state.file), state.file)

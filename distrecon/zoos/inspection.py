@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from distrecon.errors import UserError, nearest
-from distrecon.nets import evaluate
+from distrecon.nets import ModuleArchitecture, evaluate
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.storage import store
 from distrecon.zoos.zoo import Zoo
@@ -113,6 +113,8 @@ def _recompute(zoo: Zoo, sample: int, seed: int, directory: str | None) -> tuple
     rows_S = np.sort(np.random.default_rng(seed).permutation(zoo.num_states)[:sample])
     table = pa.concat_tables([t.select(["model_id", "epoch", "test_accuracy"]) for t in zoo.tables()]).take(rows_S)
     theta_SP = torch.from_numpy(zoo.read_rows(rows_S))
+    if isinstance(arch, ModuleArchitecture) and arch.module is None:
+        return 0, "running its networks needs --module", []
     scores = evaluate(arch, theta_SP, images.test.images, images.test.labels_Q)
     problems, known = [], 0
     for row, found in zip(table.to_pylist(), scores.accuracy_B.tolist(), strict=True):
@@ -138,7 +140,7 @@ def describe(zoo: Zoo) -> str:
     size = sum(zoo.store.filesystem.get_file_info(zoo.store.path(part.file)).size for part in zoo.parts)
     lines = [
         f"{info['name']}  ({zoo.store})",
-        f"  architecture  {arch.name}, {arch.activation}, {arch.num_parameters:,} parameters, {arch.num_tokens} tokens",
+        f"  architecture  {arch.name}, {arch.kind}, {arch.num_parameters:,} parameters, {arch.num_tokens} tokens",
         f"  images        {zoo.image_set or 'not known'}",
         f"  models        {zoo.num_models:,} with {zoo.num_states:,} states, {len(info['excluded']):,} excluded",
         "  splits        " + ", ".join(f"{s} {info['splits'][s]['models']:,}" for s in zoo_format.SPLITS),
@@ -159,7 +161,7 @@ def facts(zoo: Zoo) -> dict[str, Any]:
     return {
         "zoo": str(zoo.store),
         **{key: zoo.info[key] for key in keys},
-        "architecture": {"name": arch.name, "activation": arch.activation, "parameters": arch.num_parameters},
+        "architecture": {"name": arch.name, "activation": arch.kind, "parameters": arch.num_parameters},
     }
 
 

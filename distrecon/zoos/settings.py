@@ -4,15 +4,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
-from distrecon.config import check, replace, setting
+from distrecon.config import check, flatten, replace, setting
 from distrecon.errors import UserError, nearest
 from distrecon.images import IMAGE_SETS, ImageSet
 from distrecon.nets import ACTIVATIONS, ARCHITECTURES, INITIALISATIONS, Architecture, architecture
 from distrecon.nets.fit import OPTIMIZERS
+from distrecon.nets.given import factory, module_of
+from distrecon.nets.initialise import OWN
 from distrecon.zoos.format import SPLITS
 
 
@@ -23,6 +26,7 @@ class ArchitectureConfig:
     name: str = setting("cnn_small", choices=ARCHITECTURES)
     activation: str = setting("relu", choices=ACTIVATIONS)
     hidden: tuple[int, ...] = setting((), "sizes of an mlp's hidden layers", least=1)
+    module: str | None = setting(None, "package.file:factory of a torch module, in place of the name")
 
     def __post_init__(self) -> None:
         check(self, "architecture")
@@ -30,7 +34,17 @@ class ArchitectureConfig:
             raise UserError(f"architecture.hidden is for mlp, not for {self.name}")
 
     def build(self, images: ImageSet) -> Architecture:
-        """The architecture for these images."""
+        """The architecture for these images; the module that `module` names is imported."""
+        if self.module is not None:
+            make = factory(self.module)
+            example = images.train.images[:4]
+            found = architecture(module_of(make), inputs=example, source=self.module, make=make)
+            if found.num_outputs != len(images.classes):
+                raise UserError(
+                    f"architecture.module: {self.module} gives {found.num_outputs} outputs, {images.name} has "
+                    f"{len(images.classes)} classes"
+                )
+            return found
         channels, height, width = images.train.images.shape[1:]
         classes = len(images.classes)
         if self.name == "mlp":
@@ -45,10 +59,11 @@ class ArchitectureConfig:
 
 @dataclass(frozen=True)
 class ImagesConfig:
-    """The image set, and where its files lie when it does not come with the package."""
+    """The image set, where its files lie when it does not come with the package, and how much of it is trained on."""
 
     name: str = setting("digits", "the image set", choices=IMAGE_SETS)
     directory: str | None = setting(None, "where its files lie")
+    limit: int | None = setting(None, "training images, always the same ones of the set", least=1)
 
     def __post_init__(self) -> None:
         check(self, "images")
@@ -58,7 +73,7 @@ class ImagesConfig:
 class GridConfig:
     """Every combination of these is trained with `seeds` different seeds."""
 
-    initialisation: tuple[str, ...] = setting(INITIALISATIONS, choices=INITIALISATIONS, filled=True)
+    initialisation: tuple[str, ...] = setting(INITIALISATIONS, choices=(*INITIALISATIONS, OWN), filled=True)
     scale: tuple[float, ...] = setting((1.0,), "factors of the initial weights", above=0, filled=True)
     lr: tuple[float, ...] = setting((1e-3,), above=0, filled=True)
     weight_decay: tuple[float, ...] = setting((1e-3,), least=0, filled=True)
@@ -115,6 +130,14 @@ class ZooConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+def described(config: ZooConfig) -> dict[str, Any]:
+    """The configuration as plain data, by which a zoo is known; that of known networks as it has always been."""
+    flat = flatten(config)
+    if config.architecture.module is None:
+        del flat["architecture.module"]
+    return flat
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from distrecon import config as configuration
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture, evaluate, fit, initialise, inputs_for
 from distrecon.zoos import build, datasets, tasks
 from distrecon.zoos import format as zoo_format
-from distrecon.zoos.settings import ModelPlan, ZooConfig, groups
+from distrecon.zoos.settings import ModelPlan, ZooConfig, described, groups
 from distrecon.zoos.storage import Store, store
 from distrecon.zoos.zoo import Zoo, open_zoo
 
@@ -41,10 +40,10 @@ def ensure(
     """
     where = folder if isinstance(folder, Store) else store(folder)
     if where.exists(zoo_format.MANIFEST):
-        zoo = open_zoo(where)
+        zoo = open_zoo(where, module=config.architecture.module)
         _check_same(where, zoo.info["origin"], config)
         return zoo
-    images = load(config.images.name, config.images.directory)
+    images = load(config.images.name, config.images.directory, config.images.limit)
     arch = config.architecture.build(images)
     if (interrupted := build.begun(where)) is not None:
         _check_same(where, interrupted[1], config)
@@ -54,12 +53,12 @@ def ensure(
 
 
 def _origin(config: ZooConfig) -> dict[str, Any]:
-    return {"kind": "trained", "config": configuration.flatten(config)}
+    return {"kind": "trained", "config": described(config)}
 
 
 def _check_same(where: Store, origin: dict[str, Any], config: ZooConfig) -> None:
     """Another place of the same images is no difference."""
-    wanted = configuration.flatten(config)
+    wanted = described(config)
     there = origin.get("config")
     if origin.get("kind") != "trained" or there is None:
         raise UserError(f"{where} holds a zoo that was not trained by distrecon: choose another folder")
@@ -97,13 +96,13 @@ def _train(
         where,
         name=config.name,
         arch=arch,
-        image_set=datasets.entry(where, images, config.images.directory, store_images),
+        image_set=datasets.entry(where, images, config.images.directory, store_images, config.images.limit),
         parts=parts,
         origin=_origin(config),
         excluded=[excluded for report in reports for excluded in report["excluded"]],
     )
     build.finish(where)
-    return open_zoo(where)
+    return open_zoo(where, module=config.architecture.module)
 
 
 def train_group(group: Group, where: Store, config: ZooConfig, arch: Architecture, images: ImageSet) -> dict[str, Any]:
@@ -214,4 +213,6 @@ def _config_json(model: ModelPlan, config: ZooConfig) -> str:
     chosen = {key: value for key, value in asdict(model).items() if key not in ("model_id", "split")}
     training = config.training
     shared = {"optimizer": training.optimizer, "batch_size": training.batch_size, "epochs": training.epochs}
-    return json.dumps({**chosen, "activation": config.architecture.activation, **shared})
+    net = config.architecture
+    what = {"activation": net.activation} if net.module is None else {"module": net.module}
+    return json.dumps({**chosen, **what, **shared})

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distrecon.errors import UserError, nearest
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture
+from distrecon.nets.given import Given, module_of, running
 from distrecon.zoos import datasets
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.models import Models
@@ -51,6 +52,7 @@ class Zoo:
     store: Store
     info: dict[str, Any]  # the content of zoo.json
     images_directory: str | None = None  # where its images lie, if not in the zoo
+    modules: tuple[nn.Module, ...] = ()  # one of which runs its networks, where those are a module's
 
     @property
     def name(self) -> str:
@@ -63,7 +65,7 @@ class Zoo:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return Architecture.from_dict(self.info["architecture"])
+        return running(Architecture.from_dict(self.info["architecture"]), self.modules)
 
     @property
     def image_set(self) -> str | None:
@@ -82,9 +84,10 @@ class Zoo:
         folder of the set's name), else those in the zoo, else from where they were when it was made."""
         if self.image_set is None:
             raise UserError(f"{self.store} names no image set that its models were trained on: import it with --images")
+        limit = self.info["image_set"].get("limit")
         if (given := directory or self.images_directory) is not None:
             inner = Path(given) / self.image_set
-            return load(self.image_set, inner if inner.is_dir() else given)
+            return load(self.image_set, inner if inner.is_dir() else given, limit)
         if "stored" in self.info["image_set"]:
             return datasets.read_images(self.store, self.info["image_set"])
         own = self.info["image_set"]["directory"]
@@ -94,7 +97,7 @@ class Zoo:
             raise UserError(
                 f"{self.store}: its images, {self.image_set}, are not in {own}: say where they lie with --images DIR"
             )
-        return load(self.image_set, own)
+        return load(self.image_set, own, limit)
 
     @property
     def num_states(self) -> int:
@@ -206,15 +209,28 @@ class Zoo:
 
 
 def open_zoo(
-    path: str | os.PathLike[str] | Store, filesystem: Any = None, images: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str] | Store,
+    filesystem: Any = None,
+    images: str | os.PathLike[str] | None = None,
+    module: Given | Sequence[Given] | None = None,
 ) -> Zoo:
     """The zoo at a local path, a URL (`s3://...`), or a path on a pyarrow or fsspec filesystem.
 
     `images` is the directory where its images lie, for a zoo that has them neither in itself nor where they were.
+    `module` runs the networks of a zoo that was made with a torch module: the module, a factory of it, or its name
+    `package.file:factory`; or several, of which the one that fits is taken. Nothing is imported but what is given here.
 
     Raises UserError when there is none, when it is unfinished, or when its format is newer than this distrecon knows.
     """
     where = path if isinstance(path, Store) else store(path, filesystem)
     if where.exists(zoo_format.UNFINISHED) and not where.exists(zoo_format.MANIFEST):
         raise UserError(f"{where} is an unfinished zoo: run the command that began it again, and it continues")
-    return Zoo(where, zoo_format.read_manifest(where), os.path.abspath(images) if images is not None else None)
+    given: list[Given]
+    if module is None:
+        given = []
+    elif isinstance(module, str) or not isinstance(module, Sequence):
+        given = [module]
+    else:
+        given = [*module]
+    directory = os.path.abspath(images) if images is not None else None
+    return Zoo(where, zoo_format.read_manifest(where), directory, tuple(module_of(one) for one in given))

@@ -13,7 +13,7 @@ from distrecon.images.queries import query_pool
 from distrecon.nets import architecture, outputs, permute, random_permutation
 from tests.autoencoder.small import random_models, tiny
 
-KINDS = ("transformer", "fisher_residual", "fisher_pca")
+KINDS = ("transformer", "fisher_residual", "fisher_pca", "kronecker_residual")
 FISHER = {"model__latent": 1, "model__fisher_models": 8, "model__fisher_queries": 4}
 
 

@@ -71,7 +71,7 @@ def test_adam_leaves_models_alone_that_it_would_make_worse(untrained):
 def test_a_direction_that_does_not_help_is_refused(monkeypatch):
     goal, z = plain_goal(), torch.zeros(3, 12).double()
     uphill = refine("gauss_newton", goal, z, 1) - z
-    monkeypatch.setattr(gauss_newton._Model, "minimum", lambda self, damping_B: -uphill * goal.scale)
+    monkeypatch.setattr(gauss_newton._Model, "minimum", lambda self, *_: -uphill * goal.scale)
     assert torch.equal(refine("gauss_newton", goal, z, 2), z)
 
 
@@ -99,9 +99,10 @@ def test_the_minimum_solves_the_damped_system(monkeypatch):
     eye = torch.eye(12, dtype=torch.float64)
     curvature_ZZ = torch.cat([model._curvature(e[None]) for e in eye])
     gradient_Z = model._pull((model.p_BQC - goal.targets_BQC) / 20)[0]
-    damping = 0.1 * (gradient_Z @ curvature_ZZ @ gradient_Z) / gradient_Z.square().sum()
-    expected_Z = torch.linalg.solve(curvature_ZZ + damping * eye, -gradient_Z)
-    found_Z = model.minimum(torch.full((1,), 0.1, dtype=torch.float64))[0]
+    moved_Z = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    anchor_B, damping_B = (torch.full((1,), v, dtype=torch.float64) for v in (0.02, 0.01))
+    expected_Z = torch.linalg.solve(curvature_ZZ + 0.03 * eye, -gradient_Z - 0.02 * moved_Z)
+    found_Z = model.minimum(moved_Z[None], anchor_B, damping_B)[0]
     torch.testing.assert_close(found_Z, expected_Z, rtol=0.03, atol=0.03 * float(expected_Z.abs().max()))
 
 

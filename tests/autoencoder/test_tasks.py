@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distrecon.autoencoder import Training, ZooSample, generate, novelty, predict, run_tasks, samplers
+from distrecon.autoencoder import Training, ZooSample, generate, novelty, predict, run_tasks, samplers, tasks
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import LabelledImages
@@ -108,6 +108,14 @@ def test_features_are_chosen_on_validation_models_not_on_test(splits):
     only, _ = predict._probe({"honest": honest}, splits, "p")
     assert metrics["p/test_accuracy_r2"] == only["p/test_accuracy_r2"] < 1
     np.testing.assert_allclose(arrays["p/test_accuracy"][0], values[2][:, 0])
+
+
+def test_an_embedding_that_says_nothing_leaves_the_statistics(autoencoder, arch, splits, monkeypatch):
+    monkeypatch.setattr(predict, "decode_latents", lambda _, z, zoo: torch.zeros(len(z), arch.num_parameters))
+    metrics, _ = predict.predict(autoencoder, splits, [torch.zeros(len(part), arch.num_tokens, 3) for part in splits])
+    for name in ("epoch", "test_accuracy"):
+        expected = metrics[f"predict/baseline_statistics/{name}_r2"]
+        assert metrics[f"predict/{name}_r2"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_property_that_does_not_vary_has_no_r2(splits):
@@ -303,6 +311,19 @@ def test_baselines(arch, images):
     assert torch.equal(generate.noisy(good_NP[:1], std_P, 0.0, 2, 0), good_NP[:1].expand(2, -1))
     noise = generate.noisy(good_NP[:1], std_P, 0.1, 200, 0) - good_NP[0]
     assert float(noise.std()) == pytest.approx(0.2, rel=0.02)
-    best = evaluate(arch, good_NP, images.validation.images, images.validation.labels_Q).accuracy_B.mean()
-    scale = generate.matched_noise(arch, good_NP, std_P, float(best), images, 40, 0)
-    assert scale == generate.NOISE_SCALES[0]
+    many_NP, part = random_models(arch, 60), images.validation
+    accuracy_N = evaluate(arch, many_NP, part.images, part.labels_Q).accuracy_B
+    luckiest = accuracy_N.argmax()  # whose accuracy any larger noise takes away
+    best_NP = many_NP[luckiest : luckiest + 1]
+    assert generate.matched_noise(arch, best_NP, std_P, float(accuracy_N.max()), images, 40, 0) == 0.02
+    assert generate.matched_noise(arch, best_NP, std_P, 0.1, images, 40, 0) > 0.05
+
+
+def test_judging_images_are_few_and_always_the_same(images):
+    few = tasks.judging(images, 150)
+    assert len(few.validation) == len(few.test) == 150
+    assert few.train is images.train
+    assert torch.equal(few.test.images, tasks.judging(images, 150).test.images)
+    place = (images.test.images[:, None] == few.test.images[:1]).flatten(2).all(2).nonzero()[0, 0]
+    assert few.test.labels_Q[0] == images.test.labels_Q[place]
+    assert tasks.judging(images, 10_000).test is images.test

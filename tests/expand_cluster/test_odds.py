@@ -1,10 +1,15 @@
 """Probabilities as scores."""
 
+import math
+
 import pytest
 import torch
 
 from distrecon.errors import UserError
+from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.odds import Odds, are_probabilities
+from distrecon.expand_cluster.standard import Standard
+from distrecon.expand_cluster.surroundings import Surroundings
 
 
 def scores(columns: int, spread: float = 3.0) -> torch.Tensor:
@@ -88,3 +93,24 @@ def test_probabilities_are_told_from_scores():
     assert are_probabilities(torch.softmax(scores(3), dim=1))
     assert not are_probabilities(scores(3))
     assert not are_probabilities(torch.sigmoid(scores(1)))
+
+
+def test_a_box_tells_scores_inside_the_domain_only_and_how_far_they_are_rounded():
+    """Errors of eps / (1 - p): at 9 about e^9 / 2 times those at 0; 40 tells nothing, and 200 is not asked."""
+    asked = []
+
+    def box(x_QI):
+        asked.append(x_QI)
+        return torch.sigmoid(x_QI)
+
+    around = Surroundings(*(torch.tensor([v], dtype=torch.float64) for v in (0.0, 1.0, -100.0, 100.0)))
+    one = torch.ones(1, dtype=torch.float64)
+    odds = Odds.of(torch.sigmoid(torch.randn(50, 1, dtype=torch.float64)), torch.float64)
+    black_box = BlackBox(box, 1, 0, Standard(around, odds, 0 * one, one), noise_O=one * 1e-16)
+    asked.clear()
+    told = black_box.told(torch.tensor([[0.0], [9.0], [40.0], [200.0]], dtype=torch.float64))
+    torch.testing.assert_close(told[:2, 0], torch.tensor([0.0, 9.0], dtype=torch.float64))
+    assert told[2:].isnan().all()
+    assert float(torch.cat(asked).max()) == 40.0
+    near, far = black_box.error(told[:2])[:, 0].tolist()
+    assert 0.1 < far / near / (math.exp(9) / 2) < 10

@@ -5,7 +5,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from distrecon.expand_cluster.outgoing import choose_flips, drop_costs, features, flip_constant, pursue, solve_outgoing
+from distrecon.expand_cluster.outgoing import drop_costs, features, pursue, solve_outgoing
+from distrecon.expand_cluster.signs import choose_flips, flip_constant
 from distrecon.nets.activations import ACTIVATIONS
 
 
@@ -63,7 +64,7 @@ def test_flipped_neurons_follow_from_the_linear_term(name):
         flipped = torch.where(torch.tensor(flips)[:, None], -neurons, neurons)
         coefficients, error = solve_outgoing(features(flipped, z, activation, True), y)
         assert error < 1e-20  # with the linear term, the flipped neurons compute the same function
-        found = choose_flips(flipped, coefficients[:6].T, coefficients[6:10].T, flip_constant(activation))
-        assert found.tolist() == flips
+        found = choose_flips(flipped, coefficients[:6].T, coefficients[6:10].T, flip_constant(activation), 1e-12)
+        assert found.flips_H.tolist() == flips
 
     flips_are_found()

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distrecon.nets import Architecture, Layer, architecture, initialise
+from distrecon.nets import ChainArchitecture, Layer, architecture, initialise
 from distrecon.nets import kronecker as kron
 
-ARCH = Architecture(
+ARCH = ChainArchitecture(
     "two_convolutions",
     (
         Layer("conv1", 2, 3, kernel=3, padding=1, pool=2),

@@ -1,4 +1,6 @@
-"""The Fisher coders: a fixed behavioural linear map (see `fisher.py`), with or without a trained residual on it.
+"""Coders of a fixed behavioural linear map, with or without a trained residual on it.
+
+The map is the Kronecker one (`kronecker_map.py`), for networks of any size, or the Fisher one (`fisher.py`).
 
 The residual is a transformer on each side whose last layers start at zero, so that training starts from the linear map:
 the encoder adds to its latents, the decoder, which reads both latents and linear reconstruction, adds to the weights.
@@ -6,6 +8,7 @@ the encoder adds to its latents, the decoder, which reads both latents and linea
 Legend: B models, P parameters, T tokens, D token size, W width, Z latent numbers of a model.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -13,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distrecon.autoencoder import fisher
-from distrecon.autoencoder.coder import Coder, CoderConfig
+from distrecon.autoencoder import fisher, kronecker_map
+from distrecon.autoencoder.coder import Coder, CoderConfig, chain
 from distrecon.autoencoder.transformer import Block, Norm, Positions, Projection
 from distrecon.nets import Architecture
+from distrecon.nets.kronecker import factors, from_layer_matrices, layer_matrices
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:
@@ -57,17 +61,23 @@ class Residual(nn.Module):
         return self.arch.detokenize(self.decoder_out(self.decoder(hidden_BTW + self.decoder_positions(0))))
 
 
-class FisherPCA(Coder):
+class LinearCoder(Coder):
     """Standardised weights [B, P] -> latents [B, Z] -> standardised weights, one linear map for each architecture."""
-
-    fit = staticmethod(fisher.fit)
 
     def __init__(
         self, config: CoderConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]
     ) -> None:
         super().__init__(config, architectures, fitted)
-        self.sizes = [fisher.latent_size(tensors) for tensors in fitted]
+        self.sizes = [len(tensors["scale_Z"]) for tensors in fitted]
         self.projections = nn.ModuleList(Projection(size, config.projection) for size in self.sizes)
+
+    @abstractmethod
+    def compress(self, x_BP: Tensor, zoo: int) -> Tensor:
+        """z[B, Z] of standardised weights of the map's own type."""
+
+    @abstractmethod
+    def expand(self, z_BZ: Tensor, zoo: int) -> Tensor:
+        """Standardised weights [B, P]."""
 
     def latent_shape(self, zoo: int) -> tuple[int, ...]:
         return (self.sizes[zoo],)
@@ -76,26 +86,71 @@ class FisherPCA(Coder):
         """[Z]: the latents' deviations in the behavioural metric, by which they were divided."""
         return self.fitted[zoo]["scale_Z"]
 
-    def flat_noise(self, noise_BF: Tensor, zoo: int) -> Tensor:
-        return fisher.flattened(self.fitted[zoo], noise_BF.to(self.fitted[zoo]["scale_Z"])).to(noise_BF)
-
     def encode(self, x_BP: Tensor, zoo: int) -> Tensor:
         """z[B, Z]."""
         with torch.autocast(x_BP.device.type, enabled=False):  # bf16 would round the linear map away
-            return fisher.encode(self.fitted[zoo], x_BP.to(self.fitted[zoo]["center_P"].dtype))
+            return self.compress(x_BP.to(self.behavioral_scale(zoo).dtype), zoo)
 
     def decode(self, z_BZ: Tensor, zoo: int) -> Tensor:
         """Standardised weights [B, P]."""
         with torch.autocast(z_BZ.device.type, enabled=False):
-            return fisher.decode(self.fitted[zoo], z_BZ.to(self.fitted[zoo]["center_P"].dtype))
+            return self.expand(z_BZ.to(self.behavioral_scale(zoo).dtype), zoo)
 
     def project(self, z_BZ: Tensor, zoo: int) -> Tensor:
         """[B, J] for the contrastive loss."""
         return self.projections[zoo](z_BZ[:, None])
 
 
-class FisherResidual(FisherPCA):
-    """The linear maps of `FisherPCA`, corrected by a `Residual` for each architecture."""
+class FisherPCA(LinearCoder):
+    """The map of `fisher.py`."""
+
+    fit = staticmethod(fisher.fit)
+
+    def flat_noise(self, noise_BF: Tensor, zoo: int) -> Tensor:
+        return fisher.flattened(self.fitted[zoo], noise_BF.to(self.fitted[zoo]["scale_Z"])).to(noise_BF)
+
+    def compress(self, x_BP: Tensor, zoo: int) -> Tensor:
+        return fisher.encode(self.fitted[zoo], x_BP)
+
+    def expand(self, z_BZ: Tensor, zoo: int) -> Tensor:
+        return fisher.decode(self.fitted[zoo], z_BZ)
+
+
+class KroneckerPCA(LinearCoder):
+    """The map of `kronecker_map.py`."""
+
+    @staticmethod
+    def fit(
+        config: CoderConfig, arch: Architecture, theta_BP: Tensor, mean_P: Tensor, std_P: Tensor, queries: Tensor
+    ) -> dict[str, Tensor]:
+        """The map's tensors (see `kronecker_map.fit`)."""
+        layers = chain(arch, config.kind)
+        few = torch.linspace(0, len(theta_BP) - 1, min(config.fisher_models, len(theta_BP))).round().long()
+        found = factors(layers, theta_BP[few], queries[: config.fisher_queries].to(theta_BP), config.fisher_temperature)
+        sides = [
+            kronecker_map.Sides(*(kronecker_map.eigenbasis(m.mean(0).to(theta_BP)) for m in (f.outputs, f.inputs)))
+            for f in found
+        ]
+        budget = config.latent * arch.num_tokens
+        return kronecker_map.fit(sides, layer_matrices(layers, theta_BP), budget, config.kronecker_damping)
+
+    def flat_noise(self, noise_BF: Tensor, zoo: int) -> Tensor:
+        return kronecker_map.flattened(self.fitted[zoo], noise_BF.to(self.fitted[zoo]["scale_Z"])).to(noise_BF)
+
+    def compress(self, x_BP: Tensor, zoo: int) -> Tensor:
+        tensors = self.fitted[zoo]
+        layers = chain(self.architectures[zoo], "kronecker_pca")
+        matrices = layer_matrices(layers, x_BP * tensors["std_P"] + tensors["mean_P"])
+        return kronecker_map.compress(tensors, kronecker_map.coordinates(tensors, matrices))
+
+    def expand(self, z_BZ: Tensor, zoo: int) -> Tensor:
+        tensors = self.fitted[zoo]
+        matrices = kronecker_map.matrices(tensors, kronecker_map.expand(tensors, z_BZ))
+        return (from_layer_matrices(matrices) - tensors["mean_P"]) / tensors["std_P"]
+
+
+class Corrected(LinearCoder):
+    """Either map, corrected by a `Residual` for each architecture."""
 
     def __init__(
         self, config: CoderConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]
@@ -116,3 +171,11 @@ class FisherResidual(FisherPCA):
         """Standardised weights [B, P]."""
         linear_BP = super().decode(z_BZ, zoo)
         return linear_BP + self.residual(zoo).weights(z_BZ, linear_BP).to(linear_BP)
+
+
+class FisherResidual(Corrected, FisherPCA):
+    """The map of `fisher.py` and what is learned on top of it."""
+
+
+class KroneckerResidual(Corrected, KroneckerPCA):
+    """The map of `kronecker_map.py` and what is learned on top of it."""
