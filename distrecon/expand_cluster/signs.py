@@ -115,6 +115,8 @@ def _signs(terms_SE: Tensor, right_E: Tensor, allowed: float) -> Tensor | None:
     rounded_S = _nearest(terms_SE, right_E)
     if fits(rounded_S):
         return rounded_S
+    if not len(terms_SE):
+        return None
     # rotated, so that no equation is empty or repeats others, and scaled so that rounding is 1
     _, values, directions = torch.linalg.svd(torch.cat([terms_SE, right_E[None]]), full_matrices=False)
     basis = directions[values > allowed].T

@@ -42,6 +42,12 @@ def test_a_rounding_of_zero_is_taken_as_that_of_the_numbers():
     assert choose_flips(neurons, outgoing, rows([-0.5]), 1.0, 0.0).rest_OR.abs().max() > 0.1
 
 
+def test_without_neurons_the_linear_term_stays():
+    flips = choose_flips(torch.empty(0, 2).double(), torch.empty(1, 0).double(), rows([0.5]), 1.0, 0.0)
+    assert not len(flips.flips_H)
+    assert flips.rest_OR.tolist() == [[0.5]]
+
+
 @pytest.mark.parametrize(("hidden", "inputs", "outputs"), [(20, 8, 1), (32, 8, 1), (64, 8, 1), (40, 16, 3)])
 def test_wide_layers(hidden, inputs, outputs):
     generator = torch.Generator().manual_seed(hidden)
