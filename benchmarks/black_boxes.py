@@ -278,8 +278,11 @@ def module(dtype: torch.dtype, tolerance: float, layer: torch.nn.Module | None =
 # -- estimators --------------------------------------------------------------------------------------------------------
 
 
-def estimator(name: str) -> Problem:
-    """scikit-learn's MLP with its default 100 relu neurons, fitted to standardised data, asked by its method."""
+def estimator(name: str, raw: bool = False, given: bool = True) -> Problem:
+    """scikit-learn's MLP with its default 100 relu neurons, asked by its method.
+
+    Fitted to standardised data, or to the data set as it is; with the data `given` to the recovery or not.
+    """
     from sklearn import datasets
     from sklearn.neural_network import MLPClassifier, MLPRegressor
 
@@ -291,19 +294,31 @@ def estimator(name: str) -> Problem:
         "wine": lambda: datasets.load_wine(return_X_y=True),
     }[name]()
     regression = name in ("diabetes", "friedman1")
-    spread = x_QI.std(0)
-    x_QI = (x_QI - x_QI.mean(0)) / np.where(spread > 0, spread, 1)
+    centre, spread = x_QI.mean(0), np.where(x_QI.std(0) > 0, x_QI.std(0), 1)
+    if not raw:
+        x_QI, centre, spread = (x_QI - centre) / spread, np.zeros_like(centre), np.ones_like(spread)
     made = (MLPRegressor if regression else MLPClassifier)(random_state=0).fit(x_QI, y_Q)
     method = made.predict if regression else made.predict_proba
     (w, v), b = made.coefs_, made.intercepts_[0]
-    told = {"activation": "relu", "data": x_QI, "outputs": "values" if regression else "probabilities"}
+    told = {"activation": "relu", "outputs": "values" if regression else "probabilities"}
+    told |= {"data": x_QI} if given else {}
 
     def truth(x_QI: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(method(x_QI.numpy()))).reshape(len(x_QI), -1)
 
     live = int(((np.abs(v).max(1) > 1e-12) & (np.abs(w).max(0) > 1e-12)).sum())
     bends = (torch.from_numpy(w.T.copy()), torch.from_numpy(b.copy()))
-    return Problem(method, x_QI.shape[1], told, truth, [live], bends=bends, tolerance=1e-5)
+    return Problem(
+        method,
+        x_QI.shape[1],
+        told,
+        truth,
+        [live],
+        centre=torch.from_numpy(centre),
+        scale=torch.from_numpy(spread),
+        bends=bends,
+        tolerance=1e-5,
+    )
 
 
 def other_model(kind: str) -> Problem:

@@ -50,6 +50,7 @@ class Case:
 
 SCALES = torch.logspace(-3, 3, 8, dtype=torch.float64)
 NET = [8, 5, 3]
+ESTIMATORS = ("diabetes", "friedman1", "digits", "breast cancer", "wine")
 
 CASES = [
     # networks, as they are
@@ -67,9 +68,16 @@ CASES = [
     Case("sigmoid 10-100-1", "exact", partial(dense, [10, 100, 1], "sigmoid"), 600),
     Case("relu 8-6-6-6-2", "exact", partial(dense, [8, 6, 6, 6, 2], "relu"), 300),
     # scikit-learn's defaults
+    *(Case(f"scikit-learn 100 relu, {name}", "exact", partial(estimator, name), 300) for name in ESTIMATORS),
     *(
-        Case(f"scikit-learn 100 relu, {name}", "exact", partial(estimator, name), 300)
-        for name in ("diabetes", "friedman1", "digits", "breast cancer", "wine")
+        Case(
+            f"{name}, raw data, {'given' if given else 'not given'}",
+            "exact",
+            partial(estimator, name, True, given),
+            300,
+        )
+        for name in ESTIMATORS
+        for given in (True, False)
     ),
     # kinds of answers
     Case("softmax, tanh 8-5-3", "exact", partial(through, NET, "tanh", after=lambda y: y.softmax(1)), small=True),

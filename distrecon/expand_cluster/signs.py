@@ -58,6 +58,7 @@ def choose_flips(neurons_HK: Tensor, outgoing_OH: Tensor, linear_OR: Tensor, kap
     `rounding` is the norm of the error of `linear_OR` and of the neurons' own terms in it, taken together.
     """
     terms_HE = -kappa * (outgoing_OH.T[:, :, None] * neurons_HK[:, None, :-1]).flatten(1)
+    rounding = max(rounding, float(torch.finfo(terms_HE.dtype).eps * terms_HE.norm()))
     sure_H = terms_HE.norm(dim=1) > LINEAR_MARGIN * rounding
     terms_SE, right_E = terms_HE[sure_H], linear_OR.flatten()
     sign_S = _signs(terms_SE, 2 * right_E - terms_SE.sum(0), LINEAR_MARGIN * rounding)
@@ -114,12 +115,16 @@ def _signs(terms_SE: Tensor, right_E: Tensor, allowed: float) -> Tensor | None:
     rounded_S = _nearest(terms_SE, right_E)
     if fits(rounded_S):
         return rounded_S
+    if not len(terms_SE):
+        return None
     # rotated, so that no equation is empty or repeats others, and scaled so that rounding is 1
     _, values, directions = torch.linalg.svd(torch.cat([terms_SE, right_E[None]]), full_matrices=False)
     basis = directions[values > allowed].T
     unit = allowed / LINEAR_MARGIN
     terms = torch.cat([terms_SE, -right_E[None]]) @ basis / unit
     count, equations = len(terms_SE), basis.shape[1]
+    if not equations:  # everything is rounding
+        return None
     if equations * math.log2(float(terms.abs().max())) < count * (1 + count / GROWTH) or count > WIDEST:
         return None
     for sign_S in _short_vectors(terms.numpy()):

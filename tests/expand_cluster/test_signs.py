@@ -35,6 +35,19 @@ def test_three_neurons_in_one_equation_by_hand():
     assert flips.flips_H.tolist() == [True, False, True]
 
 
+def test_a_rounding_of_zero_is_taken_as_that_of_the_numbers():
+    """Terms 1, 2 and 4 as above; and .5, which no set of them gives."""
+    neurons, outgoing = rows([1.0, 0.0], [1.0, 1.0], [1.0, 2.0]), rows([1.0, 2.0, 4.0])
+    assert choose_flips(neurons, outgoing, rows([-5.0]), 1.0, 0.0).flips_H.tolist() == [True, False, True]
+    assert choose_flips(neurons, outgoing, rows([-0.5]), 1.0, 0.0).rest_OR.abs().max() > 0.1
+
+
+def test_without_neurons_the_linear_term_stays():
+    flips = choose_flips(torch.empty(0, 2).double(), torch.empty(1, 0).double(), rows([0.5]), 1.0, 0.0)
+    assert not len(flips.flips_H)
+    assert flips.rest_OR.tolist() == [[0.5]]
+
+
 @pytest.mark.parametrize(("hidden", "inputs", "outputs"), [(20, 8, 1), (32, 8, 1), (64, 8, 1), (40, 16, 3)])
 def test_wide_layers(hidden, inputs, outputs):
     generator = torch.Generator().manual_seed(hidden)
