@@ -16,8 +16,8 @@ EXAMPLES = """examples:
 def parser() -> console.Parser:
     parser = console.Parser(
         prog="distrecon.train",
-        description="Train one weight autoencoder on one or several zoos, score it, record it in MLflow. Without settings "
-        "of model., loss., optim. or data. it is the recommended coder, which is fitted and not trained.",
+        description="Train one weight autoencoder on one or several zoos, score it, record it in MLflow. "
+        "Where no setting says how to train, it is the recommended coder, which is fitted.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
