@@ -115,7 +115,7 @@ CASES = [
     # services
     Case("a ConnectionError now and then", "exact", flaky, small=True),
     Case("broken off, then started again", "exact", fails_once),
-    Case("a budget of 15,000 that runs out", "unverified", partial(short_budget, 15_000), 120),
+    Case("a budget of 4,000 that runs out", "unverified", partial(short_budget, 4_000), 120),
     # nastier
     Case("a gate in one corner of the domain", "unverified", hidden_gate, 120),
     Case("7 neurons that are 4", "exact", redundant),

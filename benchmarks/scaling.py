@@ -10,11 +10,12 @@ taken from the measurement.
 """
 
 import json
+import math
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import Cell, Options, Part, Row, turns
 from benchmarks.steps import stepper, training_of
 from benchmarks.zoos import ARCH, random_zoo
+from distrecon.autoencoder.reduction import BUCKET_BYTES
 from distrecon.autoencoder.training import Training
 from distrecon.nets import architecture
 
@@ -58,6 +60,17 @@ def flops(size: str, models: int) -> float:
         step()
     with FlopCounterMode(display=False) as counter:
         step()
+    return float(counter.get_total_flops())
+
+
+def backward_flops(size: str, models: int) -> float:
+    """Those of the autoencoder's own backward pass, during which its gradients are sent."""
+    training = training_of(size == "paper", models)
+    autoencoder, views_BP = training.autoencoder, training.zoos[0].sample_BP.repeat(2, 1)
+    x = autoencoder.standardise(views_BP, 0)
+    x_hat = autoencoder.coder.decode(autoencoder.coder.encode(x, 0), 0)
+    with FlopCounterMode(display=False) as counter:
+        x_hat.square().sum().backward()
     return float(counter.get_total_flops())
 
 
@@ -91,7 +104,9 @@ def alone(size: str, repeats: int) -> list[Row]:
         str(b): step_time(training_of(size == "paper", b), 0, 1, repeats, time.process_time) for b in BATCHES[size]
     }
     operations = flops(size, BATCHES[size][0]) / BATCHES[size][0]
-    return [{"checkpoint": saved, "parameters": parameters, "flops_per_model": operations, "steps": times}]
+    backward = backward_flops(size, 2) / 2 / operations
+    row = {"checkpoint": saved, "parameters": parameters, "flops_per_model": operations, "backward": backward}
+    return [row | {"steps": times}]
 
 
 def together(world: int, repeats: int) -> list[Row]:
@@ -158,12 +173,14 @@ class Job:
     model_bytes: float  # of one zoo model
     read_cpu_seconds: float  # for one zoo model
     states: int
+    backward: float = 0.0  # share of the operations beside which gradients are sent
 
 
 def step_terms(job: Job, cluster: Cluster, workers: int, batch: int) -> dict[str, float]:
-    """Seconds of each part of one step with a global batch; reading and storage run beside the arithmetic.
+    """Seconds of each part of one step with a global batch; sending, reading and storage run beside the arithmetic.
 
-    Sum of gradients: rings inside the nodes and over them, each 2 (n - 1)/n times the bytes, and 2 (N - 1) messages.
+    Sum of gradients: rings inside the nodes and over them, each 2 (n - 1)/n times the bytes, and 2 (N - 1) messages for
+    each bucket. `gradients` is what is waited for: what the backward pass does not cover, at least the last bucket.
     A checkpoint an epoch, waited for, is spread over the epoch's steps.
     """
     inside = min(cluster.gpus_per_node, workers)
@@ -171,10 +188,14 @@ def step_terms(job: Job, cluster: Cluster, workers: int, batch: int) -> dict[str
     within = 2 * (inside - 1) / inside / (cluster.link_gbyte * 1e9)
     between = 2 * (nodes - 1) / nodes / (cluster.network_gbit * 1e9 / 8)
     epoch_steps = max(1, job.states // batch)
+    arithmetic = batch / workers * job.flops_per_model / (cluster.gpu_tflops * 1e12)
+    buckets = math.ceil(job.gradient_bytes / BUCKET_BYTES)
+    sending = job.gradient_bytes * (within + between) + buckets * 2 * (workers - 1) * cluster.latency_us / 1e6
     return {
-        "arithmetic": batch / workers * job.flops_per_model / (cluster.gpu_tflops * 1e12),
+        "arithmetic": arithmetic,
         "overhead": cluster.overhead_ms / 1e3,
-        "gradients": job.gradient_bytes * (within + between) + 2 * (workers - 1) * cluster.latency_us / 1e6,
+        "sending": sending,
+        "gradients": max(sending - job.backward * arithmetic, sending / buckets),
         "checkpoint": job.checkpoint_bytes / (cluster.storage_mib * 2**20) / epoch_steps,
         "reading": batch / workers * job.read_cpu_seconds / cluster.cpus_per_gpu,
         "storage": batch * job.model_bytes / (cluster.storage_mib * 2**20),
@@ -207,7 +228,8 @@ class Measured:
         per_mib = max(row["cpu_seconds_per_mib"] for row in self.reading.values())
         gradients, saved = 4 * of_size["parameters"], of_size["checkpoint"]["bytes"]
         cpu_seconds = per_mib * model_bytes / MIB
-        return Job(of_size["flops_per_model"], gradients, saved, model_bytes, cpu_seconds, states)
+        operations, backward = of_size["flops_per_model"], of_size["backward"]
+        return Job(operations, gradients, saved, model_bytes, cpu_seconds, states, backward)
 
 
 def _model_bytes(size: str) -> int:
@@ -252,18 +274,50 @@ def measured_table(found: Measured) -> str:
 def model_table(job: Job, cluster: Cluster, per_gpu: int) -> str:
     """Weak scaling: `per_gpu` models on each GPU whatever their number."""
     lines = [
-        "| GPUs | step, ms | arithmetic | gradients | checkpoint | reading | storage | models/s | an epoch | limit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| GPUs | step, ms | arithmetic | sending | gradients | checkpoint | reading | storage | models/s | an epoch "
+        "| limit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for workers in WORKERS:
         terms = step_terms(job, cluster, workers, workers * per_gpu)
         seconds = step_seconds(terms)
         rate = workers * per_gpu / seconds
-        parts = [f"{1e3 * terms[k]:.2f}" for k in ("arithmetic", "gradients", "checkpoint", "reading", "storage")]
+        shown = ("arithmetic", "sending", "gradients", "checkpoint", "reading", "storage")
+        parts = [f"{1e3 * terms[k]:.2f}" for k in shown]
         epoch = f"{job.states / rate / 60:.1f} min"
-        limit = max(terms, key=lambda name: terms[name])
+        limit = max((name for name in terms if name != "sending"), key=lambda name: terms[name])
         lines.append(f"| {workers} | {1e3 * seconds:.1f} | {' | '.join(parts)} | {rate:,.0f} | {epoch} | {limit} |")
     return "\n".join(lines)
+
+
+def batch_table(job: Job, cluster: Cluster, batch: int) -> str:
+    """Strong scaling: the same global batch on all GPUs, gradients sent as they are and in bf16."""
+    lines = [
+        "| GPUs | arithmetic, ms | sending | waited for | times faster | sending in bf16 | waited for | times faster |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    alone = step_seconds(step_terms(job, cluster, 1, batch))
+    for workers in WORKERS[1:]:
+        ways = [job, replace(job, gradient_bytes=job.gradient_bytes / 2)]
+        terms = [step_terms(way, cluster, workers, batch) for way in ways]
+        cells = [f"{1e3 * terms[0]['arithmetic']:.2f}"]
+        for way in terms:
+            cells += [
+                f"{1e3 * way['sending']:.2f}",
+                f"{1e3 * way['gradients']:.2f}",
+                f"{alone / step_seconds(way):.1f}",
+            ]
+        lines.append(f"| {workers} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def model_tables(jobs: Mapping[str, Job], cluster: Cluster, per_gpu: int) -> list[str]:
+    """By size of autoencoder."""
+    texts = []
+    for size, job in jobs.items():
+        texts += [f"**{size}** ({SIZES[size]})", model_table(job, cluster, per_gpu)]
+        texts += [f"The same batch of {per_gpu} models on all GPUs together:", batch_table(job, cluster, per_gpu)]
+    return texts
 
 
 def tables(rows: Sequence[Row], args: Namespace) -> str:
@@ -277,8 +331,8 @@ def tables(rows: Sequence[Row], args: Namespace) -> str:
         f"{args.models_per_gpu} models on each GPU, {PUBLISHED_STATES:,} states an epoch."
     )
     texts = [measured_table(found), assumed]
-    for size, name in SIZES.items():
-        texts += [f"**{size}** ({name})", model_table(found.job(size, PUBLISHED_STATES), cluster, args.models_per_gpu)]
+    jobs = {size: found.job(size, PUBLISHED_STATES) for size in SIZES}
+    texts += model_tables(jobs, cluster, args.models_per_gpu)
     return "\n\n".join(texts)
 
 

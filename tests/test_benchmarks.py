@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,9 +240,14 @@ def test_a_step_of_the_model_cluster_is_the_sum_of_its_parts():
     cluster = scaling.Cluster(gpu_tflops=10, overhead_ms=1, latency_us=0, link_gbyte=100)
     terms = scaling.step_terms(job, cluster, 2, 10)
     assert terms == pytest.approx(
-        {"arithmetic": 0.5, "overhead": 1e-3, "gradients": 0.01, "checkpoint": 0.1, "reading": 0.3125, "storage": 0.02}
-    )
+        {"arithmetic": 0.5, "overhead": 1e-3, "sending": 0.01, "gradients": 0.01, "checkpoint": 0.1,
+         "reading": 0.3125, "storage": 0.02}
+    )  # fmt: skip
     assert scaling.step_seconds(terms) == pytest.approx(0.611)
+    hidden = scaling.step_terms(replace(job, backward=0.5), cluster, 2, 10)
+    assert hidden["gradients"] == pytest.approx(0.01 / 120)  # the last of 1e9 bytes' buckets
+    partly = scaling.step_terms(replace(job, backward=0.01), cluster, 2, 10)
+    assert partly["gradients"] == pytest.approx(0.01 - 0.01 * 0.5)
 
 
 def test_a_page_keeps_the_tables_that_were_not_measured_again(tmp_path):

@@ -80,6 +80,10 @@ class OptimConfig:
         "float32", "of the coder and of networks; losses are float32", choices=("float32", "tf32", "bf16", "float64")
     )
 
+    reduce: str = setting(
+        "exact", "how workers send gradients: in the parameters' type, or in half the bytes", choices=("exact", "bf16")
+    )
+
     def __post_init__(self) -> None:
         check(self, "optim")
 

@@ -1,4 +1,4 @@
-"""What data-parallel workers share: rows of the global batch (with gradients), sums, gradients. No-ops on one worker.
+"""What data-parallel workers share: rows of the global batch (with gradients), sums. No-ops on one worker.
 
 A worker holds the rows [offset, offset + b) of a global batch of G; b may differ between workers and may be 0.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def active() -> bool:
@@ -44,17 +44,6 @@ def total(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
-
-
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the workers' gradients in one message; a missing gradient counts as zero."""
-    if not active():
-        return
-    parameters = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
-    dist.all_reduce(flat)
-    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = grad.view_as(parameter).clone()
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

@@ -1,11 +1,11 @@
 """A module's parameters as one vector, for GPUs: what is done to all of them is then one kernel, not one a parameter.
 
-The module's own parameters become views of the vector, so that whatever reads them sees the present values. In a step
-they are replaced by differentiable views, whose gradient is the vector's, or by views of its copy in a smaller type:
-what steps add up to stays exact, and nothing is converted layer by layer.
+The module's own parameters become views of the vector, so that whatever reads them sees the present values. Steps may
+compute from a copy of the vector in a smaller type: what they add up to stays exact, and nothing is converted layer by
+layer. Each parameter has a gradient of its own, there as soon as the backward pass is done with it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +16,13 @@ Result = TypeVar("Result")
 
 
 class FlatParameters:
-    """`vector` is what an optimiser steps on; `call` runs a function with the module's parameters taken from it."""
+    """`vector` is what an optimiser steps on; `call` runs a function with the module's parameters taken from it.
 
-    def __init__(self, module: nn.Module) -> None:
+    `leaves`, in the order of the vector, are what its backward pass gives gradients to: the module's parameters, or
+    where `dtype` is given, views of the vector's copy of that type.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         named = [*module.named_parameters()]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.sizes = [p.numel() for p in self.parameters]
@@ -26,12 +30,23 @@ class FlatParameters:
         for parameter, view in zip(self.parameters, self._views(self.vector.detach()), strict=True):
             parameter.data = view
         self.module = module
+        self.copy = None if dtype is None else self.vector.detach().to(dtype)
+        views = () if self.copy is None else self._views(self.copy)
+        self.leaves: list[Tensor] = [view.detach().requires_grad_() for view in views] or [*self.parameters]
 
-    def call(self, function: Callable[[], Result], dtype: torch.dtype | None = None) -> Result:
-        """The function's result, differentiable in `vector`; parameters are of the type `dtype`."""
-        views = self._views(self.vector if dtype is None else self.vector.to(dtype))
-        replaced = {f"module.{name}": view for name, view in zip(self.names, views, strict=True)}
+    def call(self, function: Callable[[], Result]) -> Result:
+        """The function's result, differentiable in the leaves, which have the vector's present values."""
+        if self.copy is None:
+            return function()
+        self.copy.copy_(self.vector.detach())
+        replaced = {f"module.{name}": leaf for name, leaf in zip(self.names, self.leaves, strict=True)}
         return functional_call(_Calls(self.module, function), replaced, ())  # type: ignore[no-any-return]
+
+    def set_gradient(self, gradients: Sequence[Tensor | None]) -> None:
+        """The vector's, from those of the leaves; a missing one is zero."""
+        pairs = zip(gradients, self.leaves, strict=True)
+        each = [(torch.zeros_like(leaf) if gradient is None else gradient).flatten() for gradient, leaf in pairs]
+        self.vector.grad = torch.cat(each).to(self.vector)
 
     def _views(self, vector: Tensor) -> Iterator[Tensor]:
         return (part.view(p.shape) for part, p in zip(vector.split(self.sizes), self.parameters, strict=True))

@@ -3,7 +3,8 @@
 - One step reads a global batch of models of one zoo, of which this worker holds the rows [offset, offset + b).
 - Everything random (views, queries) is drawn for the global batch from (seed, epoch, step), then sliced: any number of
   workers, with any split of the batch, gives the same losses and gradients up to rounding.
-- Contrastive negatives span the global batch (`distributed.global_rows`); gradients are summed once (no DDP wrapper).
+- Contrastive negatives span the global batch (`distributed.global_rows`); gradients are summed during the backward
+  pass (`reduction.py`).
 - On the CPU the originals' outputs on the query pool are computed once a row: a permutation of units never changes
   them. A GPU computes those of the chosen queries anew, some 4 % of a step: the pool's would fill its memory.
 - A GPU never waits for the host: weights stay on it, random indices go there in one copy, losses come back while the
@@ -28,6 +29,7 @@ from distrecon.autoencoder import distributed, fisher, losses
 from distrecon.autoencoder.config import AutoencoderConfig, OptimConfig
 from distrecon.autoencoder.flat import FlatParameters
 from distrecon.autoencoder.model import Autoencoder, ZooSample, check_finite, statistics
+from distrecon.autoencoder.reduction import GradientSums
 from distrecon.autoencoder.rows import RowCache
 from distrecon.errors import UserError
 from distrecon.images.queries import query_pool
@@ -157,8 +159,12 @@ class Training:
         distributed.broadcast([*self.autoencoder.parameters(), *self.autoencoder.buffers()])
         self.on_cpu = computes_at_once(self.device)
         # on the CPU a parameter is a matter of microseconds, and together they would round otherwise
-        self.flat = None if self.on_cpu else FlatParameters(self.autoencoder)
+        bf16 = torch.bfloat16 if config.optim.precision == "bf16" else None
+        self.flat = None if self.on_cpu else FlatParameters(self.autoencoder, bf16)
         self.parameters = [self.flat.vector] if self.flat else [*self.autoencoder.parameters()]
+        dtype = self.autoencoder.dtype
+        sent = torch.bfloat16 if config.optim.reduce == "bf16" else dtype
+        self.gradients = GradientSums(self.flat.leaves if self.flat else self.parameters, dtype, sent)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.optim.lr,
@@ -229,8 +235,9 @@ class Training:
             under_way = self._sent(values, mean_N, batch)
             if self.on_cpu:
                 under_way.means()
+            self.gradients.begin(batch.zoo)
             sum_N.backward(self._factors(mean_N, batch.zoo) * (1 / batch.global_size))
-        distributed.sum_gradients(self.parameters)
+        self._set(self.gradients.finish())
         if self.config.optim.clip:
             self._clip(self.config.optim.clip)
         for group in self.optimizer.param_groups:
@@ -238,6 +245,14 @@ class Training:
         self.optimizer.step()
         self.steps_done += 1
         return under_way
+
+    def _set(self, gradients: Sequence[Tensor | None]) -> None:
+        """What the optimiser steps along."""
+        if self.flat:
+            self.flat.set_gradient(gradients)
+        else:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
 
     def _clip(self, most: float) -> None:
         """Scales the gradients down to this norm, if theirs is larger."""
@@ -253,7 +268,7 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             if self.flat is None:
                 return self.losses(batch)
-            return self.flat.call(lambda: self.losses(batch), torch.bfloat16 if bf16 else None)
+            return self.flat.call(lambda: self.losses(batch))
 
     def _sent(self, values: Mapping[str, Tensor], mean_N: Tensor, batch: Batch) -> Losses:
         """The losses, their copy to the host begun."""

@@ -12,6 +12,7 @@ verified like students.
 Legend: S bends, R relevant input directions, H hidden, K = R + 1 (of the second layer: H + 1).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from distrecon.expand_cluster.bends import Lines
 from distrecon.expand_cluster.neurons import LayerClustering, average_linkage, members
 from distrecon.expand_cluster.thresholds import CROSSED, LEAST_COMMON, LEAST_LINES, SAME
 from distrecon.nets.activations import Activation
+
+MOST_BENDS = 16_000  # that are clustered: their V (V - 1) / 2 distances, and a copy of these, take 2 GiB
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,12 @@ class Row:
 
 
 def first_layer(lines: Lines) -> tuple[Tensor, LayerClustering]:
-    """Hyperplanes [H, K] that run straight through, their signs still open, and the clustering that shows them."""
-    planes_SK, line_S = lines.planes_SK, lines.line_S.numpy()
+    """Hyperplanes [H, K] that run straight through, their signs still open, and the clustering that shows them.
+
+    Of more than MOST_BENDS every n-th bend is clustered; these still come from every line.
+    """
+    every = max(1, math.ceil(len(lines.line_S) / MOST_BENDS))
+    planes_SK, line_S = lines.planes_SK[::every], lines.line_S.numpy()[::every]
     merges = average_linkage(planes_SK, "scaled")
     kept, rows = [], []
     for group in members(merges, SAME):

@@ -18,6 +18,7 @@ from distrecon.expand_cluster.thresholds import RANK_ONE, SAME_TERM
 SEARCHES = 4  # times the dimensions: searches in one batch, as several find the same term
 BATCHES = 6
 STEPS, CHECKED = 600, 20  # of a batch at most, and how often those that have arrived are taken out
+SCALINGS, LEAST_SHARE = 10, 1e-6  # of rows and columns in turn; of their mean square, below which it is rounding
 SHARPENED = 30  # times CHECKED steps in the end at most, while they bring the terms nearer to the space
 
 
@@ -33,6 +34,8 @@ def rank_one_terms(basis_KAB: Tensor, generator: torch.Generator) -> tuple[Tenso
     Fewer than K where the search does not find all. If there are infinitely many, K of them, whichever come.
     """
     count, shape = len(basis_KAB), basis_KAB.shape[1:]
+    original_KF = basis_KAB.flatten(1)
+    basis_KAB, left_AA, right_BB = _isotropic(basis_KAB)
     basis_KF = basis_KAB.flatten(1)
     left_HA, right_HB = basis_KAB.new_empty(0, shape[0]), basis_KAB.new_empty(0, shape[1])
     for _ in range(BATCHES):
@@ -48,7 +51,32 @@ def rank_one_terms(basis_KAB: Tensor, generator: torch.Generator) -> tuple[Tenso
                 break
         if len(left_HA) >= count:
             break
-    return _sharpened(basis_KF, left_HA[:count], right_HB[:count])
+    left_HA = torch.linalg.solve(left_AA, left_HA[:count].T).T
+    right_HB = torch.linalg.solve(right_BB, right_HB[:count].T).T
+    unit = torch.nn.functional.normalize
+    return _sharpened(original_KF, unit(left_HA, dim=1), unit(right_HB, dim=1))
+
+
+def _isotropic(basis_KAB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The basis of L M R^T for all M of the space, with L[A, A] and R[B, B] that make rows and columns isotropic.
+
+    Terms that are much alike are farther apart then, so that searches reach each of them (operator scaling: Gurvits,
+    J. Comput. Syst. Sci. 2004).
+    """
+    left_AA, right_BB = (torch.eye(size, dtype=basis_KAB.dtype) for size in basis_KAB.shape[1:])
+    scaled_KAB = basis_KAB
+    for _ in range(SCALINGS):
+        for rows in (True, False):
+            gram = torch.einsum("kab,kcb->ac" if rows else "kab,kac->bc", scaled_KAB, scaled_KAB)
+            values, vectors = torch.linalg.eigh(gram * len(gram) / gram.trace())
+            inverse_root = vectors * values.clamp(min=LEAST_SHARE).rsqrt() @ vectors.T
+            if rows:
+                left_AA, scaled_KAB = inverse_root @ left_AA, inverse_root @ scaled_KAB
+            else:
+                right_BB, scaled_KAB = inverse_root @ right_BB, scaled_KAB @ inverse_root
+        orthonormal_FK, _ = torch.linalg.qr(scaled_KAB.flatten(1).T)
+        scaled_KAB = orthonormal_FK.T.unflatten(1, basis_KAB.shape[1:])
+    return scaled_KAB, left_AA, right_BB
 
 
 def _sharpened(basis_KF: Tensor, left_HA: Tensor, right_HB: Tensor) -> tuple[Tensor, Tensor]:

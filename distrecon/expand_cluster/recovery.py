@@ -213,7 +213,8 @@ def _attempts(run: Run) -> Recovery:
     """From the bends of a piecewise linear black box, or rounds of students until one is verified.
 
     Each round takes fresh probes of another scale, a share of them round inputs whose answers contradicted an exact fit
-    before; these may show directions that were not seen. After an underfit the next students are wider; else, now and
+    before; these may show directions that were not seen. Derivatives are tried before students that need a warm start,
+    and before the second round of others. After an underfit the next students are wider; else, now and
     again, they train longer on more probes.
     """
     coordinates = _coordinates(run)
@@ -228,7 +229,7 @@ def _attempts(run: Run) -> Recovery:
     guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
     patience, committee, derivatives = 1, None, run.config.probes.derivatives
     for attempt in range(run.config.budget.attempts):
-        if derivatives and not solved(run, _students(run, coordinates.rank, guess)):
+        if derivatives and (attempt or not solved(run, _students(run, coordinates.rank, guess))):
             recovery, derivatives = recover_from_derivatives(run, coordinates), False
             best = _better(recovery, best) if recovery is not None else best
             if best is not None and best.verified:

@@ -49,13 +49,14 @@ def drivers() -> dict[str, str]:
 
 
 def kill_a_drivers_node(cluster: Cluster, folder: RunFolder, seen: dict) -> None:
-    trials = Path(folder.trials("seeds"))
-    while not list(trials.glob("*/checkpoint_*/training.pt")):
-        time.sleep(0.05)
-    seen["before"] = drivers()
-    victim = next(node for node in cluster.worker_nodes if node.node_id in seen["before"].values())
-    seen["victim"] = victim.node_id
-    cluster.remove_node(victim, allow_graceful=False)
+    victims: list = []
+    while not victims:
+        time.sleep(0.1)
+        if epochs(folder):  # an epoch was told, so its checkpoint is there
+            seen["before"] = drivers()
+            victims = [node for node in cluster.worker_nodes if node.node_id in seen["before"].values()]
+    seen["victim"] = victims[0].node_id
+    cluster.remove_node(victims[0], allow_graceful=False)
 
 
 def sweep(path: Path, space: Path, zoos: dict) -> RunFolder:

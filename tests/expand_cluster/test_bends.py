@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distrecon import config as configuration
-from distrecon.expand_cluster import BlackBox, RecoveryConfig, network, recover_network, score
+from distrecon.expand_cluster import BlackBox, RecoveryConfig, hyperplanes, network, recover_network, score
 from distrecon.expand_cluster.bends import Lines, random_lines, scan
 from distrecon.expand_cluster.coordinates import find_coordinates
 from distrecon.expand_cluster.from_bends import recover_from_bends
@@ -37,6 +37,16 @@ def distance(found_HK, true_TK):
     """Of every true row to the nearest found one, up to sign and scale."""
     found, true = (torch.nn.functional.normalize(v, dim=1) for v in (found_HK, true_TK))
     return torch.minimum(torch.cdist(true, found), torch.cdist(true, -found)).min(1).values
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+def test_only_so_many_bends_are_clustered(name, monkeypatch):
+    weights = deep_weights((5, 5, 4, 3), seed=1)
+    lines = scanned(weights, name)
+    monkeypatch.setattr(hyperplanes, "MOST_BENDS", len(lines.line_S) // 2 - 1)
+    first_HK, clustering = first_layer(lines)
+    assert len(clustering.vectors_VK) <= hyperplanes.MOST_BENDS
+    assert distance(first_HK, torch.cat([weights[0][0], weights[0][1][:, None]], dim=1)).max() < 1e-7
 
 
 @pytest.mark.parametrize("name", ["relu", "leaky_relu"])

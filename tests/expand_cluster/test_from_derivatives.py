@@ -1,5 +1,7 @@
 """Neurons from derivatives: their terms, their responses, the fit without matrices, and whole recoveries."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -39,6 +41,29 @@ def test_more_terms_than_rows_and_columns_are_found(generator):
     cosines = cosines * (torch.nn.functional.normalize(left, dim=1) @ found_left.T)
     assert len(found_right) == 9
     torch.testing.assert_close(cosines.abs().amax(1), torch.ones(9).double(), rtol=0, atol=1e-10)
+
+
+def test_terms_that_are_much_alike_are_told_apart(generator):
+    left, right = (torch.randn(5, size, generator=generator, dtype=torch.float64) for size in (3, 5))
+    right[1:3] = right[0] + 0.1 * right[1:3]  # the three right factors are within a few degrees of one another
+    samples = torch.einsum("sh,ha,hb->sab", torch.randn(40, 5, generator=generator, dtype=torch.float64), left, right)
+    found_left, found_right = rank_one_terms(span(samples, 5), generator)
+    cosines = torch.nn.functional.normalize(right, dim=1) @ found_right.T
+    cosines = cosines * (torch.nn.functional.normalize(left, dim=1) @ found_left.T)
+    torch.testing.assert_close(cosines.abs().amax(1), torch.ones(5).double(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_small_black_box_that_students_miss_is_read_from_derivatives():
+    def clamped(x):  # nearly linear inside its limits
+        return network(layers, "tanh")(x.clamp(0, 1))
+
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    layers = [(1.5 * draw(out, cols) / cols**0.5, draw(out) / 2) for cols, out in ((8, 5), (5, 3))]
+    result = recover_network(clamped, 8, "tanh")
+    assert result.verified, result.reason
+    assert result.layer_sizes == [5]
+    assert result.metrics["recover/students"] == 0
 
 
 def test_derivatives_by_hand(generator):
