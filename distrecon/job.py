@@ -8,12 +8,13 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distrecon import config as configuration
+from distrecon.autoencoder.config import RECOMMENDED
 from distrecon.autoencoder.scoring import check_memory
 from distrecon.cluster import session
 from distrecon.cluster.space import Sweep, one_trial, read_space
@@ -21,6 +22,7 @@ from distrecon.cluster.sweeps import check_resources, run_sweeps
 from distrecon.console import Progress, time_left
 from distrecon.errors import UserError, WorkFailed, nearest
 from distrecon.kinds import KINDS
+from distrecon.nets import ChainArchitecture
 from distrecon.record.folder import REQUEST, RunFolder, check_absent
 from distrecon.record.journal import SweepRecord, TrialRecord
 from distrecon.record.tracking import Tracker
@@ -32,7 +34,10 @@ from distrecon.zoos.storage import store
 from distrecon.zoos.train import ensure
 
 SHIPPED = Path(__file__).resolve().parent.parent / "tune_spaces"  # beside the package, wherever it lies
-DEFAULT_SPACES = ("tune_spaces/loss_weights.yaml", "tune_spaces/student_counts.yaml")
+DEFAULT_SPACES = tuple(f"tune_spaces/{name}.yaml" for name in ("loss_weights", "recommended_coder", "student_counts"))
+
+# Settings that say nothing of how an autoencoder is trained; with these alone `train` takes the recommended coder
+NOT_OF_TRAINING = ("model.latent", "data.align", "tasks.", "resources.", "seed")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Request:
 
     spaces: tuple[str, ...] = ()  # space files
     zoo: tuple[str, ...] = ()  # zoos to train a single autoencoder on
+    coder: dict[str, Any] = field(default_factory=dict)  # dotted values of that autoencoder that nobody asked for
     overrides: dict[str, Any] = field(default_factory=dict)  # dotted values laid over every space's base
     seed: int = 0
     smoke: bool = False
@@ -63,12 +69,23 @@ def space_file(name: str) -> str:
     raise UserError(f"{name}: no such space file{nearest(shipped.stem, names)}")
 
 
+def recommended(zoo: Sequence[str], overrides: Mapping[str, Any], smoke: bool) -> dict[str, Any]:
+    """The recommended coder's settings where none of the overrides says how to train and it can code the zoos' models.
+
+    A smoke run trains, since it tries every stage. Raises UserError when a zoo is missing.
+    """
+    if smoke or not all(key.startswith(NOT_OF_TRAINING) for key in overrides):
+        return {}
+    chains = (isinstance(opened.architecture, ChainArchitecture) for opened in _opened(zoo).values())
+    return RECOMMENDED if all(chains) else {}
+
+
 def read_sweeps(request: Request) -> list[Sweep]:
     """All sweeps of a request, completely checked; UserError names the file and key that are wrong."""
     overrides, smoke = request.overrides, request.smoke
     sweeps = [read_space(path, KINDS, overrides, smoke) for path in request.spaces]
     if request.zoo:
-        values = {"zoo": list(request.zoo)}
+        values = {"zoo": list(request.zoo), **request.coder}
         sweeps.append(one_trial("train", KINDS["autoencoder"], values, overrides, smoke, "--zoo"))
     known = {name for s in sweeps for name in configuration.fields(type(s.base))}
     for key in request.overrides:
@@ -108,7 +125,7 @@ def reopen(path: str, command: str, address: str | None, modules: tuple[str, ...
     Raises UserError when the run is stale: a zoo changed since it began, or its request is not one of this version.
     """
     folder, saved = RunFolder.reopen(path, command)
-    saved = {"zoo": [], "images": None, "modules": [], **saved}  # runs of earlier versions, which had neither
+    saved = {"zoo": [], "coder": {}, "images": None, "modules": [], **saved}  # earlier versions' runs had none of them
     names = [f.name for f in dataclasses.fields(Request)]
     if missing := [name for name in [*names, "zoos"] if name not in saved]:
         raise UserError(f"--resume {path}: {REQUEST} has no {missing[0]!r}; start anew with another --out")
@@ -188,8 +205,13 @@ def _check_shared(folder: RunFolder, zoos: Iterable[Zoo]) -> None:
 
 
 def _folders(sweeps: Sequence[Sweep], images: str | None = None) -> dict[str, Zoo]:
-    """The zoos that the sweeps name by folder; the shipped ones are trained when they are missing."""
-    names = sorted(_zoo_names(sweeps) - set(ZOOS))
+    """The zoos that the sweeps name by folder."""
+    return _opened(_zoo_names(sweeps), images)
+
+
+def _opened(zoos: Iterable[str], images: str | None = None) -> dict[str, Zoo]:
+    """Those of the zoos that are folders; the shipped ones, all of chains, are trained when they are missing."""
+    names = sorted(set(zoos) - set(ZOOS))
     for name in names:
         if "/" not in name and not Path(name).exists():
             raise UserError(f"no zoo {name!r} here{nearest(name, ZOOS)} (or a folder)")

@@ -1,4 +1,4 @@
-"""python -m distrecon.tune: sweeps on Ray Tune, recorded in MLflow; with no arguments the two digits sweeps."""
+"""python -m distrecon.tune: sweeps on Ray Tune, recorded in MLflow; with no arguments the digits sweeps."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ import sys
 from distrecon import console, job, launch
 
 EXAMPLES = """examples:
-  python -m distrecon.tune                                    both digits sweeps, minutes on two cores
+  python -m distrecon.tune                                    the digits sweeps, minutes on two cores
   python -m distrecon.tune --smoke                            check an installation
   python -m distrecon.tune --space my_sweep.yaml --set optim.epochs=50
   python -m distrecon.tune --address auto --space paper_losses --use-gpu
@@ -26,7 +26,7 @@ def parser() -> console.Parser:
         "--space",
         nargs="+",
         metavar="FILE",
-        help="space files, or names of shipped ones (default: the two digits sweeps)",
+        help="space files, or names of shipped ones (default: the digits sweeps)",
     )
     launch.options(parser)
     return parser

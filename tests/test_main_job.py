@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import mlflow
 import numpy as np
@@ -16,8 +18,10 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 import distrecon
-from distrecon import evaluate, generate, images, tune
+from distrecon import evaluate, generate, images, job, tune
+from distrecon.autoencoder.config import RECOMMENDED
 from distrecon.console import DONE, INTERRUPTED, SOME_FAILED, WRONG_REQUEST
+from distrecon.nets import ChainArchitecture, ModuleArchitecture
 from tests.conftest import environment, run_command
 
 ONE_RECOVERY = """
@@ -42,9 +46,17 @@ def recoveries(folder, space):
     return path
 
 
-def test_prints_both_tables_and_where_to_look_next(smoke):
+def test_prints_all_tables_and_where_to_look_next(smoke):
     _, _, done = smoke
-    for words in ("loss_weights", "C+S+B", "student_counts", "students.count", "numbers mean nothing"):
+    for words in (
+        "loss_weights",
+        "C+S+B",
+        "recommended_coder",
+        "model.latent",
+        "student_counts",
+        "students.count",
+        "numbers mean nothing",
+    ):
         assert words in done.stdout
     assert "report   out/report.html" in done.stdout
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in done.stdout
@@ -62,7 +74,7 @@ def test_summary_has_every_trial_with_its_metrics(smoke):
     summary = json.loads((smoke[1] / "summary.json").read_text())
     assert summary["smoke"] is True
     sweeps = {sweep["name"]: sweep for sweep in summary["sweeps"]}
-    assert set(sweeps) == {"loss_weights", "student_counts"}
+    assert set(sweeps) == {"loss_weights", "recommended_coder", "student_counts"}
     for sweep in sweeps.values():
         assert len(sweep["trials"]) == 2
         assert {t["status"] for t in sweep["trials"]} == {"completed"}
@@ -71,6 +83,8 @@ def test_summary_has_every_trial_with_its_metrics(smoke):
     losses = {t["config"]["loss.terms"]: t["metrics"] for t in sweeps["loss_weights"]["trials"]}
     assert "loss/behavioral" in losses["C+S+B"]
     assert "loss/behavioral" not in losses["C+S"]
+    fitted = [t["metrics"] for t in sweeps["recommended_coder"]["trials"]]
+    assert all("reconstruct/agreement" in m and "loss/total" not in m and m["time/seconds"] > 0 for m in fitted)
     for task in ("predict/test_accuracy_r2", "reconstruct/agreement", "generate/accuracy_mean", "generate/novelty"):
         assert task in losses["C+S"]
     assert all(t["metrics"]["recover/layer_sizes"] == [3] for t in sweeps["student_counts"]["trials"])
@@ -85,7 +99,7 @@ def test_the_sweeps_ran_at_the_same_time(smoke):
 def test_mlflow_has_parents_children_epochs_and_artifacts(smoke):
     folder, out, _ = smoke
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    for name in ("loss_weights", "student_counts"):
+    for name in ("loss_weights", "recommended_coder", "student_counts"):
         runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
         assert {r.info.status for r in runs} == {"FINISHED"}
         parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
@@ -108,8 +122,8 @@ def test_mlflow_has_parents_children_epochs_and_artifacts(smoke):
 
 def test_report_has_every_figure_and_a_link_to_every_run(smoke):
     page = (smoke[1] / "report.html").read_text()
-    assert page.count("<figure>") == len(list((smoke[1] / "figures").glob("*.png"))) == 8
-    assert page.count("/runs/") == 4
+    assert page.count("<figure>") == len(list((smoke[1] / "figures").glob("*.png"))) == 12
+    assert page.count("/runs/") == 6
     assert "smoke run" in page
 
 
@@ -117,7 +131,7 @@ def test_the_best_autoencoder_is_loaded_from_the_store_by_one_line(smoke, monkey
     folder, out, _ = smoke
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (line,) = re.findall(r"distrecon.load_autoencoder\((&quot;|\")(runs:/\w+)", (out / "report.html").read_text())
+    line, _ = re.findall(r"distrecon.load_autoencoder\((&quot;|\")(runs:/\w+)", (out / "report.html").read_text())
     here = distrecon.load_autoencoder(out).state_dict()
     client = MlflowClient("sqlite:///mlflow.db")
     parents = client.search_runs([client.get_experiment_by_name("loss_weights").experiment_id], "tags.best_run != ''")
@@ -301,3 +315,46 @@ def test_wrong_requests_are_one_line_and_leave_nothing(tmp_path, capsys, monkeyp
     for word in words:
         assert word in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "taken"),
+    [
+        ({}, True),
+        ({"model.latent": 62, "data.align": False, "tasks.refine": 2, "resources.num_workers": 2, "seed": 1}, True),
+        ({"model.kind": "transformer"}, False),
+        ({"model.width": 128}, False),
+        ({"loss.beta": 0.1}, False),
+        ({"optim.epochs": 8}, False),
+        ({"data.views": "permutation"}, False),
+    ],
+)
+def test_one_autoencoder_is_the_recommended_coder_unless_a_setting_says_how_to_train(overrides, taken):
+    coder = job.recommended(["digits"], overrides, smoke=False)
+    (sweep,) = job.read_sweeps(job.Request(zoo=("digits",), coder=coder, overrides=overrides))
+    assert sweep.base.model.kind == ("activation_pca" if taken else "transformer")
+    assert sweep.kind.epochs(sweep.base) == (0 if taken else 8)
+    assert ("model.kind" in sweep.space) == taken  # the table shows what nobody asked for
+    assert job.recommended(["digits"], overrides, smoke=True) == {}
+
+
+def test_networks_that_are_no_chains_get_the_transformer(monkeypatch):
+    opened = {
+        name: SimpleNamespace(architecture=Mock(kind))
+        for name, kind in (("chain", ChainArchitecture), ("module", ModuleArchitecture))
+    }
+    monkeypatch.setattr(job, "_opened", lambda zoo: {name: opened[name] for name in zoo})
+    assert job.recommended(["chain"], {}, smoke=False) == RECOMMENDED
+    assert job.recommended(["chain", "module"], {}, smoke=False) == {}
+
+
+def test_a_resumed_run_keeps_the_coder_that_it_began_with(smoke, tmp_path, ray_session):
+    (zoo,) = (smoke[0] / "zoos").iterdir()
+    for coder in (RECOMMENDED, {}):
+        out = tmp_path / f"run{len(coder)}"
+        job.prepare(job.Request(zoo=(str(zoo),), coder=coder), str(out), "train")
+        saved = json.loads((out / "request.json").read_text())
+        if not coder:  # as versions wrote it that knew no recommended coder
+            del saved["coder"]
+            (out / "request.json").write_text(json.dumps(saved))
+        assert job.reopen(str(out), "train", None)[1].coder == coder

@@ -66,9 +66,10 @@ def read_back(text, kind, swept):
 
 def test_the_default_run_prints_what_the_readme_shows(monkeypatch, tmp_path):
     shown = printed("loss_weights (* best by")
-    losses, students, _ = shown.split("\n\n")
+    losses, recommended, students, _ = shown.split("\n\n")
     records = [
         read_back(losses, "autoencoder", "loss.terms"),
+        read_back(recommended, "autoencoder", "model.latent"),
         read_back(students, "expand_cluster", "students.count"),
     ]
     folder = Path(re.search(r"report   (\S+)/report.html", shown)[1])

@@ -80,8 +80,8 @@ def train(zoo: Bench, values: Values) -> tuple[Autoencoder, float]:
     steps = count // size
     start = time.process_time()
     sample = ZooSample(zoo.arch, zoo.train.theta_BP, zoo.images)
-    training = Training(config, [sample], steps * config.optim.epochs)
-    for epoch in range(config.optim.epochs if config.model.kind != "fisher_pca" else 0):
+    training = Training(config, [sample], steps * config.epochs)
+    for epoch in range(config.epochs):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(1000 * config.seed + epoch))
         for step, rows in enumerate(order[: steps * size].split(size)):
             training.step(Batch(epoch, step, 0, zoo.train.row_B[rows], zoo.train.theta_BP[rows], size, 0))

@@ -166,7 +166,7 @@ class Walk:
 class ActivationPCA(Coder):
     """Standardised weights [B, P] -> latents [B, Z] of unit variance over the zoo -> standardised weights."""
 
-    fit = staticmethod(fit)
+    fit, learns = staticmethod(fit), False
 
     def __init__(
         self, config: CoderConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]

@@ -76,6 +76,7 @@ class Coder(nn.Module, ABC):
     """
 
     fit: ClassVar[Fit | None] = None  # a static method, where the coder starts from a sample of training models
+    learns: ClassVar[bool] = True  # False where `fit` gives all that maps weights to latents and back
 
     def __init__(
         self, config: CoderConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]

@@ -72,7 +72,7 @@ class OptimConfig:
     lr_without_b: float | None = setting(None, "in place of lr when loss.terms has no B", least=0)
     weight_decay: float = setting(0.01, least=0)
     batch_size: int = setting(32, "models of a global batch, over all workers", least=1)
-    epochs: int = setting(8, least=0)
+    epochs: int = setting(8, "of coders that learn; the others need none", least=0)
     schedule: str = setting("cosine", choices=("cosine", "onecycle", "constant"))
     warmup: float = setting(0.05, "share of the steps", least=0, most=1)
     clip: float = setting(1.0, "norm of the gradient; 0 for none", least=0)
@@ -165,11 +165,20 @@ class AutoencoderConfig:
             raise UserError("loss.terms with C needs two views of a model: set data.views to permutation or noise")
 
     @property
+    def epochs(self) -> int:
+        """Epochs of training: none for a coder that is only fitted."""
+        return self.optim.epochs if CODERS[self.model.kind].learns else 0
+
+    @property
     def optim_in_use(self) -> OptimConfig:
         """`optim` with the learning rate that goes with `loss.terms`."""
         other = self.optim.lr_without_b
         return self.optim if other is None or "behavioral" in self.loss.weights else replace(self.optim, lr=other)
 
+
+# What `distrecon.train` takes where no setting says how to train: of all coders the one whose reconstructions behave
+# most like their originals (docs/autoencoder.md)
+RECOMMENDED: dict[str, Any] = {"model.kind": "activation_pca"}
 
 PAPER: dict[str, Any] = {
     "model.width": 256,

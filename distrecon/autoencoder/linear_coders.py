@@ -64,6 +64,8 @@ class Residual(nn.Module):
 class LinearCoder(Coder):
     """Standardised weights [B, P] -> latents [B, Z] -> standardised weights, one linear map for each architecture."""
 
+    learns = False
+
     def __init__(
         self, config: CoderConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]
     ) -> None:
@@ -151,6 +153,8 @@ class KroneckerPCA(LinearCoder):
 
 class Corrected(LinearCoder):
     """Either map, corrected by a `Residual` for each architecture."""
+
+    learns = True
 
     def __init__(
         self, config: CoderConfig, architectures: Sequence[Architecture], fitted: Sequence[Mapping[str, Tensor]]

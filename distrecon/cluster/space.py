@@ -119,7 +119,7 @@ def one_trial(
     """A sweep of a single trial, which is shown by its `values`; UserError names the source of a wrong one."""
     known = config.fields(kind.config_type)
     fixed = {key: Dimension("grid", (config.convert(v, known[key], f"{source} {key}"),)) for key, v in values.items()}
-    base, dimensions = _settle(kind, {}, fixed, overrides, smoke, source)
+    base, dimensions = _settle(kind, values, fixed, overrides, smoke, source)
     sweep = Sweep(name, kind, kind.objective, kind.mode, "fifo", None, 1, base, dimensions)
     _check_every_corner(sweep, source)
     return sweep

@@ -101,6 +101,8 @@ def train_loop(settings: Mapping[str, Any]) -> None:
     training, first_epoch = _prepare(run, zoos)
     for epoch, metrics in train_epochs(run, zoos, training, first_epoch, rank, train.get_context().get_world_size()):
         _report(epoch, {**metrics, "time/seconds": time.monotonic() - began}, training, rank)
+    if not run.epochs:
+        _report(0, {"time/seconds": time.monotonic() - began}, training, rank)
     if rank == 0:
         with tempfile.TemporaryDirectory() as folder:
             save_autoencoder(folder, training.autoencoder)
@@ -116,7 +118,7 @@ def train_epochs(
             zoos,
             batch_size=run.optim.batch_size,
             first_epoch=first_epoch - 1,
-            last_epoch=run.optim.epochs - 1,
+            last_epoch=run.epochs - 1,
             shards=run.data.shards,
             rank=rank,
             world_size=world_size,
@@ -168,7 +170,7 @@ def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
     device = _device(run.resources)
     samples = [ZooSample(zoo.architecture, _sample(zoo, run.seed), zoo.images()) for zoo in zoos]
     steps = plan(zoos, batch_size=run.optim.batch_size, shards=run.data.shards, seed=run.seed)
-    training = Training(run.autoencoder, samples, sum(steps.steps(epoch) for epoch in range(run.optim.epochs)), device)
+    training = Training(run.autoencoder, samples, sum(steps.steps(epoch) for epoch in range(run.epochs)), device)
     checkpoint = train.get_checkpoint()
     if checkpoint is None:
         return training, 1

@@ -32,7 +32,7 @@ def run(config: AutoencoderRun, trial: Trial) -> Mapping[str, Any]:
     """Trains one autoencoder, whose own reports become the trial's, and scores it on the first zoo."""
     zoos = [trial.zoos[name] for name in config.zoo]
     train_autoencoder(config, zoos, trial.storage, trial.name, in_trial=True)
-    return {"epoch": config.optim.epochs} | score_autoencoder(config, zoos[0], f"{trial.storage}/{trial.name}")
+    return {"epoch": config.epochs} | score_autoencoder(config, zoos[0], f"{trial.storage}/{trial.name}")
 
 
 def needs(config: AutoencoderRun) -> Needs:
@@ -311,7 +311,7 @@ KIND = Kind(
     },
     figures=(losses, accuracies, novelty, gradients, agreement),
     needs=needs,
-    epochs=lambda config: config.optim.epochs,
+    epochs=lambda config: config.epochs,
     reports_itself=True,
     serve=serve,
     offer=("The best autoencoder in Python", 'distrecon.load_autoencoder("{run}")'),
