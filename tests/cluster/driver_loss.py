@@ -48,12 +48,13 @@ def drivers() -> dict[str, str]:
     }
 
 
-def kill_a_drivers_node(cluster: Cluster, folder: RunFolder, seen: dict) -> None:
+def kill_a_drivers_node(cluster: Cluster, folder: RunFolder, seen: dict, earlier: dict) -> None:
+    """Once an epoch was told, the node of a driver that is none of the earlier sweep's, which may linger."""
     victims: list = []
     while not victims:
         time.sleep(0.1)
         if epochs(folder):  # an epoch was told, so its checkpoint is there
-            seen["before"] = drivers()
+            seen["before"] = {actor: node for actor, node in drivers().items() if actor not in earlier}
             victims = [node for node in cluster.worker_nodes if node.node_id in seen["before"].values()]
     seen["victim"] = victims[0].node_id
     cluster.remove_node(victims[0], allow_graceful=False)
@@ -94,7 +95,8 @@ def main(path: Path) -> None:
     space.write_text(SPACE)
     quiet = sweep(path / "quiet", space, zoos)
     seen: dict = {}
-    killer = threading.Thread(target=kill_a_drivers_node, args=(cluster, RunFolder(path / "lossy"), seen), daemon=True)
+    arguments = (cluster, RunFolder(path / "lossy"), seen, drivers())
+    killer = threading.Thread(target=kill_a_drivers_node, args=arguments, daemon=True)
     killer.start()
     lossy = sweep(path / "lossy", space, zoos)
     killer.join(timeout=5)
