@@ -40,21 +40,23 @@ SETTINGS = {
 
 
 def drivers() -> dict[str, str]:
-    """Actor id -> node id of the trials' processes that are alive."""
+    """Actor id -> node id of the trials' processes that are alive.
+
+    Ray calls the class of a process's second sweep wrap_function.<locals>.ImplicitFunc.
+    """
     return {
         actor["ActorID"]: actor["Address"]["NodeID"]
         for actor in actors().values()
-        if actor["ActorClassName"] == "ImplicitFunc" and actor["State"] == "ALIVE"
+        if actor["ActorClassName"].endswith("ImplicitFunc") and actor["State"] == "ALIVE"
     }
 
 
-def kill_a_drivers_node(cluster: Cluster, folder: RunFolder, seen: dict, earlier: dict) -> None:
-    """Once an epoch was told, the node of a driver that is none of the earlier sweep's, which may linger."""
+def kill_a_drivers_node(cluster: Cluster, folder: RunFolder, seen: dict) -> None:
     victims: list = []
     while not victims:
         time.sleep(0.1)
         if epochs(folder):  # an epoch was told, so its checkpoint is there
-            seen["before"] = {actor: node for actor, node in drivers().items() if actor not in earlier}
+            seen["before"] = drivers()
             victims = [node for node in cluster.worker_nodes if node.node_id in seen["before"].values()]
     seen["victim"] = victims[0].node_id
     cluster.remove_node(victims[0], allow_graceful=False)
@@ -95,8 +97,7 @@ def main(path: Path) -> None:
     space.write_text(SPACE)
     quiet = sweep(path / "quiet", space, zoos)
     seen: dict = {}
-    arguments = (cluster, RunFolder(path / "lossy"), seen, drivers())
-    killer = threading.Thread(target=kill_a_drivers_node, args=arguments, daemon=True)
+    killer = threading.Thread(target=kill_a_drivers_node, args=(cluster, RunFolder(path / "lossy"), seen), daemon=True)
     killer.start()
     lossy = sweep(path / "lossy", space, zoos)
     killer.join(timeout=5)
