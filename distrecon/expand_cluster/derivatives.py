@@ -72,7 +72,7 @@ class Derivatives:
 
 
 def jacobians(ask: Ask, z_SR: Tensor, step_S: Tensor) -> Tensor:
-    """d y / d z of a function of z[Q, R] by five-point differences of the given steps, [S, O, R]: 4 R queries a point."""
+    """d y / d z of a function of z[Q, R], [S, O, R], by five-point differences of these steps: 4 R queries a point."""
     rank = z_SR.shape[1]
     moves_DR = torch.cat([multiple * torch.eye(rank, dtype=torch.float64) for multiple in MULTIPLES])
     points, parts = max(1, AT_ONCE // len(moves_DR)), []

@@ -105,7 +105,7 @@ def first_layer(ask: Ask, rank: int, activation: Activation, generator: torch.Ge
 
 
 def _unit(ask: Ask, activation: Activation, direction_R: Tensor, at_KR: Tensor) -> tuple[Tensor, float, float] | None:
-    """Direction, slope and rough bias of a neuron from the answers across its hyperplane; None if they tell no slope."""
+    """Direction, slope and rough bias of a neuron from answers across its hyperplane; None if they tell no slope."""
     along_K = at_KR @ direction_R
     middle = float(along_K.median())
     flat_KR = at_KR - along_K[:, None] * direction_R
