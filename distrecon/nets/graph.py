@@ -10,7 +10,8 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -37,6 +38,21 @@ NORMS = {  # operation -> roles of its parameters, from its second argument on
 WEIGHTED = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
+@dataclass(frozen=True)
+class WeightedSum:
+    """A linear map or a convolution by entries of the state dict."""
+
+    weight: str
+    bias: str | None
+    kernel: tuple[int, ...]  # () for linear maps
+    settings: tuple[Any, ...] = ()  # stride, padding, dilation of a convolution, as far as given
+    groups: int = 1
+
+    @property
+    def spatial(self) -> int:
+        return len(self.kernel)
+
+
 class Graph:
     """What tracing a module gives: its table, the exported program, the sizes of its outputs."""
 
@@ -52,7 +68,7 @@ class Graph:
                     f"{name} cannot run for many models at once: the size of what {node.target} at {where(node)} gives "
                     "depends on numbers"
                 )
-        output = self._output(name)
+        output, self.output_place = self._output(name)
         self.num_outputs = output.meta["val"].shape[1]
         self.widest = max([1, *(v.numel() for node in self.exported.graph.nodes for v in _values(node))]) // max(
             1, len(inputs)
@@ -70,7 +86,7 @@ class Graph:
         for label in self.of[output]:
             pin(label)
 
-    def _output(self, name: str) -> Node:
+    def _output(self, name: str) -> tuple[Node, int]:
         (last,) = (node for node in self.exported.graph.nodes if node.op == "output")
         outputs = [o for o in last.args[0] if isinstance(o, Node)]
         specs = self.exported.graph_signature.output_specs
@@ -78,12 +94,39 @@ class Graph:
         if len(user) != 1 or user[0].meta["val"].ndim != 2:
             shapes = [tuple(o.meta["val"].shape) for o in user]
             raise UserError(f"{name} must give one tensor [inputs, outputs], not {shapes}")
-        return user[0]
+        return user[0], outputs.index(user[0])
 
     def _names(self) -> dict[str, str]:
         """Every name of the state dict -> the first name of the same tensor."""
         first: dict[int, str] = {}
         return {key: first.setdefault(id(tensor), key) for key, tensor in self.state.items()}
+
+    # -- running it ---------------------------------------------------------------------------------------------------
+
+    def arguments(self, state: Mapping[str, Tensor], inputs: Tensor) -> list[Tensor]:
+        """What the exported program reads, in order: entries of a state dict, tensors of its own, the inputs."""
+        own = self.exported.constants
+        targets = [spec.target for spec in self.exported.graph_signature.input_specs]
+        return [
+            inputs if target is None else state[target] if target in state else own[target].to(inputs.device)
+            for target in targets
+        ]
+
+    def weighted_sums(self) -> dict[Node, WeightedSum]:
+        """The nodes that are linear maps or convolutions (none transposed) by an entry whose role is a weight."""
+        found = {}
+        for node in self.exported.graph.nodes:
+            name = _operation(node) if node.op == "call_function" else ""
+            if name not in WEIGHTED or "transpose" in name:
+                continue
+            arguments = [*node.args, *node.kwargs.values()]
+            weight, bias = self._key(arguments[1]), self._key(arguments[2]) if len(arguments) > 2 else None
+            if weight is None or self.roles[weight] != "weight":
+                continue
+            kernel = tuple(self.state[weight].shape[2:])
+            groups = arguments[6] if len(arguments) > 6 else 1
+            found[node] = WeightedSum(weight, bias, kernel, tuple(arguments[3:6]), groups)
+        return found
 
     # -- nodes --------------------------------------------------------------------------------------------------------
 

@@ -139,3 +139,23 @@ def test_permutation_views_of_modules_keep_functions(arch, images, theta_BP):
 def test_coders_of_chains_refuse_modules(arch, images, theta_BP):
     with pytest.raises(UserError, match="chains of layers"):
         Training(tiny(model__kind="activation_pca"), [ZooSample(arch, theta_BP[:16], images)], 1)
+
+
+@pytest.mark.parametrize("kind", ["kronecker_pca", "kronecker_residual"])
+def test_the_kronecker_coder_has_room_for_everything_or_what_matters(arch, images, theta_BP, kind, tmp_path):
+    """With a latent as large as the model nothing is lost; with a small one, the directions that matter are kept."""
+    config = tiny(model__kind=kind, model__latent=arch.token_size, data__align=False)
+    autoencoder = Training(config, [ZooSample(arch, theta_BP[:16], images)], 1).autoencoder
+    torch.testing.assert_close(autoencoder.decode(autoencoder.encode(theta_BP[16:])), theta_BP[16:], rtol=1e-3, atol=1e-4)
+    save_autoencoder(tmp_path, autoencoder)
+    z = autoencoder.encode(theta_BP[:2])
+    torch.testing.assert_close(load_autoencoder(tmp_path).decode(z), autoencoder.decode(z))
+    inputs, errors = images.train.images[:64], []
+    for small in (kind, "fisher_pca"):
+        settings = {"model__fisher_metric": "structural", "model__fisher_blocks": "layer"}
+        config = tiny(model__kind=small, model__latent=1, data__align=False, **settings)
+        autoencoder = Training(config, [ZooSample(arch, theta_BP[:16], images)], 1).autoencoder
+        back_BP = autoencoder.decode(autoencoder.encode(theta_BP[16:])).detach()
+        errors.append(float((arch.forward(back_BP, inputs) - arch.forward(theta_BP[16:], inputs)).square().mean()))
+        assert float(back_BP[:, arch.table.places(("variance",))].min()) >= 0
+    assert errors[0] < errors[1]
