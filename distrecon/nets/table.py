@@ -224,7 +224,7 @@ class Table:
 
         `order` are the orders of all units and, at U, a zero. Each factor of a parameter's axes has its pair.
         """
-        slots: list[list[tuple[int, Tensor, Tensor]]] = [self._of_entry(entry) for entry in self.entries]
+        slots: list[list[tuple[int, Tensor, Tensor]]] = [self.factors_of(entry) for entry in self.entries]
         count, none = max([0, *map(len, slots)]), self.firsts[-1]
         units = torch.full((count, self.num_parameters), none)
         steps = torch.zeros(count, self.num_parameters, dtype=torch.long)
@@ -236,7 +236,7 @@ class Table:
         start_P = torch.arange(self.num_parameters) - (identity_U[units] * steps).sum(0)
         return start_P, list(zip(units, steps, strict=True))
 
-    def _of_entry(self, entry: Entry) -> list[tuple[int, Tensor, Tensor]]:
+    def factors_of(self, entry: Entry) -> list[tuple[int, Tensor, Tensor]]:
         """(group, unit of each number, step in theta) for each place that groups take in the entry's axes."""
         shape = entry.shape or (1,)
         local: dict[int, Tensor] = {}  # group -> which of its units each number belongs to, -1 for none
