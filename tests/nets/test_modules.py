@@ -1,6 +1,7 @@
 """Any torch module as an architecture: its groups are those worked out by hand, and what rests on them holds."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from distrecon.errors import UserError
 from distrecon.nets import Architecture, ModuleArchitecture, align, architecture, permute, random_permutation
 from distrecon.nets.trace import of_module, random_models
-from tests.nets.module_networks import NETWORKS, ResNet20, TorchTransformer
+from tests.nets.module_networks import NETWORKS, ResNet18, ResNet20, TorchTransformer
 
 NAMES = [*NETWORKS, "transformer"]
 
@@ -389,22 +390,20 @@ def test_remeasured_statistics_are_those_of_the_inputs() -> None:
     assert moved == {"mean", "variance"}
 
 
-def resnet18() -> nn.Module:
-    """torchvision's, or the same network where torchvision cannot be loaded beside this torch."""
+def torchvision_resnet18() -> nn.Module:
     try:
-        from torchvision.models import resnet18 as published
-    except (ImportError, RuntimeError):
-        from tests.nets.module_networks import ResNet18
-
-        return ResNet18()
-    return published()
+        from torchvision.models import resnet18
+    except (ImportError, RuntimeError) as error:  # its operators are for one build of torch
+        pytest.skip(f"torchvision cannot be loaded beside torch {torch.__version__}: {error}")
+    return resnet18()
 
 
 @pytest.mark.slow
-def test_resnet18() -> None:
+@pytest.mark.parametrize("make", [ResNet18, torchvision_resnet18])
+def test_resnet18(make: Callable[[], nn.Module]) -> None:
     """Eight blocks have a group inside each, and four stages have one residual stream each."""
     torch.manual_seed(0)
-    module, inputs = resnet18().eval(), torch.randn(2, 3, 32, 32)
+    module, inputs = make().eval(), torch.randn(2, 3, 32, 32)
     arch = of_module(module, inputs)
     assert arch.num_parameters == 11_689_512 + 2 * 4800  # and the running statistics
     assert sorted(group.size for group in arch.groups) == sorted([64, 128, 256, 512] + 2 * [64, 128, 256, 512])
