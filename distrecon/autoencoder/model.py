@@ -1,8 +1,8 @@
 """The weight autoencoder as users see it: weights in, latents out, and back.
 
-It knows its architectures, how weights are standardised (one mean and deviation a layer, over a sample of the zoo; variances by logarithms), the
-reference that models are aligned to, and a few query inputs for refinement. The learned maps are those of a coder, one
-of `coders.CODERS`.
+It knows its architectures, how weights are standardised (one mean and deviation a layer, over a sample of the zoo;
+variances by their logarithms), the reference that models are aligned to, and a few query inputs for refinement. The
+learned maps are those of a coder, one of `coders.CODERS`.
 
 Legend: B models, P parameters, T tokens, Z latent size, Q queries, F features.
 """

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from distrecon.errors import UserError
-from distrecon.nets import axes, rules, table
+from distrecon.nets import axes, calls, rules, table
 from distrecon.nets.axes import Atom, Label, Stack, fixed, free, parent, pin, settled
-from distrecon.nets.rules import Labels, flatten_labels
+from distrecon.nets.calls import Call, Labels, flatten_labels
 from distrecon.nets.table import Constant, Entry, Group, Rows, Table
 
 COUNTER = "num_batches_tracked"
@@ -134,7 +134,7 @@ class Graph:
         if node.op == "placeholder":
             return self._placeholder(node)
         if node.op == "get_attr":
-            return rules.Tensor(map(fixed, node.meta["val"].shape)) if "val" in node.meta else None
+            return calls.Tensor(map(fixed, node.meta["val"].shape)) if "val" in node.meta else None
         if node.op != "call_function":
             return None
         if node.target is operator.getitem:
@@ -146,7 +146,7 @@ class Graph:
         name = _operation(node)
         self._layers(node, name)
         values = _values(node)
-        call = rules.Call(args, kwargs, [tuple(v.shape) for v in values], _singly_read(node))
+        call = Call(args, kwargs, [tuple(v.shape) for v in values], _singly_read(node))
         found = rules.RULES[name](call) if name in rules.RULES else NotImplemented
         if found is NotImplemented:
             return self._without_rule(node, call)
@@ -158,18 +158,18 @@ class Graph:
             return None
         key = self.names.get(self.fqn.get(node.name, ""))
         if key is None or not value.is_floating_point() or not node.users:
-            return rules.Tensor(map(fixed, value.shape))
+            return calls.Tensor(map(fixed, value.shape))
         if key not in self.labels:
-            self.labels[key] = rules.Tensor(map(free, value.shape))
+            self.labels[key] = calls.Tensor(map(free, value.shape))
         return self.labels[key]
 
-    def _without_rule(self, node: Node, call: rules.Call) -> Any:
+    def _without_rule(self, node: Node, call: Call) -> Any:
         tensors = flatten_labels([*call.args, *call.kwargs.values()])
         if any(not a.pinned for t in tensors for label in t for s in settled(label) for a in s):
             self.notes.append(f"{node.target} at {where(node)} has no rule: the axes of what it reads keep their order")
         for label in (label for t in tensors for label in t):
             pin(label)
-        results = [rules.Tensor(map(fixed, shape)) for shape in call.shapes]
+        results = [calls.Tensor(map(fixed, shape)) for shape in call.shapes]
         return results[0] if isinstance(node.meta.get("val"), Tensor) else results
 
     # -- layers -------------------------------------------------------------------------------------------------------

@@ -210,9 +210,7 @@ def _gains(
         if present & set(without) or not present <= {*known, *groups}:
             continue
         for places in _occurrences(entry, groups):
-            a_HDX, b_BHDX = (
-                _units_first(t, entry, places, sizes) for t in (reference[number], tensors[number])
-            )
+            a_HDX, b_BHDX = (_units_first(t, entry, places, sizes) for t in (reference[number], tensors[number]))
             gain += torch.einsum("hdx,bkex->bhkde", a_HDX[0], b_BHDX).double().cpu()
     return gain
 

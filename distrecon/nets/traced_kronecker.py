@@ -129,10 +129,9 @@ class Measured:
 
 
 def _columns(s: WeightedSum, x: Tensor) -> Tensor:
-    """What a weight's rows are multiplied with, [F, N], of what the operation reads, [n, ..., I] or [n, I, *spatial]."""
+    """What a weight's rows are multiplied with, [F, N]; the operation reads [n, ..., I] or [n, I, *spatial]."""
     if not s.spatial:
         return x.flatten(0, -2).T
-    kernel = s.kernel
     picks = torch.eye(prod(s.kernel), dtype=x.dtype, device=x.device).view(-1, 1, *s.kernel)
     patches = CONVOLUTIONS[s.spatial - 1](x.flatten(0, 1)[:, None], picks, None, *s.settings)  # [n * I, k, *positions]
     by_group = patches.flatten(2).unflatten(0, (len(x), s.groups, -1))  # [n, G, I / G, k, positions]

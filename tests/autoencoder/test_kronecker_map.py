@@ -6,7 +6,7 @@ import torch
 from distrecon.autoencoder import Training, ZooSample, kronecker_map
 from distrecon.autoencoder.kronecker_map import Sides, eigenbasis, eigenbasis_of_columns
 from distrecon.images import load
-from distrecon.nets import architecture, kronecker
+from distrecon.nets import architecture
 from tests.autoencoder.small import random_models, related_models, tiny
 
 ARCH = architecture("cnn_small")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distrecon.nets import architecture, initialise, kronecker, traced_kronecker
+from distrecon.nets import ModuleArchitecture, architecture, initialise, kronecker, traced_kronecker
 from distrecon.nets.trace import of_module, random_models
 from tests.nets.test_modules import NAMES, as_module, case
 
@@ -50,7 +50,11 @@ def test_what_no_sum_reads_has_its_exact_diagonal(name: str) -> None:
         if layer.inputs.ndim == 2 and matrix.rows == 1 and not variances & set(matrix.entries):
             torch.testing.assert_close(layer.outputs.T * layer.inputs, wanted_1OF[0], rtol=1e-8, atol=1e-12)
     weights = {e.name for e in arch.table.entries if e.role == "weight"}
-    full = {arch.table.entries[m.entries[0]].name for m, f in zip(arch.table.matrices, found) if f.inputs.ndim == 3}
+    full = {
+        arch.table.entries[m.entries[0]].name
+        for m, f in zip(arch.table.matrices, found, strict=True)
+        if f.inputs.ndim == 3
+    }
     assert full == weights
 
 
@@ -70,11 +74,11 @@ class Odd(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def odd() -> tuple[Odd, object, Tensor, Tensor]:
+def odd() -> tuple[ModuleArchitecture, Tensor, Tensor]:
     torch.manual_seed(0)
     inputs = torch.randn(3, 2, 6, 6)
     arch = of_module(Odd(), inputs)
-    return Odd().eval(), arch, random_models(arch, 2), inputs.double()
+    return arch, random_models(arch, 2), inputs.double()
 
 
 def read_and_gradient(module: nn.Module, inputs: Tensor, layers: list[nn.Module]) -> list[list[tuple[Tensor, Tensor]]]:
@@ -87,7 +91,7 @@ def read_and_gradient(module: nn.Module, inputs: Tensor, layers: list[nn.Module]
 
 
 def test_factors_of_strided_dilated_grouped_and_repeated_sums(odd) -> None:
-    made, arch, theta_BP, inputs = odd
+    arch, theta_BP, inputs = odd
     numbers = {arch.table.entries[m.entries[0]].name: i for i, m in enumerate(arch.table.matrices)}
     found = traced_kronecker.factors(arch, theta_BP, inputs, TEMPERATURE)
     wanted = {name: [0.0, 0.0] for name in ("below", "grouped", "twice")}
@@ -126,7 +130,7 @@ def test_factors_of_strided_dilated_grouped_and_repeated_sums(odd) -> None:
 
 
 def test_a_transposed_convolution_has_the_product_nearest_its_diagonal_and_variances_their_logarithms(odd) -> None:
-    _, arch, theta_BP, inputs = odd
+    arch, theta_BP, inputs = odd
     found = traced_kronecker.factors(arch, theta_BP[:1], inputs, TEMPERATURE)
     squares_P = jacobian(arch, theta_BP[0], inputs).square().sum((0, 1)) / len(inputs)
     wanted = arch.table.as_matrices(squares_P[None])
@@ -142,7 +146,7 @@ def test_a_transposed_convolution_has_the_product_nearest_its_diagonal_and_varia
 
 
 def test_factors_do_not_depend_on_how_much_runs_at_once(odd, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, arch, theta_BP, inputs = odd
+    arch, theta_BP, inputs = odd
     whole = traced_kronecker.factors(arch, theta_BP, inputs)
     monkeypatch.setattr(traced_kronecker, "READ_NUMBERS", 1)
     for one, other in zip(whole, traced_kronecker.factors(arch, theta_BP, inputs), strict=True):
