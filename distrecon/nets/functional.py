@@ -93,12 +93,11 @@ def _mapped(module: nn.Module, dims: Mapping[str, int | None], chunk: int | None
 
 
 class _Differentiable(TorchFunctionMode):
-    """Batch normalisation by running statistics as arithmetic: torch's own has no gradient with respect to them."""
+    """Normalisation by running statistics as arithmetic: torch's own has no gradient with respect to them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.batch_norm:
-            return func(*args, **(kwargs or {}))
-        return batch_norm(*args, **(kwargs or {}))
+        own = {F.batch_norm: batch_norm, F.instance_norm: _instance_norm}.get(func, func)
+        return own(*args, **(kwargs or {}))
 
 
 def batch_norm(
@@ -117,6 +116,21 @@ def batch_norm(
     shift = -mean * scale if bias is None else bias - mean * scale
     shape = (-1, *[1] * (x.ndim - 2))
     return torch.addcmul(shift.view(shape), x, scale.view(shape))
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if use_input_stats:
+        return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)  # the same by statistics
 
 
 @contextmanager

@@ -321,7 +321,9 @@ def exported(module: nn.Module, inputs: Tensor, name: str) -> torch.export.Expor
             return torch.export.export(module, (inputs,), strict=False)
         except Exception as error:  # whatever the module itself raises, too
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            said = lines[0] if lines else repr(error)
+            at = [i for i, line in enumerate(lines) if line.startswith("The following call raised this error")]
+            code = lines[at[0] + 1 : at[0] + 3] if at else []  # the line of the module's own code
+            said = ": ".join([lines[0] if lines else repr(error), *code])
             raise UserError(f"{name} cannot be traced on inputs {tuple(inputs.shape)}: {said}") from error
 
 

@@ -179,6 +179,13 @@ def group_norm(call: Call) -> Tensor:
     return x
 
 
+@rule("_weight_norm")
+def weight_norm(call: Call) -> Tensor:
+    direction, size, dim = call.args[0], call.args[1], call.arg(2, "dim", 0)
+    unify(direction[dim], size[dim])
+    return direction
+
+
 # -- pooling and reduction ---------------------------------------------------------------------------------------------
 
 

@@ -150,7 +150,7 @@ def _failing(found: graph.Graph, arch: ModuleArchitecture, theta_BP: Tensor, err
     try:
         torch.func.vmap(one, in_dims=(dims,))(state)
     except UserError as named:
-        return str(named)
+        return str(named).splitlines()[0]
     except Exception:
         pass
     return str(error).splitlines()[0]

@@ -28,6 +28,7 @@ from distrecon.nets.graph import Graph, WeightedSum
 from distrecon.nets.kronecker import PLACES, READ_NUMBERS, Factors
 from distrecon.nets.table import Matrix
 
+BY_STATISTICS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)  # no gradient by these
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -158,7 +159,7 @@ class _Recording(Interpreter):
         return super().run_node(n) + self.added[n]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.ops.aten.batch_norm.default:  # which has no gradient with respect to its statistics
+        if target in BY_STATISTICS and not args[5]:
             x, weight, bias, mean, variance, training, momentum, eps = args[:8]
             return functional.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
         return super().call_function(target, args, kwargs)

@@ -337,6 +337,60 @@ def test_what_cannot_run_for_many_models_is_named() -> None:
     assert "nonzero" in str(error.value)
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(3, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.lstm(x)[0][:, -1])
+
+
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "named"),
+    [
+        (Recurrent(), torch.randn(2, 4, 3), "aten.lstm.input at lstm of lstm"),
+        (
+            Deciding(),
+            torch.randn(2, 3),
+            r"Deciding cannot be traced .*test_modules.py.*: return self.last\(x if x.sum\(\) > 0",
+        ),
+        (nn.Bilinear(3, 3, 2), torch.randn(2, 3), "missing a required argument: 'input2'"),
+    ],
+)
+def test_what_is_not_supported_is_said_in_one_line(module: nn.Module, inputs: Tensor, named: str) -> None:
+    with pytest.raises(UserError, match=named) as error:
+        of_module(module, inputs)
+    assert "\n" not in str(error.value)
+
+
+def test_normalisation_by_running_statistics_of_each_input_has_gradients_and_normed_weights_a_rule() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv1d(2, 4, 3),
+        nn.InstanceNorm1d(4, affine=True, track_running_stats=True),
+        nn.Flatten(),
+        nn.utils.parametrizations.weight_norm(nn.Linear(12, 5)),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+    ).eval()
+    inputs = torch.randn(2, 2, 5).double()
+    arch = of_module(module, inputs.float())
+    assert [group.size for group in arch.groups] == [4, 5]
+    assert arch.table.notes == ()
+    theta_BP = random_models(arch, 2).requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda theta: arch.forward(theta, inputs), theta_BP[:1].detach().requires_grad_())
+
+
 def test_outputs_must_be_a_matrix() -> None:
     with pytest.raises(UserError, match=r"one tensor \[inputs, outputs\]"):
         of_module(nn.Conv2d(1, 2, 3), torch.randn(2, 1, 5, 5))
