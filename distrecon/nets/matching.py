@@ -5,10 +5,14 @@ that lie within it are assigned together: the best order within each pair of hea
 starts from the given order and, where a network is more than a chain, also from orders found from the inputs upwards,
 each by what is matched already: the better of the two is taken.
 
+Where all symmetries are to be undone, weights are first brought to a scale of their own, units may change their signs,
+and the descent of every chain starts from the inputs upwards, so that whichever of the weights with one function it is
+given, it ends at the same.
+
 Legend: B models, P parameters, X the numbers that belong to a unit, H outer units, D units within each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import numpy as np
@@ -17,21 +21,26 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from distrecon.nets.architectures import Architecture, ChainArchitecture
-from distrecon.nets.symmetries import permute
+from distrecon.nets.symmetries import balanced, centred, permute, scaled, sign_flips
 from distrecon.nets.table import Entry, Table
 
 SWEEPS = 10  # over the groups, at most: it ends when no assignment improves
+SYMMETRIES = ("order", "all")  # that `align` undoes
 
 
-def align(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
+def align(arch: Architecture, theta_BP: Tensor, reference_P: Tensor, symmetries: str = "order") -> Tensor:
     """Each model's units reordered towards the reference; a fixed point of group-wise assignment.
 
-    The aligned squared distance to the reference never exceeds the given one.
+    The aligned squared distance to the reference never exceeds the given one. With `symmetries` "all", what else the
+    activation of a chain of layers allows is undone too: signs of tanh and sigmoid, positive scales of relu and
+    leaky_relu. All weights of one function that these symmetries make of each other are then aligned to the same.
     """
     arch.check(theta_BP)
     if not arch.groups or not len(theta_BP):
         return theta_BP.clone()
     reference_P = reference_P.to(theta_BP)
+    if symmetries == "all" and isinstance(arch, ChainArchitecture):
+        return _representative(arch, theta_BP, reference_P)
     swept_BP = _swept(arch, theta_BP, reference_P)
     if isinstance(arch, ChainArchitecture):
         return swept_BP
@@ -40,8 +49,16 @@ def align(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
     return torch.where(nearer_B[:, None], other_BP, swept_BP)
 
 
-def _swept(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
-    """Coordinate descent from the models as they are."""
+def _representative(arch: ChainArchitecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
+    """Of the weights with each model's function those that the descent from the inputs upwards finds."""
+    theta_BP, reference_P = centred(arch, balanced(arch, theta_BP)), centred(arch, reference_P[None])[0]
+    flips = sign_flips(arch)
+    started_BP = _from_below(arch, theta_BP, reference_P, flips)
+    return centred(arch, _swept(arch, started_BP, reference_P, flips), back=True)
+
+
+def _swept(arch: Architecture, theta_BP: Tensor, reference_P: Tensor, flips: Sequence[bool] = ()) -> Tensor:
+    """Coordinate descent from the models as they are; `flips` are the groups whose units may change their signs."""
     aligned_BP, active = theta_BP.clone(), torch.arange(len(theta_BP))
     reference = arch.table.tensors(reference_P[None])
     everything = set(range(len(arch.groups)))
@@ -49,8 +66,10 @@ def _swept(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
     for _ in range(SWEEPS):
         changed = torch.zeros(len(active), dtype=torch.bool)
         for members, twice in zip(_families(arch.table), squared, strict=True):
-            orders, improved = _assigned(arch.table, aligned_BP[active], reference, members, everything)
-            moved_BP = _moved(arch, aligned_BP[active], members, orders, improved)
+            orders, signs_BH, improved = _assigned(
+                arch.table, aligned_BP[active], reference, members, everything, flips
+            )
+            moved_BP = _moved(arch, aligned_BP[active], members, orders, signs_BH, improved)
             if twice:  # the assignment took the other axis of the same tensor as it was
                 gain_B = ((moved_BP - aligned_BP[active]) * reference_P).sum(1)
                 improved &= (gain_B > 1e-9 * aligned_BP[active].square().sum(1)).cpu()
@@ -63,13 +82,13 @@ def _swept(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
     return aligned_BP
 
 
-def _from_below(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
+def _from_below(arch: Architecture, theta_BP: Tensor, reference_P: Tensor, flips: Sequence[bool] = ()) -> Tensor:
     """Each group ordered by those tensors alone whose other groups are ordered already."""
     reference, known = arch.table.tensors(reference_P[None]), set[int]()
     everyone = torch.ones(len(theta_BP), dtype=torch.bool)
     for members in _families(arch.table):
-        orders, _ = _assigned(arch.table, theta_BP, reference, members, known)
-        theta_BP = _moved(arch, theta_BP, members, orders, everyone)
+        orders, signs_BH, _ = _assigned(arch.table, theta_BP, reference, members, known, flips)
+        theta_BP = _moved(arch, theta_BP, members, orders, signs_BH, everyone)
         known |= set(members)
     return theta_BP
 
@@ -83,20 +102,39 @@ def _families(table: Table) -> list[list[int]]:
     ]
 
 
-def _moved(arch: Architecture, theta_BP: Tensor, members: list[int], orders: list[Tensor], chosen_B: Tensor) -> Tensor:
-    """The chosen models with these groups in these orders."""
+def _moved(
+    arch: Architecture,
+    theta_BP: Tensor,
+    members: list[int],
+    orders: list[Tensor],
+    signs_BH: Tensor | None,
+    chosen_B: Tensor,
+) -> Tensor:
+    """The chosen models with these groups in these orders, and the units of the first with these signs."""
     permutation = []
     for i, group in enumerate(arch.groups):
         identity = torch.arange(group.size).repeat(group.blocks).expand(len(theta_BP), -1)
         own = orders[members.index(i)] if i in members else identity
         permutation.append(torch.where(chosen_B[:, None], own, identity))
-    return permute(arch, theta_BP, permutation)
+    moved_BP = permute(arch, theta_BP, permutation)
+    if signs_BH is None:
+        return moved_BP
+    assert isinstance(arch, ChainArchitecture)  # no other's signs may flip
+    scales = [moved_BP.new_ones(1, group.size) for group in arch.groups]
+    scales[members[0]] = torch.where(chosen_B[:, None], signs_BH, 1.0)
+    return scaled(arch, moved_BP, scales)
 
 
 def _assigned(
-    table: Table, theta_BP: Tensor, reference: list[Tensor], members: list[int], known: set[int]
-) -> tuple[list[Tensor], Tensor]:
-    """The best orders of a group and those within it, others staying, and which models they bring nearer."""
+    table: Table,
+    theta_BP: Tensor,
+    reference: list[Tensor],
+    members: list[int],
+    known: set[int],
+    flips: Sequence[bool] = (),
+) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """The best orders of a group and those within it, others staying; the signs of the reordered units of a group that
+    may flip them (one that has none within it); which models they bring nearer."""
     group, *children = members
     tensors = table.tensors(theta_BP)
     gain_BHH = _gains(table, tensors, reference, [group], children, known)[:, :, :, 0, 0].numpy()
@@ -110,11 +148,20 @@ def _assigned(
         best.append(order)
         gain_BHH = gain_BHH + won_BHH
         scale_B = np.maximum(scale_B, np.abs(gain_BHHDD).max((1, 2, 3, 4)))
+    signed_BHH = None
+    if flips and flips[group]:
+        signed_BHH, gain_BHH = gain_BHH, np.abs(gain_BHH)
     order_BH = np.stack([linear_sum_assignment(gain, maximize=True)[1] for gain in gain_BHH])
     matched_B = np.take_along_axis(gain_BHH, order_BH[:, :, None], 2).sum((1, 2))
     inner = [np.take_along_axis(o, order_BH[:, :, None, None], 2)[:, :, 0] for o in best]  # of [B, H, H, D]: [B, H, D]
     improved_B = torch.from_numpy(matched_B > stay_B + 1e-9 * scale_B)
-    return [torch.from_numpy(order_BH), *(torch.from_numpy(o).flatten(1) for o in inner)], improved_B
+    signs_BH = None
+    if signed_BHH is not None:
+        signs_BH = torch.from_numpy(
+            np.where(np.take_along_axis(signed_BHH, order_BH[:, :, None], 2)[:, :, 0] < 0, -1.0, 1.0)
+        )
+    orders = [torch.from_numpy(order_BH), *(torch.from_numpy(o).flatten(1) for o in inner)]
+    return orders, signs_BH, improved_B
 
 
 def _each_assigned(gain_BHHDD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
