@@ -1,8 +1,9 @@
 """Prediction task: a model's test accuracy, generalisation gap and epoch from its embedding, by a ridge probe.
 
-The probe is fitted on training models; its regularisation and its features are chosen on validation models; R2 is
-reported on test models. Features are latents, and latents beside simple statistics of the weights (Unterthiner et al.,
-2020), which alone are the baseline. What was fitted is kept (`probes.py`) and predicts other models' properties.
+The probe is fitted on training models; its regularisation, its features and what of the property is linear in them
+(`probes.LINKS`) are chosen on validation models; R2 is reported on test models. Features are latents, and latents
+beside simple statistics of the weights (Unterthiner et al., 2020), which alone are the baseline. What was fitted is
+kept (`probes.py`) and predicts other models' properties.
 
 Legend: B models, F features, P parameters.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distrecon.autoencoder.model import CHUNK, Autoencoder, decode_latents, pooled
-from distrecon.autoencoder.probes import Probe, Probes, PropertyProbe
+from distrecon.autoencoder.probes import LINKS, Probe, Probes, PropertyProbe
 from distrecon.errors import UserError
 from distrecon.nets import Architecture
 from distrecon.zoos.models import Models
@@ -24,6 +25,7 @@ PROPERTIES = {
     "generalization_gap": "generalization_gap_B",
     "epoch": "epoch_B",
 }
+SHARES = ("test_accuracy",)  # properties between 0 and 1
 ALPHAS = 10.0 ** np.arange(-2, 6)
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -56,22 +58,25 @@ class Ridge:
         self.variance_K = singular_K**2
         self.train, self.validation = (part @ self.basis_KF.T for part in parts)
 
-    def best(self, train_B: np.ndarray, validation_B: np.ndarray) -> tuple[float, Probe]:
+    def best(self, train_B: np.ndarray, validation_B: np.ndarray, link: str = "identity") -> tuple[float, Probe]:
         """Best validation R2 over ALPHAS, and that probe."""
-        correlation_K = self.train.T @ (train_B - train_B.mean())
+        forward, back = LINKS[link].forward, LINKS[link].back
+        linear_B = forward(train_B)
+        mean = float(linear_B.mean())
+        correlation_K = self.train.T @ (linear_B - mean)
         weights = [correlation_K / (self.variance_K + alpha) for alpha in ALPHAS]
-        scored = [r2(self.validation @ weight_K + train_B.mean(), validation_B) for weight_K in weights]
+        scored = [r2(back(self.validation @ weight_K + mean), validation_B) for weight_K in weights]
         best = int(np.argmax(scored))
         weight_F = np.zeros_like(self.mean_F)
         weight_F[self.keep_F] = weights[best] @ self.basis_KF
-        return scored[best], Probe(self.mean_F, self.scale_F, weight_F, float(train_B.mean()))
+        return scored[best], Probe(self.mean_F, self.scale_F, weight_F, mean, link)
 
 
 def _probe(
     candidates: dict[str, list[np.ndarray]], splits: list[Models], prefix: str
 ) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, PropertyProbe]]:
-    """R2 on the test models for each property that varies in every split, by the features best on validation models;
-    the values, actual and predicted; and the probes."""
+    """R2 on the test models for each property that varies in every split, by the features and the link that are best on
+    validation models; the values, actual and predicted; and the probes."""
     metrics, arrays, chosen = {}, {}, {}
     ridges = {key: Ridge(*parts[:2]) for key, parts in candidates.items()}
     for name, attribute in PROPERTIES.items():
@@ -80,9 +85,12 @@ def _probe(
             raise UserError(f"predict: {name} of a model is not finite")
         if any(v.std() < 1e-12 for v in values):
             continue  # nothing to explain: a zoo with one epoch, say
-        scored = {key: ridge.best(values[0], values[1]) for key, ridge in ridges.items()}
-        best = max(scored, key=lambda key: scored[key][0])
-        probe = scored[best][1]
+        links = LINKS if name in SHARES else ("identity",)
+        scored = {
+            (key, link): ridge.best(values[0], values[1], link) for key, ridge in ridges.items() for link in links
+        }
+        best, link = max(scored, key=lambda key: scored[key][0])
+        probe = scored[best, link][1]
         predicted_B = probe(candidates[best][2])
         metrics[f"{prefix}/{name}_r2"] = r2(predicted_B, values[2])
         arrays[f"{prefix}/{name}"] = np.stack([values[2], predicted_B])

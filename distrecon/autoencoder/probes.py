@@ -7,13 +7,14 @@ Legend: B models, F features.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from scipy.special import expit, logit
 
 from distrecon.errors import UserError
 
@@ -23,16 +24,36 @@ JSON, TENSORS = "probes.json", "probes.safetensors"
 
 
 @dataclass(frozen=True)
+class Link:
+    """What of a property is linear in the features (generalised linear models), and back."""
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[np.ndarray], np.ndarray]
+
+
+SHARE = 1e-3  # a share of 0 or 1 counts as half of this from it
+LINKS = {
+    "identity": Link(lambda value_B: value_B, lambda linear_B: linear_B),
+    "logit": Link(  # of shares, which saturate
+        lambda value_B: logit(SHARE / 2 + (1 - SHARE) * value_B),
+        lambda linear_B: (expit(linear_B) - SHARE / 2) / (1 - SHARE),
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Probe:
-    """`intercept + ((f - mean) / scale) @ weight` of features f[B, F], in float64."""
+    """`back(intercept + ((f - mean) / scale) @ weight)` of features f[B, F], in float64; `back` is the link's."""
 
     mean_F: np.ndarray
     scale_F: np.ndarray
     weight_F: np.ndarray
     intercept: float
+    link: str = "identity"
 
     def __call__(self, features_BF: np.ndarray) -> np.ndarray:
-        return ((features_BF - self.mean_F) / self.scale_F) @ self.weight_F + self.intercept
+        linear_B = ((features_BF - self.mean_F) / self.scale_F) @ self.weight_F + self.intercept
+        return LINKS[self.link].back(linear_B)
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,13 @@ def save_probes(folder: Path, probes: Probes) -> None:
         tensors |= {f"{name}.{part}": np.ascontiguousarray(values) for part, values in parts.items()}
     save_file(tensors, folder / TENSORS)
     described = {
-        name: {"features": p.features, "intercept": p.probe.intercept, "r2": p.r2, "error": p.error}
+        name: {
+            "features": p.features,
+            "link": p.probe.link,
+            "intercept": p.probe.intercept,
+            "r2": p.r2,
+            "error": p.error,
+        }
         for name, p in probes.of.items()
     }
     content = {"format": FORMAT, "version": VERSION, "zoo": probes.zoo, "properties": described}
@@ -82,7 +109,11 @@ def load_probes(folder: Path) -> Probes:
         of = {}
         for name, described in content["properties"].items():
             mean_F, scale_F, weight_F = (tensors[f"{name}.{part}"] for part in ("mean", "scale", "weight"))
-            probe = Probe(mean_F, scale_F, weight_F, described["intercept"])
+            if described["link"] not in LINKS:
+                raise UserError(
+                    f"{folder / JSON}: a link {described['link']!r} is not known to this distrecon; update it"
+                )
+            probe = Probe(mean_F, scale_F, weight_F, described["intercept"], described["link"])
             of[name] = PropertyProbe(probe, described["features"], described["r2"], described["error"])
         return Probes(content["zoo"], of)
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distrecon.autoencoder import Training, ZooSample, generate, novelty, predict, run_tasks, samplers, tasks
-from distrecon.autoencoder.probes import Probe, Probes, PropertyProbe, load_probes, save_probes
+from distrecon.autoencoder.probes import LINKS, Probe, Probes, PropertyProbe, load_probes, save_probes
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import LabelledImages
@@ -146,6 +146,19 @@ def test_saved_probes_predict_what_the_scoring_run_did(autoencoder, splits, imag
 def test_a_probe_by_hand():
     probe = Probe(np.array([1.0, 2.0]), np.array([2.0, 1.0]), np.array([10.0, 3.0]), 0.5)
     np.testing.assert_allclose(probe(np.array([[1.0, 2.0], [3.0, 0.0]])), [0.5, 0.5 + 10 - 6])
+    share = replace(probe, link="logit", intercept=0.0)(np.array([[1.0, 2.0], [1.0, 2.0 + np.log(3) / 3]]))
+    np.testing.assert_allclose(share, [0.5, (0.75 - 0.0005) / 0.999])
+    for link in LINKS.values():
+        np.testing.assert_allclose(link.back(link.forward(np.array([0.0, 0.3, 1.0]))), [0.0, 0.3, 1.0], atol=1e-12)
+
+
+def test_a_share_that_saturates_is_predicted_by_its_logit():
+    rng = np.random.default_rng(0)
+    features = [rng.normal(size=(n, 3)) for n in (200, 60)]
+    values = [1 / (1 + np.exp(-3 * f[:, 0])) for f in features]
+    ridge = predict.Ridge(*features)
+    assert ridge.best(*values, "identity")[0] < 0.95
+    assert ridge.best(*values, "logit")[0] > 0.999
 
 
 def test_missing_and_damaged_probes_are_one_line(tmp_path):
