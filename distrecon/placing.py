@@ -80,7 +80,7 @@ class Placer:
         return [
             f"predicted    {', '.join(values) or 'nothing: the zoo varies in no property'}",
             f"nearest      {', '.join(nearest)}",
-            f"novelty      {found.novelty:.2f} times as far as {self.zoo.name}'s held-out models are from their nearest",
+            f"novelty      {found.novelty:.2f} times as far from them as held-out models of {self.zoo.name} are",
         ]
 
     def arrays(self, found: Place) -> dict[str, np.ndarray]:
