@@ -4,8 +4,9 @@
     python -m benchmarks placement --zoo my_zoo --autoencoder runs/mine   # of dense networks
 
 A cell is one model of the zoo's test split, whose states are taken in turn. It answers as the network that the zoo
-holds, in its precision; the recovery gets the answers and the activation. Then the recovered network and, for
-comparison, the true weights are placed. R2 is that of the predicted test accuracies against the true ones.
+holds, in float32 as networks are run, or in float64 (`--precision`); the recovery gets the answers and the activation.
+Then the recovered network and, for comparison, the true weights are placed. R2 is that of the predicted test accuracies
+against the true ones.
 """
 
 import subprocess
@@ -42,8 +43,8 @@ def cells(args: Namespace) -> Iterator[Cell]:
     for number, name in enumerate(names[: 1 if args.quick else args.count]):
         rows = [i for i, other in enumerate(models.model_id) if other == name]
         row = rows[number % len(rows)]
-        key = {"split": args.split, "model": name, "epoch": int(models.epoch_B[row])}
-        yield Cell(key, partial(solve, zoo, run, args.split, row))
+        key = {"split": args.split, "precision": args.precision, "model": name, "epoch": int(models.epoch_B[row])}
+        yield Cell(key, partial(solve, zoo, run, args.split, row, args.precision))
 
 
 def _make() -> None:
@@ -69,14 +70,15 @@ def _placer(zoo: str, run: str) -> Placer:
     return Placer.of(Namespace(zoo=zoo, autoencoder=run))
 
 
-def solve(zoo: str, run: str, split: str, row: int) -> list[Row]:
+def solve(zoo: str, run: str, split: str, row: int, precision: str) -> list[Row]:
     """Recovers one model from its answers, and places what was recovered and the true weights."""
     torch.set_num_threads(1)
     placer = _placer(zoo, run)
     arch, models = placer.zoo.architecture, placer.zoo.models(split)
     if not isinstance(arch, ChainArchitecture) or any(layer.kernel for layer in arch.layers):
         raise UserError(f"{zoo}: its models are no dense networks")
-    truth = [(weight[0], bias[0]) for weight, bias in arch.weights_and_biases(models.theta_BP[row][None])]
+    theta_1P = models.theta_BP[row][None].to(getattr(torch, precision))
+    truth = [(weight[0], bias[0]) for weight, bias in arch.weights_and_biases(theta_1P)]
     cpu = time.process_time()
     recovery = recover_network(
         network(truth, arch.activation), arch.layers[0].in_features, arch.activation, len(truth) - 1
@@ -132,7 +134,7 @@ TABLE = Table(
         extremes("CPU seconds of a recovery: most", "cpu_seconds", "{:.1f}".format, max),
         extremes("queries: most", "queries", "{:,}".format, max),
     ),
-    by=lambda row: f"{row['split']} models",
+    by=lambda row: f"{row['split']} models, {row['precision']}",
     heading="black boxes",
 )
 
@@ -140,6 +142,11 @@ OPTIONS: Options = {
     "--zoo": {"metavar": "ZOO", "help": "of dense networks (default: the shipped digits_mlp, trained)"},
     "--autoencoder": {"metavar": "RUN", "help": "trained on that zoo (default: trained)"},
     "--count": {"type": int, "default": 20, "help": "black boxes (default: %(default)s)"},
+    "--precision": {
+        "choices": ("float32", "float64"),
+        "default": "float32",
+        "help": "of answers (default: %(default)s)",
+    },
     "--split": {"choices": ("val", "test"), "default": "test", "help": "of the models (default: %(default)s)"},
 }
 PARTS = {"placement": Part(cells, (TABLE,), OPTIONS)}
