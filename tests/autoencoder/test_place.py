@@ -10,6 +10,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import save_file
 
+from benchmarks.__main__ import main
 from distrecon import evaluate, recover, write_zoo
 from distrecon.autoencoder import Training, ZooSample, predict
 from distrecon.autoencoder.place import place, zoo_with
@@ -21,6 +22,7 @@ from distrecon.nets import architecture, permute, random_permutation, rescale
 from distrecon.zoos import open_zoo
 from distrecon.zoos.inspection import export
 from tests.autoencoder.small import as_models, related_models, tiny
+from tests.conftest import CHECKOUT
 
 SIZES = (64, 3, 10)
 CONFIG = tiny(model__kind="activation_pca", data__symmetries="all", tasks__samples=4)
@@ -164,14 +166,14 @@ def test_wrong_requests_are_one_line(zoo, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_file({"layers.0.weight": torch.zeros(2, 64)}, tmp_path / "other.safetensors")
     options = ["--autoencoder", str(run)]
-    for main, arguments, message in (
+    for command, arguments, message in (
         (evaluate.main, options, "--zoo ZOO is needed"),
         (evaluate.main, [*options, "--model", "none.pt"], "is not known from it: name one with --zoo"),
         (evaluate.main, [*options, "--zoo", str(zoo.store), "--model", "none.pt"], "no such file"),
         (evaluate.main, [*options, "--zoo", str(zoo.store), "--model", "other.safetensors"], "other.safetensors"),
         (recover.main, ["--smoke", "--zoo", str(zoo.store)], "--autoencoder RUN"),
     ):
-        assert main(arguments) == 2
+        assert command(arguments) == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/*"))
 
@@ -191,3 +193,20 @@ def test_the_served_autoencoder_predicts(run, zoo, autoencoder, probes, tmp_path
         (tmp_path / "bare" / file.name).write_bytes(file.read_bytes())
     with pytest.raises(UserError, match="no probes of zoo 0"):
         KIND.serve(tmp_path / "bare").call(theta_BP.numpy(), task="predict")
+
+
+@pytest.mark.slow
+def test_twenty_black_boxes_are_placed_as_their_weights_are(tmp_path, monkeypatch):
+    """Held-out models of the shipped dense zoo, which is trained here: all recovered, and R2 of their accuracies."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
+    assert main(["placement", "--precision", "float64", "--json", "placed.json"]) == 0
+    ((_, found),) = json.loads((tmp_path / "placed.json").read_text()).items()
+    rows = found["rows"]
+    assert len(rows) == 20
+    assert all(row["verified"] for row in rows)
+    predicted, by_true_weights, actual = (
+        np.array([row[key] for row in rows]) for key in ("predicted", "by_true_weights", "true_accuracy")
+    )
+    np.testing.assert_allclose(predicted, by_true_weights, atol=1e-5)
+    assert predict.r2(predicted, actual) > 0.9
