@@ -29,6 +29,7 @@ DIGITS = (0.0, 3.0)  # bits fewer than the linear term's rounding allows, in tur
 STEPS = 1_000_000  # of one reduction, at most: seconds
 SPARE_BITS = 20.0  # 2^-20 false sets of signs are expected, at most
 GROWTH = 50.0  # neurons for which twice as many bits are needed as they are: reduced vectors get longer with dimension
+ENUMERATED = 16  # neurons, of which all sets of signs are tried where none is exact
 WIDEST = 160  # neurons that lattice reduction is tried for
 
 
@@ -64,7 +65,7 @@ def choose_flips(neurons_HK: Tensor, outgoing_OH: Tensor, linear_OR: Tensor, kap
     sign_S = _signs(terms_SE, 2 * right_E - terms_SE.sum(0), LINEAR_MARGIN * rounding)
     found = sign_S is not None
     if sign_S is None:
-        sign_S = _nearest(terms_SE, 2 * right_E - terms_SE.sum(0))
+        sign_S = _closest(terms_SE, 2 * right_E - terms_SE.sum(0))
     flips_H = torch.zeros(len(neurons_HK), dtype=torch.bool)
     flips_H[sure_H] = sign_S > 0
     rest_E = torch.zeros_like(right_E) if found else right_E - terms_HE[flips_H].sum(0)
@@ -131,6 +132,16 @@ def _signs(terms_SE: Tensor, right_E: Tensor, allowed: float) -> Tensor | None:
         if fits(torch.from_numpy(sign_S)):
             return torch.from_numpy(sign_S)
     return None
+
+
+def _closest(terms_SE: Tensor, right_E: Tensor) -> Tensor:
+    """s[S] of +1 and -1 with the least |s terms - right| of all, where they are few enough to try; else rounded."""
+    count = len(terms_SE)
+    if not 0 < count <= ENUMERATED:
+        return _nearest(terms_SE, right_E)
+    sets = torch.arange(2**count)[:, None] >> torch.arange(count) & 1
+    sign_XS = (2 * sets - 1).double()
+    return sign_XS[(sign_XS @ terms_SE - right_E).square().sum(1).argmin()]
 
 
 def _nearest(terms_SE: Tensor, right_E: Tensor) -> Tensor:
