@@ -15,7 +15,8 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover_network, score, synthetic_teacher
 from distrecon.expand_cluster.examination import OUTPUTS
 from distrecon.expand_cluster.sources import Source, load_black_box
-from distrecon.kinds.expand_cluster import KIND, clustering_arrays
+from distrecon.expand_cluster.weights import Weights
+from distrecon.kinds.expand_cluster import KIND, picture_arrays
 from distrecon.record.artifacts import ARRAYS
 from distrecon.record.folder import RunFolder
 
@@ -93,11 +94,12 @@ def run(args: argparse.Namespace) -> console.Answer:
             stages=folder.stages,
         )
         stage.done("verified" if recovery.verified else "not verified")
-        if source.weights is not None and len(source.weights) == len(recovery.weights):
-            metrics = recovery.metrics | score(recovery, source.weights, data_QI)
-            recovery = dataclasses.replace(recovery, metrics=metrics)
+        known = source.weights if source.weights and len(source.weights) == len(recovery.weights) else None
+        if known is not None:
+            recovery = dataclasses.replace(recovery, metrics=recovery.metrics | score(recovery, known, data_QI))
         found.append(recovery)
-        return recording.Result(recovery.metrics, {"teacher": teacher, **_write(folder, config, args.seed, recovery)})
+        written = _write(folder, config, args.seed, recovery, known)
+        return recording.Result(recovery.metrics, {"teacher": teacher, **written})
 
     try:
         outcome = recording.record(
@@ -120,12 +122,14 @@ def run(args: argparse.Namespace) -> console.Answer:
     return recording.answer(outcome, args, "recover", text, code)
 
 
-def _write(folder: RunFolder, config: RecoveryConfig, seed: int, recovery: Recovery) -> dict[str, Any]:
+def _write(
+    folder: RunFolder, config: RecoveryConfig, seed: int, recovery: Recovery, teacher: Weights | None
+) -> dict[str, Any]:
     """Writes the network and the figures' arrays; returns the recovery's own keys of summary.json."""
     network = folder.models / NETWORK
     network.unlink(missing_ok=True)  # of an earlier start that broke off after it
     recovery.save(network)
-    np.savez_compressed(folder.models / ARRAYS, allow_pickle=False, **clustering_arrays(recovery))
+    np.savez_compressed(folder.models / ARRAYS, allow_pickle=False, **picture_arrays(recovery, teacher))
     return {
         "activation": recovery.activation,
         "verified": recovery.verified,

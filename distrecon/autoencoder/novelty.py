@@ -15,19 +15,20 @@ from distrecon.nets import Architecture, align
 
 def nearest_aligned(
     arch: Architecture, theta_MP: Tensor, train_NP: Tensor, reference_P: Tensor, candidates: int = 8
-) -> Tensor:
-    """Aligned L2 distance [M] from each model to the nearest training model.
+) -> tuple[Tensor, Tensor]:
+    """Aligned L2 distance [M] from each model to the nearest training model, and that one's position [M].
 
     Matching every pair would cost M * N assignments; the `candidates` training models that are nearest after aligning
     all models to one reference are matched to the model itself. `train_NP` must be aligned to `reference_P` already.
     """
     aligned_MP = align(arch, theta_MP, reference_P)
     near_MK = torch.cdist(aligned_MP, train_NP).topk(min(candidates, len(train_NP)), largest=False).indices
-    distance = []
+    distance, position = [], []
     for model_P, near_K in zip(aligned_MP, near_MK, strict=True):
-        matched_KP = align(arch, train_NP[near_K], model_P)
-        distance.append((matched_KP - model_P).norm(dim=1).amin())
-    return torch.stack(distance)
+        least = (align(arch, train_NP[near_K], model_P) - model_P).norm(dim=1).min(0)
+        distance.append(least.values)
+        position.append(near_K[least.indices])
+    return torch.stack(distance), torch.stack(position)
 
 
 def aligned_pairwise(arch: Architecture, theta_MP: Tensor) -> Tensor:
