@@ -77,8 +77,8 @@ def certificate(sweep: SweepRecord, arrays: Arrays) -> Table | None:
         rows,
         f"{given} answers of the run and {fresh} fresh ones were compared"
         + (f", {untold} more tell no scores" if untold else "")
-        + f". What differs on less than {100 * float(of['hidden_share']):.2g} % of the inputs drawn may be hidden (at 95 % "
-        "confidence). All in the answers' own unit: an output's standard deviation, its rounding's, the largest "
+        + f". What differs on less than {100 * float(of['hidden_share']):.2g} % of the inputs drawn may be hidden (at "
+        "95 % confidence). All in the answers' own unit: an output's standard deviation, its rounding's, the largest "
         "disagreement, its share of what rounding and fit allow at its input, and the contribution from which on a "
         "missing neuron would have shown." + (f" {left_out} outputs that agree better are left out." * bool(left_out)),
     )
