@@ -21,6 +21,7 @@ from distrecon.record.artifacts import ARRAYS
 from distrecon.record.folder import RunFolder
 
 NETWORK = "recovered.safetensors"
+ASKED = ("activation", "hidden_layers", "input_size", "data", "domain", "outputs", "max_rows", "retries")  # parameters
 
 EXAMPLES = """examples:
   python -m distrecon.recover --smoke                                            a small built-in teacher
@@ -112,6 +113,10 @@ def run(args: argparse.Namespace) -> console.Answer:
             recording.Provenance(args.seed, args.smoke, configuration.parse_assignments(args.set)),
             work,
             resumable=True,
+            settings={
+                **{key: value for key, value in vars(args).items() if key in ASKED and value is not None},
+                **configuration.flatten(config),
+            },
         )
     except KeyboardInterrupt:
         hint = f"continue with the same options and --resume {console.short(folder.path)}"

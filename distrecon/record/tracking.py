@@ -35,8 +35,11 @@ STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"
 RETRY_SECONDS = 30.0
 MODEL = "model"  # the artifact folder of a trial's files in runs of version 0.1
 FILES = "files"  # where an MLflow model has the files of its own
+NOTE = "mlflow.note.content"  # the tag that the UI shows as a description
 NOTE_LENGTH = 5000  # of a description
 PARAM_LENGTH = 500  # MLflow's databases hold 500 to 8,000 characters
+PARAMS = 90  # of one request, which holds 100
+DEFAULT = "0"  # the experiment that MLflow puts into every new database, for runs that name none
 
 
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a local store
@@ -110,12 +113,14 @@ class Tracker:
         what, at = event["event"], int(event["time"] * 1000)
         trial = event.get("trial", "")
         if what == "sweep":
+            sent["settings"] = event.get("settings", {})
             self._open(
                 name, sent, "", self.folder.path.name, at, {"kind": event["kind"], "objective": event["metric"]}, {}
             )
         elif what == "started":
             label = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in event["config"].items())
-            self._open(name, sent, trial, label or trial, at, {"trial_id": trial}, event["config"])
+            params = {**sent.get("settings", {}), **event["config"]}
+            self._open(name, sent, trial, label or trial, at, {"trial_id": trial}, params)
         elif what == "metrics":
             metrics = [
                 Metric(key, float(value), at, int(event["epoch"]))
@@ -174,8 +179,10 @@ class Tracker:
     ) -> None:
         parameters = [Param(key, _text(value)) for key, value in (params or {}).items()]
         run_tags = [RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in (tags or {}).items()]
+        for start in range(PARAMS, len(parameters), PARAMS):
+            self.client.log_batch(run_id, params=parameters[start : start + PARAMS])
         if metrics or parameters or run_tags:
-            self.client.log_batch(run_id, metrics=metrics, params=parameters, tags=run_tags)
+            self.client.log_batch(run_id, metrics=metrics, params=parameters[:PARAMS], tags=run_tags)
 
     @property
     def client(self) -> MlflowClient:
@@ -259,14 +266,20 @@ class Tracker:
         """Trial -> MLflow run id; "" is the sweep's own."""
         return dict(self._sent.get(sweep, {}).get("runs", {}))
 
-    def conclude(self, sweep: str, best: str | None, table: str) -> None:
-        """Gives a sweep's run its table, which the UI shows as its description, and its best trial's run."""
-        run_ids = self.run_ids(sweep)
+    def conclude(
+        self, sweep: str, best: str | None, metrics: Mapping[str, Any], table: str, advice: str, about: str
+    ) -> None:
+        """Gives a sweep's run its table and what to try next, which the UI shows as its description, its best trial's
+        run and metrics, by which sweeps compare; and the experiment a description of its columns."""
+        run_ids, at = self.run_ids(sweep), int(time.time() * 1000)
 
         def send() -> None:
-            self.client.set_tag(run_ids[""], "mlflow.note.content", f"```\n{table}\n```"[:NOTE_LENGTH])
+            self.client.set_experiment_tag(self._sent[sweep]["experiment"], NOTE, about[:NOTE_LENGTH])
+            self.client.set_tag(run_ids[""], NOTE, f"```\n{table}\n```\n\n{advice}"[:NOTE_LENGTH])
             if best in run_ids:
                 self.client.set_tag(run_ids[""], BEST, run_ids[best])
+                numbers = [Metric(key, float(v), at, 0) for key, v in metrics.items() if _is_number(v)]
+                self._log(run_ids[""], metrics=numbers)
 
         if "" in run_ids:
             self._try(send)
@@ -319,7 +332,11 @@ def _create(database: Path) -> None:
     # a name that was never used: MLflow keeps a process's stores by their address
     temporary = database.with_name(f".{database.name}.{uuid.uuid4().hex[:8]}")
     try:
-        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        client = MlflowClient(f"sqlite:///{temporary}")
+        if any(experiment.experiment_id == DEFAULT for experiment in client.search_experiments()):
+            client.delete_experiment(
+                DEFAULT
+            )  # an empty row above the runs' own; `mlflow experiments restore` brings it
         with contextlib.suppress(FileExistsError):  # another process was faster
             os.link(temporary, database)
     finally:
