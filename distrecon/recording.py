@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distrecon import console
 from distrecon.cluster import session
 from distrecon.errors import UserError, WorkFailed
@@ -23,9 +25,9 @@ from distrecon.record.artifacts import ARRAYS, FINISHED
 from distrecon.record.folder import RESUMABLE, RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.record.kind import Kind
-from distrecon.record.tracking import Tracker
+from distrecon.record.tracking import Tracker, record_once
 from distrecon.record.usage import measured
-from distrecon.report import page, tables, trends
+from distrecon.report import figures, page, tables, trends
 from distrecon.served.package import package
 from distrecon.zoos import Zoo
 
@@ -243,6 +245,42 @@ def _store_arrays(folder: RunFolder, sweep: str) -> None:
         target = Path(folder.trials(sweep)) / TRIAL / "artifacts"
         target.mkdir(parents=True, exist_ok=True)
         arrays.replace(target / ARRAYS)
+
+
+# -- zoos, which have no run folder -----------------------------------------------------------------------------------
+
+
+ABOUT_ZOOS = (
+    "Zoos that `distrecon.zoo train` and `import` made, a run each: how many models and states they have, and the mean "
+    "and the best accuracy on test images of the last states. The tag `path` says where a zoo lies, `digest` which one."
+)
+
+
+def record_zoo(zoo: Zoo, command: str, began: float, settings: Mapping[str, Any]) -> str | None:
+    """Records a zoo that was just made in MLflow; returns why it was not recorded, in one line."""
+    metrics = {
+        "zoo/models": float(zoo.num_models),
+        "zoo/states": float(zoo.num_states),
+        "zoo/parameters": float(zoo.architecture.num_parameters),
+        "time/seconds": time.time() - began,
+    }
+    groups = {split: values for split in ("train", "val", "test") if len(values := _last_accuracies(zoo, split))}
+    if groups:
+        accuracy = np.concatenate(list(groups.values()))
+        metrics |= {"zoo/accuracy_mean": float(accuracy.mean()), "zoo/accuracy_max": float(accuracy.max())}
+    tags = {**Provenance(0, False).tags(), "path": str(zoo.store), "digest": zoo.digest, "command": f"zoo {command}"}
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = Path(scratch) / "accuracies.png"
+        if groups:
+            figures.save_png(figures.accuracy_distributions({zoo.name: groups}), picture)
+        return record_once("zoos", zoo.name, began, settings, metrics, tags, [picture] if groups else [], ABOUT_ZOOS)
+
+
+def _last_accuracies(zoo: Zoo, split: str) -> np.ndarray:
+    """Of each model's last state, where they are known."""
+    table = zoo.table(split, ["epoch", "test_accuracy"])
+    epoch, accuracy = (table[name].to_numpy().astype(float) for name in ("epoch", "test_accuracy"))
+    return accuracy[(epoch == epoch.max(initial=0)) & np.isfinite(accuracy)]
 
 
 # -- what is printed --------------------------------------------------------------------------------------------------

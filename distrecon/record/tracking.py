@@ -74,8 +74,6 @@ class Tracker:
     """
 
     def __init__(self, folder: RunFolder, sweeps: Sequence[str], tags: Mapping[str, str]) -> None:
-        for name in ("mlflow", "alembic", "sqlalchemy"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         self.folder, self.sweeps, self.tags = folder, list(sweeps), dict(tags)
         self.uri = store_uri()
         self.problem: str | None = None
@@ -150,7 +148,7 @@ class Tracker:
             self.client.update_run(sent["runs"][key], status="RUNNING")
             return
         if sent["experiment"] is None:
-            sent["experiment"] = self._experiment(name)
+            sent["experiment"] = experiment(self.client, self.uri, name)
         parent = {"mlflow.parentRunId": sent["runs"][""]} if key else {}
         run = self.client.create_run(
             sent["experiment"], at, {"mlflow.runName": label, "run_folder": str(self.folder.path), **parent}
@@ -163,13 +161,6 @@ class Tracker:
                 self.client.delete_run(other.info.run_id)
         self._log(run.info.run_id, params=params, tags={**self.tags, **tags})
 
-    def _experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        if found is not None:
-            return found.experiment_id
-        local = self.uri.startswith("sqlite")
-        return self.client.create_experiment(name, Path("mlruns").absolute().as_uri() if local else None)
-
     def _log(
         self,
         run_id: str,
@@ -177,20 +168,13 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        parameters = [Param(key, _text(value)) for key, value in (params or {}).items()]
-        run_tags = [RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in (tags or {}).items()]
-        for start in range(PARAMS, len(parameters), PARAMS):
-            self.client.log_batch(run_id, params=parameters[start : start + PARAMS])
-        if metrics or parameters or run_tags:
-            self.client.log_batch(run_id, metrics=metrics, params=parameters[:PARAMS], tags=run_tags)
+        log(self.client, run_id, metrics, params or {}, tags or {})
 
     @property
     def client(self) -> MlflowClient:
         """Made on first use, which creates a local database where there is none."""
         if self._client is None:
-            if self.uri.startswith("sqlite:///") and "?" not in self.uri:
-                _create(Path(self.uri.removeprefix("sqlite:///")))
-            self._client = MlflowClient(self.uri)
+            self._client = connect(self.uri)
         return self._client
 
     # -- files, the end -----------------------------------------------------------------------------------------------
@@ -304,6 +288,63 @@ class Tracker:
 
     def _save(self) -> None:
         write_json(self.folder.tracking, {"uri": self.uri, "sweeps": self._sent})
+
+
+def record_once(
+    name: str,
+    run: str,
+    began: float,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    files: Sequence[Path],
+    about: str,
+) -> str | None:
+    """Sends a piece of work that has no run folder: one finished run, with figures, in the experiment `name`, which gets
+    the description `about`. Returns why the store did not take it, in one line."""
+    uri, now = store_uri(), int(time.time() * 1000)
+    try:
+        client = connect(uri)
+        where = experiment(client, uri, name)
+        client.set_experiment_tag(where, NOTE, about[:NOTE_LENGTH])
+        made = client.create_run(where, int(began * 1000), {"mlflow.runName": run}).info.run_id
+        log(client, made, [Metric(key, value, now, 0) for key, value in metrics.items()], params, tags)
+        for file in files:
+            client.log_artifact(made, str(file), "figures")
+        client.set_terminated(made, "FINISHED", now)
+    except (MlflowException, OSError) as error:
+        return f"MLflow at {uri}: {_one_line(error)}"
+    return None
+
+
+def connect(uri: str) -> MlflowClient:
+    """The store's client; a local database that is not there is made."""
+    for library in ("mlflow", "alembic", "sqlalchemy"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if uri.startswith("sqlite:///") and "?" not in uri:
+        _create(Path(uri.removeprefix("sqlite:///")))
+    return MlflowClient(uri)
+
+
+def experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The id of the experiment of that name, made where there is none."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    local = uri.startswith("sqlite")
+    return client.create_experiment(name, Path("mlruns").absolute().as_uri() if local else None)
+
+
+def log(
+    client: MlflowClient, run_id: str, metrics: Sequence[Metric], params: Mapping[str, Any], tags: Mapping[str, str]
+) -> None:
+    """Adds to a run, in requests that hold as much as they may."""
+    parameters = [Param(key, _text(value)) for key, value in params.items()]
+    run_tags = [RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in tags.items()]
+    for start in range(PARAMS, len(parameters), PARAMS):
+        client.log_batch(run_id, params=parameters[start : start + PARAMS])
+    if metrics or parameters or run_tags:
+        client.log_batch(run_id, metrics=metrics, params=parameters[:PARAMS], tags=run_tags)
 
 
 @contextlib.contextmanager
