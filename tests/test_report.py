@@ -15,6 +15,7 @@ from distrecon.kinds import KINDS
 from distrecon.record.folder import RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.record.tracking import Tracker
+from distrecon.report import figures
 from distrecon.report import page as report
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
@@ -180,6 +181,11 @@ def test_the_certificate_is_a_table_of_the_outputs_that_disagree_most(written):
 def test_the_report_says_what_to_try_next(written):
     assert "model.latent is best at the largest value tried, 16: try larger ones." in written[0]
     assert "loss/total of the best still fell by 25 % in the last quarter of its 8 epochs: train longer." in written[0]
+
+
+def test_a_notebook_shows_a_figure_as_it_is():
+    figure = figures.agreement(np.eye(3))
+    assert "<svg" in figure._repr_svg_()
 
 
 def test_the_page_stands_alone(written):

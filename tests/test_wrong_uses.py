@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distrecon import __main__, evaluate, generate, job, train, tune, zoo
+from distrecon import __main__, evaluate, generate, job, status, train, tune, zoo
 from distrecon.autoencoder import Autoencoder, ZooSample, save_autoencoder
 from distrecon.autoencoder.model import statistics
 from distrecon.cluster.sweeps import innermost
@@ -26,6 +26,7 @@ MAINS = {
     "evaluate": evaluate.main,
     "generate": generate.main,
     "recover": recover,
+    "status": status.main,
     "zoo": zoo.main,
 }
 NEURONS = architecture("cnn_small")

@@ -300,8 +300,8 @@ def record_once(
     files: Sequence[Path],
     about: str,
 ) -> str | None:
-    """Sends a piece of work that has no run folder: one finished run, with figures, in the experiment `name`, which gets
-    the description `about`. Returns why the store did not take it, in one line."""
+    """Sends a piece of work that has no run folder: one finished run, with figures, in the experiment `name`, which
+    gets the description `about`. Returns why the store did not take it, in one line."""
     uri, now = store_uri(), int(time.time() * 1000)
     try:
         client = connect(uri)
@@ -375,9 +375,7 @@ def _create(database: Path) -> None:
     try:
         client = MlflowClient(f"sqlite:///{temporary}")
         if any(experiment.experiment_id == DEFAULT for experiment in client.search_experiments()):
-            client.delete_experiment(
-                DEFAULT
-            )  # an empty row above the runs' own; `mlflow experiments restore` brings it
+            client.delete_experiment(DEFAULT)  # an empty row; `mlflow experiments restore` restores it
         with contextlib.suppress(FileExistsError):  # another process was faster
             os.link(temporary, database)
     finally:

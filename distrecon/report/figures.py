@@ -24,8 +24,17 @@ MIDDLE = ListedColormap(colormaps["viridis"](np.linspace(0.12, 0.88, 128)))  # s
 READABLE = 0.79  # least pixels a point on a page: text is legible, and a plain figure fits a phone
 
 
+class Picture(Figure):
+    """A figure that notebooks show as it is."""
+
+    def _repr_svg_(self) -> str:
+        buffer = io.StringIO()
+        self.savefig(buffer, format="svg", facecolor=PAPER)
+        return buffer.getvalue()
+
+
 def _figure(width: float = SIZE[0], height: float = SIZE[1], columns: int = 1) -> tuple[Figure, list]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = list(np.atleast_1d(figure.subplots(1, columns)))
     for axis in axes:
