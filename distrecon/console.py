@@ -187,9 +187,18 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     """Options that every command has."""
     parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/<time>-<command>)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
-    parser.add_argument("--register", metavar="NAME", help="register the (best) model in MLflow under this name")
+    parser.add_argument(
+        "--register", type=_model_name, metavar="NAME", help="register the (best) model in MLflow under this name"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny instance of every stage; its numbers mean nothing")
     output_options(parser)
+
+
+def _model_name(text: str) -> str:
+    """A name that MLflow's registry takes; found wrong at once, not when the work is done."""
+    if not text.strip() or set(text) & set("/:"):
+        raise argparse.ArgumentTypeError(f"a model's name is not empty and has no / or :, unlike {text!r}")
+    return text
 
 
 def module_option(parser: argparse.ArgumentParser) -> None:

@@ -98,6 +98,7 @@ USES = {
     "misspelt option": ("tune --sapce x.yaml", "unknown option '--sapce'; did you mean '--space'?"),
     "misspelt option of a subcommand": ("zoo train --out x --confg y", "did you mean '--config'?"),
     "misspelt sampler": ("generate --autoencoder autoencoder --sampler gausian", "did you mean 'gaussian'?"),
+    "name that no registry takes": ("train --zoo zoo --register a/b", "a model's name is not empty and has no / or :"),
     "option without value": ("tune --space", "--space: expected at least one argument; see distrecon.tune --help"),
     "misspelt key": ("train --zoo zoo --set optim.epoch=3", "'optim.epoch'; did you mean 'optim.epochs'?"),
     "missing zoo": ("train --zoo zoos/none", "zoos/none is not a zoo: it has no zoo.json; make one with distrecon.zoo"),
