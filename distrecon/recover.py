@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> console.Answer:
             work,
             resumable=True,
             settings={
-                **{key: value for key, value in vars(args).items() if key in ASKED and value is not None},
+                **{key: _plain(value) for key, value in vars(args).items() if key in ASKED and value is not None},
                 **configuration.flatten(config),
             },
         )
@@ -125,6 +125,10 @@ def run(args: argparse.Namespace) -> console.Answer:
     text = f"{recovery.report()}\n\nnetwork  {console.short(folder.models / NETWORK)}"
     code = console.DONE if recovery.verified else console.SOME_FAILED
     return recording.answer(outcome, args, "recover", text, code)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _write(

@@ -107,7 +107,8 @@ def _lines(sweep: dict[str, Any], working: bool) -> Iterator[str]:
         parts.append(f"in {console.duration(sweep['seconds'])}")
     yield f"{sweep['name']}: {'; '.join(parts)}"
     if sweep["best"] is not None:
-        yield f"         best so far {sweep['best']}: {sweep['metric']} {sweep['value']:.4g}"
+        best = "best so far" if sweep["ended"] < sweep["trials"] else "best"
+        yield f"         {best} {sweep['best']}: {sweep['metric']} {sweep['value']:.4g}"
 
 
 def main(argv: list[str] | None = None) -> int:
