@@ -203,6 +203,7 @@ def test_every_trial_links_to_its_mlflow_run(written):
         for trial in record.trials:
             assert f"http://127.0.0.1:5000/#/experiments/1/runs/{trial}{'0' * 30}" in page
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in page
+    assert page.count("http://127.0.0.1:5000/#/compare-runs?runs=%5B%22") == len(records)
     assert html.escape('distrecon.load_autoencoder("runs:/t3') in page
 
 

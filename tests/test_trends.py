@@ -37,6 +37,7 @@ def by_width(*values, mode="max"):
         (by_width(0.3, 0.2, 0.1, mode="min"), ["model.width is best at the largest value tried, 4: try larger ones."]),
         (by_width(0.1, 0.3, 0.2), []),
         (by_width(0.5, 0.50001, 0.5), ["model.width makes hardly a difference between 1 and 4."]),
+        (by_width(2.0, 4e-28, 3e-29, mode="min"), ["model.width makes hardly a difference between 2 and 4."]),
         (by_width(0.5), []),
         (by_width(None, None), []),
         (by_width(0.1, 0.3, None), ["model.width is best at the largest value tried, 2: try larger ones."]),

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # a store that is down must not hold the sweep's progress up for minutes: what fails is sent again later anyway
@@ -29,6 +30,7 @@ from mlflow.tracking import MlflowClient
 from distrecon import console
 from distrecon.errors import UserError
 from distrecon.files import write_json
+from distrecon.record.artifacts import FINISHED
 from distrecon.record.folder import RunFolder
 
 STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"}
@@ -42,6 +44,7 @@ PARAMS = 90  # of one request, which holds 100
 DEFAULT = "0"  # the experiment that MLflow puts into every new database, for runs that name none
 
 
+COMPARED = 100  # runs that one address names
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a local store
 BEST = "best_run"  # the tag of a sweep's run that names its best trial's
 
@@ -123,7 +126,7 @@ class Tracker:
             metrics = [
                 Metric(key, float(value), at, int(event["epoch"]))
                 for key, value in event["metrics"].items()
-                if _is_number(value)
+                if _is_number(value) and key != FINISHED
             ]
             self._log(sent["runs"][trial], metrics=metrics)
         elif what == "finished":
@@ -259,10 +262,14 @@ class Tracker:
 
         def send() -> None:
             self.client.set_experiment_tag(self._sent[sweep]["experiment"], NOTE, about[:NOTE_LENGTH])
-            self.client.set_tag(run_ids[""], NOTE, f"```\n{table}\n```\n\n{advice}"[:NOTE_LENGTH])
+            compare = f"[Compare the trials]({url})" if (url := self.compare_url(sweep)) else ""
+            text = "\n\n".join(filter(None, [compare, f"```\n{table}\n```", advice]))
+            self.client.set_tag(run_ids[""], NOTE, text[:NOTE_LENGTH])
             if best in run_ids:
                 self.client.set_tag(run_ids[""], BEST, run_ids[best])
-                numbers = [Metric(key, float(v), at, 0) for key, v in metrics.items() if _is_number(v)]
+                numbers = [
+                    Metric(key, float(v), at, 0) for key, v in metrics.items() if _is_number(v) and key != FINISHED
+                ]
                 self._log(run_ids[""], metrics=numbers)
 
         if "" in run_ids:
@@ -277,9 +284,21 @@ class Tracker:
     def run_url(self, sweep: str, trial: str) -> str | None:
         """Where a trial's run is shown (of a local store while `viewer` runs); None when it was never sent."""
         sent = self._sent.get(sweep, {})
-        base = self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
         run = sent.get("runs", {}).get(trial)
-        return f"{base}/#/experiments/{sent['experiment']}/runs/{run}" if run else None
+        return f"{self._ui}/#/experiments/{sent['experiment']}/runs/{run}" if run else None
+
+    def compare_url(self, sweep: str) -> str | None:
+        """Where a sweep's trials are compared, its first hundred; None of fewer than two."""
+        sent = self._sent.get(sweep, {})
+        runs = [run for trial, run in sent.get("runs", {}).items() if trial][:COMPARED]
+        if len(runs) < 2:
+            return None
+        values = {"runs": json.dumps(runs), "experiments": json.dumps([sent["experiment"]])}
+        return f"{self._ui}/#/compare-runs?{urlencode(values, quote_via=quote)}"
+
+    @property
+    def _ui(self) -> str:
+        return self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
 
     def _load(self) -> dict[str, Any]:
         path = self.folder.tracking

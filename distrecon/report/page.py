@@ -153,6 +153,8 @@ def _table(sweep: SweepRecord, kind: Kind, tracker: Tracker) -> str:
         what, line = kind.offer
         code = html.escape(line.format(run=f"runs:/{url.rsplit('/', 1)[1]}"))
         offer = f'<p class="soft">{html.escape(what)}: <code>{code}</code></p>'
+    if url := tracker.compare_url(sweep.name):
+        offer += f'<p class="soft"><a href="{html.escape(url)}">Compare the trials in MLflow</a></p>'
     return (
         f'<div class="scroll"><table><thead><tr><th>{html.escape(tables.heading(sweep))}</th>{head}'
         f"<th>MLflow run</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>"

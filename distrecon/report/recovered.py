@@ -10,6 +10,7 @@ from distrecon.report import tables
 
 LEAST_PICTURE = 16  # inputs; fewer are shown in a line
 NEURONS, LINES = 20, 8  # shown, as pictures and as lines
+WIDE = 32  # inputs of the lines that stand side by side
 OUTPUTS = 12  # of the table, those that disagree most
 
 
@@ -24,7 +25,7 @@ def first_layer(sweep: SweepRecord, arrays: Arrays) -> Drawing | None:
     count, inputs = found["first_layer"].shape
     side = math.isqrt(inputs)
     square = side * side == inputs >= LEAST_PICTURE
-    shape, shown, columns = ((side, side), NEURONS, 10) if square else ((1, inputs), LINES, 1)
+    shape, shown, columns = ((side, side), NEURONS, 10) if square else ((1, inputs), LINES, max(1, WIDE // inputs))
     shown = min(shown, count)
     rows = {"recovered": found["first_layer"][:shown].reshape(shown, *shape)}
     compared = "The teacher is not known."

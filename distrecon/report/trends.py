@@ -12,6 +12,7 @@ from distrecon.record.kind import Drawing, Kind
 from distrecon.report import tables
 
 FALLING = 0.05  # of a loss over the last quarter of the epochs, from which on more epochs are worth a try
+ALIKE = 1e-3  # of the largest metric, or of the metrics' range: differences up to here are none
 LINES = 7  # in one panel, at most; with more other settings than that, all trials of a value are one point
 
 
@@ -129,18 +130,25 @@ def advice(sweep: SweepRecord, kind: Kind) -> list[str]:
 
 
 def _edges(scored: Scored, group: list[TrialRecord]) -> list[str]:
-    """The best value is the least or the most that was tried, and the metric depends on it."""
+    """The best value is the least or the most that was tried, and the metric depends on it there."""
     told = []
     for setting in scored.numeric:
-        tried = sorted({v for t in scored.trials if (v := number(t.config[setting])) is not None})
-        at = number(group[0].config[setting])
         others = [key for key in scored.settings if key != setting]
-        alike = [t for t in scored.trials if all(t.config[key] == group[0].config[key] for key in others)]
-        values = [scored.metric(t) for t in alike]
-        if len(values) > 1 and np.ptp(values) <= 1e-3 * max(abs(v) for v in values):
-            told.append(f"{setting} makes hardly a difference between {tried[0]:g} and {tried[-1]:g}.")
-        elif at in (tried[0], tried[-1]):
-            side, more = ("smallest", "smaller") if at == tried[0] else ("largest", "larger")
+        alike: dict[float, list[float]] = defaultdict(list)
+        for trial in scored.trials:
+            value = number(trial.config[setting])
+            if value is not None and all(trial.config[key] == group[0].config[key] for key in others):
+                alike[value].append(scored.metric(trial))
+        means = {value: float(np.mean(metrics)) for value, metrics in sorted(alike.items())}
+        at = number(group[0].config[setting])
+        if at is None or len(means) < 2:
+            continue
+        scale = max(np.ptp(list(means.values())), max(map(abs, means.values())))
+        near = [value for value, mean in means.items() if abs(mean - means[at]) <= ALIKE * scale]
+        if len(near) > 1:
+            told.append(f"{setting} makes hardly a difference between {near[0]:g} and {near[-1]:g}.")
+        elif at in (min(means), max(means)):
+            side, more = ("smallest", "smaller") if at == min(means) else ("largest", "larger")
             told.append(f"{setting} is best at the {side} value tried, {at:g}: try {more} ones.")
     return told
 
