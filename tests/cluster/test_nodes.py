@@ -75,7 +75,7 @@ def test_a_training_that_loses_a_node_ends_like_an_undisturbed_one(tmp_path, nod
         env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=2400,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     told = answer(done.stdout)
@@ -94,7 +94,7 @@ def test_a_sweep_goes_on_without_the_node_of_a_trials_driver(tmp_path):
     """Through Tune: the trial begins again on another node, from its last epoch, and ends as if nothing was."""
     script = Path(__file__).with_name("driver_loss.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=1200
+        [sys.executable, str(script), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=2400
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     told = answer(done.stdout)
@@ -104,7 +104,7 @@ def test_a_sweep_goes_on_without_the_node_of_a_trials_driver(tmp_path):
     assert told["status"] == ["completed"], told["errors"]
     for epochs in told["epochs"][1].values():
         assert epochs == sorted(set(epochs)), "a finished epoch was trained again"
-        assert epochs[-1] == 30
+        assert epochs[-1] == 12
     assert told["largest_gap"] < 1e-5
     assert told["score_gap"] < 1e-5
 
@@ -123,7 +123,7 @@ def test_a_sweep_on_gpus_that_come_when_they_are_asked_for(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=2400,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     told = answer(done.stdout)
