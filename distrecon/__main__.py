@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "predict, reconstruct and generate with a trained autoencoder on any zoo",
     "generate": "new models from a trained autoencoder",
     "zoo": "train, import, check, describe and export model zoos",
+    "status": "how far a run is, or what it came to",
     "recover": "recover a black box's layer sizes and weights from its answers",
 }
 

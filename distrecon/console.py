@@ -9,31 +9,42 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory, nearest
-from distrecon.files import plain
+from distrecon.files import plain, write_json
 
 DONE, SOME_FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
-EVERY = 15.0  # seconds between progress lines when the output is not a terminal, with --verbose
+EVERY, EVERY_VERBOSE = 60.0, 15.0  # seconds between progress lines when the output is not a terminal
+EVERY_KEPT = 5.0  # seconds between those that are kept in the run folder
 
 
 class Progress:
-    """One stage's progress: rewritten in place on a terminal; elsewhere only its result, unless `--verbose`."""
+    """One stage's progress: rewritten in place on a terminal; elsewhere a line a minute, more often with `--verbose`.
+
+    The last line is kept in `file`, where `kept` names one, for `distrecon.status`.
+    """
 
     verbose = False
+    file: Path | None = None
 
     def __init__(self, stage: str) -> None:
         self.stage, self.terminal = stage, sys.stderr.isatty()
-        self.start, self._last, self._text = time.monotonic(), -EVERY, ""
+        self.start = self._last = time.monotonic()
+        self._kept, self._text = -EVERY_KEPT, ""
 
     def show(self, text: str) -> None:
         """Shows where the stage is."""
         now = time.monotonic()
-        if text == self._text or (not self.terminal and (not self.verbose or now - self._last < EVERY)):
+        if text == self._text:
+            return
+        if now - self._kept >= EVERY_KEPT:
+            self._keep(text)
+            self._kept = now
+        if not self.terminal and now - self._last < (EVERY_VERBOSE if self.verbose else EVERY):
             return
         self._last, self._text = now, text
         line = f"{self.stage:<9} {text}"
@@ -42,10 +53,26 @@ class Progress:
         else:
             print(line, file=sys.stderr, flush=True)
 
+    def _keep(self, text: str) -> None:
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # a full disk is told by what has to be written
+                write_json(self.file, {"stage": self.stage, "text": text, "time": time.time()})
+
     def done(self, text: str) -> None:
         """Ends the stage with its result."""
+        self._keep(text)
         clear = "\r\033[K" if self.terminal else ""
         print(f"{clear}{self.stage:<9} {text} ({duration(time.monotonic() - self.start)})", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def kept(file: Path) -> Iterator[None]:
+    """Keeps the last line of progress in a file."""
+    before, Progress.file = Progress.file, file
+    try:
+        yield
+    finally:
+        Progress.file = before
 
 
 def time_left(share: float, seconds: float) -> str:
@@ -160,9 +187,18 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     """Options that every command has."""
     parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/<time>-<command>)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
-    parser.add_argument("--register", metavar="NAME", help="register the (best) model in MLflow under this name")
+    parser.add_argument(
+        "--register", type=_model_name, metavar="NAME", help="register the (best) model in MLflow under this name"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny instance of every stage; its numbers mean nothing")
     output_options(parser)
+
+
+def _model_name(text: str) -> str:
+    """A name that MLflow's registry takes; found wrong at once, not when the work is done."""
+    if not text.strip() or set(text) & set("/:"):
+        raise argparse.ArgumentTypeError(f"a model's name is not empty and has no / or :, unlike {text!r}")
+    return text
 
 
 def module_option(parser: argparse.ArgumentParser) -> None:

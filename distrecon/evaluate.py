@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> console.Answer:
         {"zoo": [str(args.zoo)]},
         recording.Provenance(settings.seed, args.smoke, overrides, {str(args.zoo): zoo}),
         work,
+        settings={"autoencoder": str(args.autoencoder), **config.flatten(settings)},
     )
     return recording.answer(outcome, args, "evaluate")
 

@@ -17,6 +17,7 @@ from distrecon.autoencoder.model import Autoencoder
 from distrecon.autoencoder.samplers import SAMPLERS
 from distrecon.autoencoder.scoring import zoo_index
 from distrecon.autoencoder.tasks import encode_models
+from distrecon.config import flatten
 from distrecon.errors import UserError
 from distrecon.kinds.autoencoder import KIND, load_autoencoder, zoo_folder
 from distrecon.nets import Architecture, evaluate
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> console.Answer:
         {"sampler": sampler, "count": args.count},
         recording.Provenance(seed, args.smoke, request, {str(zoo.store): zoo}),
         work,
+        settings={**request, **{f"tasks.{key}": value for key, value in flatten(tasks).items()}},
     )
     metrics = outcome.sweeps[0].trials[recording.TRIAL].metrics
     mean, best = metrics["generate/accuracy_mean"], metrics["generate/accuracy_max"]

@@ -24,10 +24,10 @@ from distrecon.errors import UserError, WorkFailed, nearest
 from distrecon.kinds import KINDS
 from distrecon.nets import ChainArchitecture
 from distrecon.record.folder import REQUEST, RunFolder, check_absent
-from distrecon.record.journal import SweepRecord, TrialRecord
+from distrecon.record.journal import SweepRecord
 from distrecon.record.tracking import Tracker
 from distrecon.recording import Outcome, Provenance, finish
-from distrecon.report import tables
+from distrecon.report.progress import standing
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos.settings import ZOOS, described
 from distrecon.zoos.storage import store
@@ -237,13 +237,10 @@ class _SweepsProgress:
             events, self.offsets[sweep.name] = self.folder.journal(sweep.name).read(self.offsets[sweep.name])
             for event in events:
                 record.apply(event)
-            epochs = sweep.kind.epochs(sweep.base)
-            running = [t for t in record.trials.values() if t.status == "running"]
-            ended = len(record.trials) - len(running)
-            share = (ended + sum(_share(t, epochs) for t in running)) / max(1, sweep.trials)
-            now = ", ".join(_now(tables.label(t.config), t, epochs) for t in running)
-            parts.append(f"{sweep.name} {ended}/{sweep.trials}" + (f" ({now})" if now else ""))
-            shares.append(share)
+            now = standing(record)
+            running = f" ({', '.join(now.running)})" if now.running else ""
+            parts.append(f"{sweep.name} {now.ended}/{sweep.trials}{running}")
+            shares.append(now.share)
         self.stage.show(f"{'; '.join(parts)}; {time_left(min(shares), time.monotonic() - self.stage.start)}")
 
     def done(self) -> None:
@@ -251,12 +248,3 @@ class _SweepsProgress:
         trials = [t for record in self.records.values() for t in record.trials.values()]
         failed = sum(t.status == "failed" for t in trials)
         self.stage.done(f"{len(trials) - failed} trials done" + (f", {failed} failed" if failed else ""))
-
-
-def _share(trial: TrialRecord, epochs: int | None) -> float:
-    """Share of a running trial that is done; scoring counts for about a tenth."""
-    return 0.9 * max(trial.epochs, default=0) / epochs if epochs else 0.0
-
-
-def _now(label: str, trial: TrialRecord, epochs: int | None) -> str:
-    return f"{label} {max(trial.epochs, default=0)}/{epochs}" if epochs else label

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distrecon import console
 from distrecon.cluster import session
 from distrecon.errors import UserError, WorkFailed
@@ -23,8 +25,9 @@ from distrecon.record.artifacts import ARRAYS, FINISHED
 from distrecon.record.folder import RESUMABLE, RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.record.kind import Kind
-from distrecon.record.tracking import Tracker
-from distrecon.report import page, tables
+from distrecon.record.tracking import Tracker, record_once
+from distrecon.record.usage import measured
+from distrecon.report import figures, page, tables, trends
 from distrecon.served.package import package
 from distrecon.zoos import Zoo
 
@@ -121,9 +124,27 @@ def finish(
         tracker.artifacts(record.name, "", files.figures[record.name], "figures")
         for trial, models in files.models[record.name].items():
             _log_model(tracker, record, trial, models)
-        tracker.conclude(record.name, best.trial if best else None, tables.render(record, kind))
+        tracker.conclude(
+            record.name,
+            best.trial if best else None,
+            best.metrics if best else {},
+            tables.render(record, kind),
+            "\n".join(trends.advice(record, kind)),
+            columns(kind),
+        )
     stage.done(f"{folder.page}")
     return Outcome(folder, records, seconds, tracker)
+
+
+def columns(kind: Kind) -> str:
+    """What the columns of an experiment mean, as Markdown."""
+    metrics = "\n".join(f"- `{m.name}`{f' ({m.heading})' if m.heading else ''}: {m.meaning}" for m in kind.metrics)
+    return (
+        f"Trials of kind `{kind.name}`. A run without a parent is a sweep, called as its run folder, with the report, "
+        "the figures and its best trial's metrics; its children are the trials. Parameters are settings by dotted name "
+        f"(docs/settings.md).\n\n{metrics}\n- `system/...`: what the trial's own process took, at most\n"
+        "- `time/...`: seconds, and what they were spent on\n"
+    )
 
 
 def _log_model(tracker: Tracker, record: SweepRecord, trial: str, files: Sequence[Path]) -> None:
@@ -179,8 +200,11 @@ def record(
     provenance: Provenance,
     work: Callable[[RunFolder], Result],
     resumable: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Does `work(folder)`, whose files go to the folder's models/ (and arrays.npz there, for figures), and records it.
+
+    `config` tells this piece of work from others of the command; `settings` are the rest of its parameters.
 
     A new folder is removed when the request turns out to be wrong (UserError) and, unless the work is `resumable`, when
     it breaks off for any other reason; the error goes on.
@@ -189,12 +213,15 @@ def record(
     try:
         with folder.locked():
             journal = folder.journal(command)
-            journal.write("sweep", name=command, kind=kind.name, metric=metric, mode=mode, trials=1)
+            journal.write(
+                "sweep", name=command, kind=kind.name, metric=metric, mode=mode, trials=1, settings=settings or {}
+            )
             journal.write("started", trial=TRIAL, config=dict(config))
             folder.models.mkdir(exist_ok=True)
-            result = work(folder)
+            with measured() as usage:
+                result = work(folder)
             _store_arrays(folder, command)
-            journal.write("metrics", trial=TRIAL, epoch=0, metrics={**result.metrics, FINISHED: 1})
+            journal.write("metrics", trial=TRIAL, epoch=0, metrics={**result.metrics, **usage, FINISHED: 1})
             journal.write("finished", trial=TRIAL, status="completed", error=None)
             journal.write("done")
             tracker = Tracker(folder, [command], provenance.tags())
@@ -218,6 +245,42 @@ def _store_arrays(folder: RunFolder, sweep: str) -> None:
         target = Path(folder.trials(sweep)) / TRIAL / "artifacts"
         target.mkdir(parents=True, exist_ok=True)
         arrays.replace(target / ARRAYS)
+
+
+# -- zoos, which have no run folder -----------------------------------------------------------------------------------
+
+
+ABOUT_ZOOS = (
+    "Zoos that `distrecon.zoo train` and `import` made, a run each: how many models and states they have, and the mean "
+    "and the best accuracy on test images of the last states. The tag `path` says where a zoo lies, `digest` which one."
+)
+
+
+def record_zoo(zoo: Zoo, command: str, began: float, settings: Mapping[str, Any]) -> str | None:
+    """Records a zoo that was just made in MLflow; returns why it was not recorded, in one line."""
+    metrics = {
+        "zoo/models": float(zoo.num_models),
+        "zoo/states": float(zoo.num_states),
+        "zoo/parameters": float(zoo.architecture.num_parameters),
+        "time/seconds": time.time() - began,
+    }
+    groups = {split: values for split in ("train", "val", "test") if len(values := _last_accuracies(zoo, split))}
+    if groups:
+        accuracy = np.concatenate(list(groups.values()))
+        metrics |= {"zoo/accuracy_mean": float(accuracy.mean()), "zoo/accuracy_max": float(accuracy.max())}
+    tags = {**Provenance(0, False).tags(), "path": str(zoo.store), "digest": zoo.digest, "command": f"zoo {command}"}
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = Path(scratch) / "accuracies.png"
+        if groups:
+            figures.save_png(figures.accuracy_distributions({zoo.name: groups}), picture)
+        return record_once("zoos", zoo.name, began, settings, metrics, tags, [picture] if groups else [], ABOUT_ZOOS)
+
+
+def _last_accuracies(zoo: Zoo, split: str) -> np.ndarray:
+    """Of each model's last state, where they are known."""
+    table = zoo.table(split, ["epoch", "test_accuracy"])
+    epoch, accuracy = (table[name].to_numpy().astype(float) for name in ("epoch", "test_accuracy"))
+    return accuracy[(epoch == epoch.max(initial=0)) & np.isfinite(accuracy)]
 
 
 # -- what is printed --------------------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover_network, score, synthetic_teacher
 from distrecon.expand_cluster.examination import OUTPUTS
 from distrecon.expand_cluster.sources import Source, load_black_box
-from distrecon.kinds.expand_cluster import KIND, clustering_arrays
+from distrecon.kinds.expand_cluster import KIND, picture_arrays
 from distrecon.placing import Placer
 from distrecon.record.artifacts import ARRAYS
 from distrecon.record.folder import RunFolder
 
 NETWORK = "recovered.safetensors"
+ASKED = ("activation", "hidden_layers", "input_size", "data", "domain", "outputs", "max_rows", "retries")  # parameters
 
 EXAMPLES = """examples:
   python -m distrecon.recover --smoke                                            a small built-in teacher
@@ -105,11 +106,11 @@ def run(args: argparse.Namespace) -> console.Answer:
             stages=folder.stages,
         )
         stage.done("verified" if recovery.verified else "not verified")
-        if source.weights is not None and len(source.weights) == len(recovery.weights):
-            metrics = recovery.metrics | score(recovery, source.weights, data_QI)
-            recovery = dataclasses.replace(recovery, metrics=metrics)
+        known = source.weights if source.weights and len(source.weights) == len(recovery.weights) else None
+        if known is not None:
+            recovery = dataclasses.replace(recovery, metrics=recovery.metrics | score(recovery, known, data_QI))
         found.append(recovery)
-        arrays, summary = clustering_arrays(recovery), {}
+        arrays, summary = picture_arrays(recovery, known), {}
         if placer is not None:
             place, reason = _place(placer, recovery)
             if place is not None:
@@ -131,6 +132,10 @@ def run(args: argparse.Namespace) -> console.Answer:
             recording.Provenance(args.seed, args.smoke, configuration.parse_assignments(args.set)),
             work,
             resumable=True,
+            settings={
+                **{key: _plain(value) for key, value in vars(args).items() if key in ASKED and value is not None},
+                **configuration.flatten(config),
+            },
         )
     except KeyboardInterrupt:
         hint = f"continue with the same options and --resume {console.short(folder.path)}"
@@ -151,6 +156,10 @@ def _place(placer: Placer, recovery: Recovery) -> tuple[Place | None, str]:
         return placer.layers(recovery.weights, recovery.activation), ""
     except UserError as error:
         return None, str(error)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 def _write(

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from distrecon import config as configuration
 from distrecon import console
 from distrecon.errors import UserError
 from distrecon.zoos import Zoo, inspection, open_zoo
+from distrecon.zoos.format import MANIFEST
 from distrecon.zoos.settings import named_zoos, read_config
+from distrecon.zoos.storage import store
 
 EXAMPLES = """examples:
   python -m distrecon.zoo train --out zoos/digits
@@ -130,23 +133,34 @@ def _shower(stage: console.Progress) -> Callable[[int, int, float], None]:
 
 def train(args: argparse.Namespace) -> console.Answer:
     """Trains, continues or finds a zoo."""
+    from distrecon.recording import record_zoo
     from distrecon.zoos.train import ensure
 
     config = read_config(args.config or ("smoke" if args.smoke else "digits"))
     values = {} if args.seed is None else {"seed": args.seed}
     values |= {} if args.module is None else {"architecture.module": args.module}
     config = configuration.replace(config, values | configuration.parse_assignments(args.set), "--set")
-    resources, stage = _connect(args), console.Progress("train")
+    resources, stage, began = _connect(args), console.Progress("train"), time.time()
+    there = store(args.out).exists(MANIFEST)
     zoo = ensure(config, args.out, _shower(stage), resources, args.store_images)
     excluded = len(zoo.info["excluded"])
     stage.done(
         f"{zoo.num_models} models, {zoo.num_states} states in {zoo.store}" + f", {excluded} diverged" * bool(excluded)
     )
-    return console.Answer(console.SOME_FAILED if excluded else console.DONE, data=inspection.facts(zoo))
+    problem = None if there else record_zoo(zoo, "train", began, configuration.flatten(config))
+    failed = excluded or problem
+    return console.Answer(
+        console.SOME_FAILED if failed else console.DONE, _not_recorded(problem), inspection.facts(zoo)
+    )
+
+
+def _not_recorded(problem: str | None) -> str:
+    return f"MLflow   NOT RECORDED: {problem}" if problem else ""
 
 
 def import_(args: argparse.Namespace) -> console.Answer:
     """Imports what can be, tells what cannot."""
+    from distrecon.recording import record_zoo
     from distrecon.zoos.importing import REPORT, ImportOptions, import_zoo
 
     try:
@@ -169,14 +183,17 @@ def import_(args: argparse.Namespace) -> console.Answer:
         source = _smoke_source(Path(folder)) if args.smoke and args.source is None else args.source
         if source is None:
             raise UserError("import wants a SOURCE: a Ray Tune tree, a folder of checkpoint files, or one such file")
-        resources, stage = _connect(args), console.Progress("import")
+        resources, stage, began = _connect(args), console.Progress("import"), time.time()
         report = import_zoo(source, args.out, options, _shower(stage), resources)
     stage.done(f"{report.models} models, {report.states} states into {report.zoo}")
     lines = [f"skipped {count:6}  {reason}" for reason, count in report.reasons.items()]
     if report.skipped:
         lines.append(f"each one is listed in {report.zoo}/{REPORT}")
-    code = console.SOME_FAILED if report.skipped else console.DONE
-    return console.Answer(code, "\n".join(lines), dataclasses.asdict(report))
+    settings = {"source": str(source), **{k: v for k, v in dataclasses.asdict(options).items() if v is not None}}
+    problem = record_zoo(open_zoo(args.out), "import", began, settings)
+    code = console.SOME_FAILED if report.skipped or problem else console.DONE
+    text = "\n".join(filter(None, [*lines, _not_recorded(problem)]))
+    return console.Answer(code, text, dataclasses.asdict(report))
 
 
 def _smoke_source(folder: Path) -> Path:

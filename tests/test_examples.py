@@ -56,3 +56,29 @@ def test_a_service_behind_http_is_recovered_through_its_faults(tmp_path):
     told = run(tmp_path, "black_box_over_http.py")
     assert "verified: " in told
     assert int(told.split("faults")[1].split()[0]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("zoo_to_new_models.ipynb", "120 models, 240 states of 1198 parameters"),
+        ("black_box.ipynb", "verdict      verified"),
+    ],
+)
+def test_a_notebooks_cells_run_one_after_the_other(tmp_path, name, words):
+    """In one process, as they stand: they are plain Python, with no commands of the notebook's own."""
+    document = json.loads((CHECKOUT / "examples" / name).read_text())
+    cells = ["".join(cell["source"]) for cell in document["cells"] if cell["cell_type"] == "code"]
+    program = tmp_path / "cells.py"
+    program.write_text("\n\n".join(cells))
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert words in done.stdout

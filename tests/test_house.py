@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recording", "placing"),
     ("job",),
     ("launch",),
-    ("evaluate", "generate", "recover", "train", "tune", "zoo"),
+    ("evaluate", "generate", "recover", "status", "train", "tune", "zoo"),
     ("__init__", "__main__"),
 )
 

@@ -122,7 +122,7 @@ def test_mlflow_has_parents_children_epochs_and_artifacts(smoke):
 
 def test_report_has_every_figure_and_a_link_to_every_run(smoke):
     page = (smoke[1] / "report.html").read_text()
-    assert page.count("<figure>") == len(list((smoke[1] / "figures").glob("*.png"))) == 12
+    assert page.count("<figure>") == len(list((smoke[1] / "figures").glob("*.png"))) == 22
     assert page.count("/runs/") == 6
     assert "smoke run" in page
 

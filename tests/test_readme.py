@@ -54,7 +54,7 @@ def read_back(text, kind, swept):
     record = SweepRecord(name, kind, metric, KINDS[kind].mode)
     for number, line in enumerate(lines):
         value, *cells = line.replace(" *", "  ").split()
-        metrics = {c.name: READ[c.write](cell) for c, cell in zip(columns, cells, strict=True)}
+        metrics = {c.name: READ[c.write](cell) for c, cell in zip(columns, cells, strict=True) if cell != "-"}
         if " *" in line:  # several rows may be best when they are rounded
             metrics[metric] *= 1 + 1e-6 if record.mode == "max" else 1 - 1e-6
         value = int(value) if value.isdigit() else value
@@ -114,7 +114,7 @@ def pasted(tmp_path_factory, ray_session):
 def paste(line):
     """Runs one line in this process, at its smallest where its size is not the point."""
     name, *arguments = shlex.split(line.removeprefix("python -m distrecon."))
-    small = [] if name == "recover" or "info" in arguments else ["--smoke"]
+    small = [] if name in ("recover", "status") or "info" in arguments else ["--smoke"]
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         code = MAINS[name]([*arguments, *small])

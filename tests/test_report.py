@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from scipy.cluster.hierarchy import linkage
 
+from distrecon.expand_cluster.shown import OF_OUTPUTS
 from distrecon.kinds import KINDS
 from distrecon.record.folder import RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.record.tracking import Tracker
+from distrecon.report import figures
 from distrecon.report import page as report
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
@@ -37,6 +39,7 @@ ABOUT = {
     },
 }
 WIDTHS = (400, 1100)
+FIGURES = 15  # of the three sweeps together
 
 
 def autoencoders(rng):
@@ -58,6 +61,11 @@ def autoencoders(rng):
             "reconstruct/accuracy": rng.uniform(0.5, 0.95, (2, 150)),
             "reconstruct/agreement_matrix": np.clip(0.5 * np.eye(40) + rng.uniform(0.3, 0.5, (40, 40)), 0, 1),
             "generate/accuracy": rng.uniform(0.6, 0.9, 100),
+            "generate/relatives": rng.uniform([[0.2], [0.6]], [[1.2], [0.9]], (2, 100)),
+            "map/share": np.array([0.31, 0.12]),
+            "map/train": np.c_[rng.normal(size=(300, 2)), rng.uniform(0.3, 0.9, 300)],
+            "map/heldout": np.c_[rng.normal(size=(90, 2)), rng.uniform(0.3, 0.9, 90)],
+            "map/generated": np.c_[0.5 * rng.normal(size=(100, 2)), rng.uniform(0.6, 0.9, 100)],
             "gradients/structural_share": rng.uniform(0.2, 0.7, 4),
             "gradients/behavioral_share": rng.uniform(0.2, 0.7, 4),
             "gradients/structural_cosine": rng.uniform(-0.2, 0.3, 4),
@@ -78,7 +86,13 @@ def recoveries(rng):
         centres = rng.normal(size=(20, 8))
         vectors = np.repeat(centres, count + 1, 0) + 1e-6 * rng.normal(size=(20 * (count + 1), 8))
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        weights = rng.normal(size=(20, 64))
         arrays[f"r{i}"] = {
+            "first_layer": weights,
+            "first_layer_teacher": weights + 1e-9,
+            **{f"certificate/{name}": rng.uniform(1e-3, 1, 13) for name in OF_OUTPUTS},
+            "certificate/answers": np.array([16000, 1250, 3]),
+            "certificate/hidden_share": np.array(0.0024),
             "layer1_merges": linkage(unit, "average"),
             "layer1_cut": np.array(1e-3),
             "layer1_cluster": np.repeat(np.arange(20), count + 1),
@@ -88,6 +102,21 @@ def recoveries(rng):
     error = "probes.count (5) is too small: " + "a_long_word_without_any_place_to_break_" * 4 + "<script>"
     record.apply({"event": "finished", "trial": "r3", "status": "failed", "error": error, "time": 2.0})
     return record, arrays
+
+
+def latents():
+    """Three sizes of the latent with two seeds each; a larger latent is better, and the loss falls to the end."""
+    record = SweepRecord("latents", "autoencoder", "reconstruct/agreement", "max", 6, 1.0, 90.0)
+    for i, (size, seed) in enumerate((s, r) for s in (4, 8, 16) for r in (0, 1)):
+        config = {"model.latent": size, "seed": seed}
+        record.apply({"event": "started", "trial": f"l{i}", "config": config, "time": 0.0})
+        for epoch in range(1, 9):
+            event = {"event": "metrics", "trial": f"l{i}", "epoch": epoch, "time": 1.0}
+            record.apply({**event, "metrics": {"loss/total": 8.0 / epoch}})
+        found = {"reconstruct/agreement": 0.5 + size / 40 + seed / 100, "reconstruct/refined/agreement": 0.97}
+        record.apply({"event": "metrics", "trial": f"l{i}", "epoch": 8, "metrics": found, "time": 1.0})
+        record.apply({"event": "finished", "trial": f"l{i}", "status": "completed", "error": None, "time": 2.0})
+    return record, {}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +129,7 @@ def written(tmp_path_factory):
     patch.chdir(folder)
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     sent = {}
-    for record, arrays in (autoencoders(rng), recoveries(rng)):
+    for record, arrays in (autoencoders(rng), recoveries(rng), latents()):
         records.append(record)
         sent[record.name] = {"offset": 0, "experiment": "1", "runs": {t: f"{t}{'0' * 30}" for t in record.trials}}
         for trial, values in arrays.items():
@@ -117,8 +146,10 @@ def written(tmp_path_factory):
 
 def test_every_figure_is_there_with_words_in_its_place(written):
     page, records, folder = written
-    count = sum(len(KINDS[r.kind].figures) for r in records)
-    assert page.count("<figure>") == page.count('<svg role="img"') == page.count("<desc>") == count == 8
+    drawn = {r.name: len(list((folder / "figures").glob(f"{r.name}-*.png"))) for r in records}
+    assert drawn == {"loss_weights": 8, "student_counts": 5, "latents": 2}
+    count = sum(drawn.values())
+    assert page.count("<figure>") == page.count('<svg role="img"') == page.count("<desc>") == count == FIGURES
     said = [html.unescape(words) for words in re.findall(r"<desc>(.*?)</desc>", page)]
     assert said == [html.unescape(words) for words in re.findall(r"<figcaption>(.*?)</figcaption>", page)]
     assert min(len(words) for words in said) > 40
@@ -127,9 +158,34 @@ def test_every_figure_is_there_with_words_in_its_place(written):
         "original, 0.40",
         "held-out good models: 0.60 at 1.00",
         "10: 22 (not verified)",
+        "31 % and 12 % of their variance",
+        "20 of 20 neurons, each a picture of its 64 weights",
+        "model.latent: 4 0.605, 8 0.705, 16 0.905",
+        "Means over 2 seeds",
+        "model.latent, refined: 4 0.970",
     ):
         assert words in page
-    assert len(list((folder / "figures").glob("*.png"))) == count
+
+
+def test_the_certificate_is_a_table_of_the_outputs_that_disagree_most(written):
+    page = html.unescape(written[0])
+    table = page[page.index("<h3>Certificate (students.count") :]
+    rows = re.findall(r"<tr>(<td>.*?)</tr>", table[: table.index("</table>")])
+    shares = [float(re.findall(r"<td>([^<]*)</td>", row)[4].removesuffix(" %")) for row in rows]
+    assert len(shares) == 12
+    assert shares == sorted(shares, reverse=True)
+    for words in ("16000 answers of the run and 1250 fresh ones", "less than 0.24 %", "1 outputs that agree better"):
+        assert words in table
+
+
+def test_the_report_says_what_to_try_next(written):
+    assert "model.latent is best at the largest value tried, 16: try larger ones." in written[0]
+    assert "loss/total of the best still fell by 25 % in the last quarter of its 8 epochs: train longer." in written[0]
+
+
+def test_a_notebook_shows_a_figure_as_it_is():
+    figure = figures.agreement(np.eye(3))
+    assert "<svg" in figure._repr_svg_()
 
 
 def test_the_page_stands_alone(written):
@@ -147,6 +203,7 @@ def test_every_trial_links_to_its_mlflow_run(written):
         for trial in record.trials:
             assert f"http://127.0.0.1:5000/#/experiments/1/runs/{trial}{'0' * 30}" in page
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in page
+    assert page.count("http://127.0.0.1:5000/#/compare-runs?runs=%5B%22") == len(records)
     assert html.escape('distrecon.load_autoencoder("runs:/t3') in page
 
 
@@ -218,7 +275,7 @@ def contrast(one, other):
 
 
 def test_it_renders_without_errors_at_two_widths_in_light_and_dark(written, chromium, tmp_path):
-    page, records, _ = written
+    page, _, _ = written
     harness = tmp_path / "harness.html"
     harness.write_text(MEASURE % (json.dumps(page).replace("</", "<\\/"), json.dumps(WIDTHS)))
     dom, console = browse(chromium, tmp_path, "--dump-dom", f"file://{harness}")
@@ -228,7 +285,7 @@ def test_it_renders_without_errors_at_two_widths_in_light_and_dark(written, chro
     for look in found:
         assert look["scroll"] <= look["width"], look
         assert look["wide"] == [], look
-        assert look["drawn"] == sum(len(KINDS[r.kind].figures) for r in records)
+        assert look["drawn"] == FIGURES
         assert contrast(look["ink"], look["paper"]) >= 7
         assert contrast(look["link"], look["paper"]) >= 4.5
     papers = {scheme: {f["paper"] for f in found if f["scheme"] == scheme} for scheme in ("light", "dark")}

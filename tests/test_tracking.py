@@ -50,6 +50,39 @@ def test_a_journal_arrives_as_parent_child_parameters_and_metrics_by_epoch(journ
     assert "a/sizes" not in child.data.metrics
 
 
+def test_what_all_trials_have_in_common_is_a_parameter_of_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    journal = RunFolder(tmp_path / "run").journal("demo")
+    settings = {f"a.setting{i}": i for i in range(250)}  # more than one request holds
+    journal.write("sweep", name="demo", kind="x", metric="a/x", mode="max", trials=1, settings=settings)
+    assert Tracker(RunFolder(tmp_path / "run"), ["demo"], {}).sync()
+    journal.write("started", trial="t", config={"a.setting3": "swept"})
+    assert Tracker(RunFolder(tmp_path / "run"), ["demo"], {}).sync(), "another process goes on"
+    _, _, (child,) = runs(tmp_path)
+    assert child.data.params == {name: str(value) for name, value in (settings | {"a.setting3": "swept"}).items()}
+
+
+def test_a_sweep_has_its_best_trials_metrics_and_the_experiment_a_note(journal, tmp_path):
+    finish(journal)
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
+    assert tracker.sync()
+    tracker.conclude("demo", "t", {"a/x": 2.0, "a/sizes": [20]}, "a table", "try more", "what the columns mean")
+    client, found, (child,) = runs(tmp_path)
+    (parent,) = [r for r in found if r.info.run_id != child.info.run_id]
+    assert parent.data.metrics == {"a/x": 2.0}
+    assert parent.data.tags["best_run"] == child.info.run_id
+    assert parent.data.tags["mlflow.note.content"] == "```\na table\n```\n\ntry more"
+    experiment = client.get_experiment_by_name("demo")
+    assert experiment.tags["mlflow.note.content"] == "what the columns mean"
+
+
+def test_a_new_store_has_our_experiments_alone(journal, tmp_path):
+    assert Tracker(RunFolder(tmp_path / "run"), ["demo"], {}).sync()
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert [e.name for e in client.search_experiments()] == ["demo"]
+
+
 def test_a_run_that_a_slow_server_made_twice_is_there_once(journal, tmp_path, monkeypatch):
     create_run = MlflowClient.create_run
 

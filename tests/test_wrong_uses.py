@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distrecon import __main__, evaluate, generate, job, train, tune, zoo
+from distrecon import __main__, evaluate, generate, job, status, train, tune, zoo
 from distrecon.autoencoder import Autoencoder, ZooSample, save_autoencoder
 from distrecon.autoencoder.model import statistics
 from distrecon.cluster.sweeps import innermost
@@ -26,6 +26,7 @@ MAINS = {
     "evaluate": evaluate.main,
     "generate": generate.main,
     "recover": recover,
+    "status": status.main,
     "zoo": zoo.main,
 }
 NEURONS = architecture("cnn_small")
@@ -97,6 +98,7 @@ USES = {
     "misspelt option": ("tune --sapce x.yaml", "unknown option '--sapce'; did you mean '--space'?"),
     "misspelt option of a subcommand": ("zoo train --out x --confg y", "did you mean '--config'?"),
     "misspelt sampler": ("generate --autoencoder autoencoder --sampler gausian", "did you mean 'gaussian'?"),
+    "name that no registry takes": ("train --zoo zoo --register a/b", "a model's name is not empty and has no / or :"),
     "option without value": ("tune --space", "--space: expected at least one argument; see distrecon.tune --help"),
     "misspelt key": ("train --zoo zoo --set optim.epoch=3", "'optim.epoch'; did you mean 'optim.epochs'?"),
     "missing zoo": ("train --zoo zoos/none", "zoos/none is not a zoo: it has no zoo.json; make one with distrecon.zoo"),

@@ -52,6 +52,7 @@ class Judge:
     config: TasksConfig
     reference_P: Tensor
     train_NP: Tensor  # aligned to the reference
+    train_accuracy_N: Tensor  # on test images, as the zoo has it
     train_wrong_NQ: Tensor  # of the best state of each training model
     heldout_BP: Tensor
     heldout_distance: float
@@ -64,19 +65,33 @@ class Judge:
         good = top(best_states(arch, test, images), config.good)[: config.samples]
         heldout_BP, reference_P = test.theta_BP[good], train.theta_BP[0]
         train_NP = align(arch, train.theta_BP, reference_P)
-        distance_B = novelty.nearest_aligned(arch, heldout_BP, train_NP, reference_P, config.candidates)
+        distance_B, _ = novelty.nearest_aligned(arch, heldout_BP, train_NP, reference_P, config.candidates)
         best = evaluate(arch, train.theta_BP[best_N], images.test.images, images.test.labels_Q)
         wrong_NQ = best.predictions_BQ != images.test.labels_Q
         return Judge(
-            arch, images, config, reference_P, train_NP, wrong_NQ, heldout_BP, float(distance_B.mean().clamp_min(1e-12))
+            arch,
+            images,
+            config,
+            reference_P,
+            train_NP,
+            train.test_accuracy_B,
+            wrong_NQ,
+            heldout_BP,
+            float(distance_B.mean().clamp_min(1e-12)),
         )
 
-    def __call__(self, theta_MP: Tensor) -> tuple[dict[str, float], np.ndarray]:
-        """Metrics of generated models, without prefix, and their accuracies [M]."""
+    def __call__(self, theta_MP: Tensor) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics of generated models, without prefix, and as arrays their accuracies [M] and `relatives` [2, M].
+
+        A model's relative is the nearest training model: its distance, 1 where a held-out good model's relative is on
+        average, and its accuracy.
+        """
         check_finite(theta_MP, "generate")
         arch, config = self.arch, self.config
         judged = evaluate(arch, theta_MP, self.images.test.images, self.images.test.labels_Q)
-        distance_M = novelty.nearest_aligned(arch, theta_MP, self.train_NP, self.reference_P, config.candidates)
+        distance_M, relative_M = novelty.nearest_aligned(
+            arch, theta_MP, self.train_NP, self.reference_P, config.candidates
+        )
         wrong_MQ = judged.predictions_BQ != self.images.test.labels_Q
         metrics = {
             "accuracy_mean": float(judged.accuracy_B.mean()),
@@ -87,7 +102,8 @@ class Judge:
             "novelty": float(distance_M.mean()) / self.heldout_distance,
             "novelty_iou": float(novelty.error_overlap(wrong_MQ, self.train_wrong_NQ).mean()),
         }
-        return metrics, judged.accuracy_B.numpy()
+        relatives_2M = torch.stack([distance_M / self.heldout_distance, self.train_accuracy_N[relative_M]])
+        return metrics, {"accuracy": judged.accuracy_B.numpy(), "relatives": relatives_2M.float().numpy()}
 
 
 def generate_models(
@@ -205,9 +221,9 @@ def generate(
     arrays: dict[str, np.ndarray] = {}
 
     def report(prefix: str, theta_MP: Tensor) -> None:
-        found, accuracy_M = judge(theta_MP)
+        found, made = judge(theta_MP)
         metrics.update({f"{prefix}/{key}": value for key, value in found.items()})
-        arrays[f"{prefix}/accuracy"] = accuracy_M
+        arrays.update({f"{prefix}/{key}": values for key, values in made.items()})
 
     headline: Tensor | None = None
     for i, sampler in enumerate(config.samplers):

@@ -274,8 +274,15 @@ def encode_models(
 ) -> Tensor:
     """Latents of all models, in chunks, on the CPU; UserError names a model whose weights are not finite."""
     check_finite(models.theta_BP, "zoo", models.model_id)
-    chunks = models.theta_BP.split(CHUNK)
-    return torch.cat([autoencoder.encode(chunk, refine, zoo, refiner).cpu() for chunk in chunks])
+    return encoded(autoencoder, models.theta_BP, zoo, refine, refiner)
+
+
+@torch.no_grad()
+def encoded(
+    autoencoder: Autoencoder, theta_BP: Tensor, zoo: int = 0, refine: int = 0, refiner: str = "gauss_newton"
+) -> Tensor:
+    """Latents of weights [B, P], in chunks, on the CPU."""
+    return torch.cat([autoencoder.encode(chunk, refine, zoo, refiner).cpu() for chunk in theta_BP.split(CHUNK)])
 
 
 @torch.no_grad()

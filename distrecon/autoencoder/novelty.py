@@ -45,9 +45,10 @@ def nearest_aligned(
     reference_P: Tensor,
     candidates: int = 8,
     symmetries: str = "order",
-) -> Tensor:
-    """Aligned L2 distance [M] from each model to the nearest training model (see `neighbours`)."""
-    return neighbours(arch, theta_MP, train_NP, reference_P, candidates, symmetries)[0][:, 0]
+) -> tuple[Tensor, Tensor]:
+    """Aligned L2 distance [M] from each model to the nearest training model, and that one's row (see `neighbours`)."""
+    distance_MK, row_MK = neighbours(arch, theta_MP, train_NP, reference_P, candidates, symmetries)
+    return distance_MK[:, 0], row_MK[:, 0]
 
 
 def aligned_pairwise(arch: Architecture, theta_MP: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from distrecon.autoencoder import gradients
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.generate import generate
-from distrecon.autoencoder.model import Autoencoder, decode_latents, encode_models
+from distrecon.autoencoder.latent_map import latent_map
+from distrecon.autoencoder.model import Autoencoder, decode_latents, encode_models, encoded
 from distrecon.autoencoder.predict import predict
 from distrecon.autoencoder.probes import Probes
 from distrecon.autoencoder.reconstruct import compare
@@ -122,4 +123,11 @@ def run_tasks(
     begin("generate")
     found, made, theta_MP = generate(autoencoder, train, test, latents[0], images, config.tasks, config.seed, zoo)
     add(found, made)
+    arrays |= latent_map(
+        {
+            "train": (latents[0], train.test_accuracy_B),
+            "heldout": (latents[2], test.test_accuracy_B),
+            "generated": (encoded(autoencoder, theta_MP, zoo), torch.from_numpy(made["generate/accuracy"])),
+        }
+    )
     return TaskResults(metrics, arrays, theta_MP, probes)

@@ -40,8 +40,18 @@ class JournalCallback(Callback):
         self.sweep, self.journal = sweep, journal
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
-        s = self.sweep
-        self.journal.write("sweep", name=s.name, kind=s.kind.name, metric=s.metric, mode=s.mode, trials=s.trials)
+        s, kind = self.sweep, self.sweep.kind
+        settings = {key: value for key, value in configuration.flatten(s.base).items() if key not in s.space}
+        self.journal.write(
+            "sweep",
+            name=s.name,
+            kind=kind.name,
+            metric=s.metric,
+            mode=s.mode,
+            trials=s.trials,
+            epochs=kind.epochs(s.base),
+            settings=settings,
+        )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.journal.write("started", trial=trial.trial_id, config=trial.config)

@@ -22,6 +22,7 @@ from distrecon.cluster.resources import NO_CUDA, ResourcesConfig, threads
 from distrecon.config import setting
 from distrecon.errors import UserError
 from distrecon.record.artifacts import upload
+from distrecon.record.usage import cpu_seconds, usage
 from distrecon.zoos import Zoo
 from distrecon.zoos.models import Batch
 from distrecon.zoos.stream import plan, stream
@@ -97,12 +98,12 @@ def train_loop(settings: Mapping[str, Any]) -> None:
     zoos: list[Zoo] = settings["zoos"]
     rank = train.get_context().get_world_rank()
     torch.set_num_threads(threads(run.resources))
-    began = time.monotonic()
+    began, cpu = time.monotonic(), cpu_seconds()
     training, first_epoch = _prepare(run, zoos)
     for epoch, metrics in train_epochs(run, zoos, training, first_epoch, rank, train.get_context().get_world_size()):
-        _report(epoch, {**metrics, "time/seconds": time.monotonic() - began}, training, rank)
+        _report(epoch, {**metrics, **usage(began, cpu), "time/seconds": time.monotonic() - began}, training, rank)
     if not run.epochs:
-        _report(0, {"time/seconds": time.monotonic() - began}, training, rank)
+        _report(0, {**usage(began, cpu), "time/seconds": time.monotonic() - began}, training, rank)
     if rank == 0:
         with tempfile.TemporaryDirectory() as folder:
             save_autoencoder(folder, training.autoencoder)

@@ -9,6 +9,7 @@ from typing import Any
 from distrecon import config as configuration
 from distrecon.record.artifacts import FINISHED, finish, finished, upload
 from distrecon.record.kind import Kind, Trial
+from distrecon.record.usage import measured
 from distrecon.zoos import Zoo
 
 
@@ -29,9 +30,10 @@ def run_trial(
         return
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        metrics = dict(kind.run(config, Trial(name, zoos, storage, Path(folder))))
+        with measured() as usage:
+            metrics = dict(kind.run(config, Trial(name, zoos, storage, Path(folder))))
         if not kind.reports_itself:
-            metrics |= {"time/seconds": time.monotonic() - began, "epoch": 0}
+            metrics |= {**usage, "time/seconds": time.monotonic() - began, "epoch": 0}
         metrics[FINISHED] = 1
         upload(Path(folder), address)
     finish(address, metrics)

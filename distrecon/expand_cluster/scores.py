@@ -63,6 +63,19 @@ def score(recovery: Recovery, teacher_weights: Weights, inputs_QI: Tensor | None
     return metrics
 
 
+def first_layers(recovery: Recovery, teacher_weights: Weights) -> tuple[Tensor, Tensor]:
+    """The first hidden layer's weights [N, I] of the recovery, in the teacher's signs and scales, and the teacher's.
+
+    Neuron by neuron as matched, in the teacher's order; those without a partner are left out.
+    """
+    truth = [(w.double(), b.double()) for w, b in teacher_weights]
+    found = [(w.clone(), b.clone()) for w, b in recovery.weights]
+    (w_true, b_true), (w, b) = truth[0], found[0]
+    into_TK, into_HK = torch.cat([w_true, b_true[:, None]], 1), torch.cat([w, b[:, None]], 1)
+    rows, columns, _, sign = _match(into_TK, into_HK, recovery.activation)
+    return (sign[:, None] * into_HK[columns])[:, :-1], w_true[rows]
+
+
 def compare(recovery: Recovery, answers_QO: Tensor, inputs_QI: Tensor) -> dict[str, Any]:
     """Relative RMSE and argmax agreement with the teacher's answers to the given inputs."""
     outputs_QO = recovery(inputs_QI)
@@ -78,20 +91,12 @@ def _align(found: Weights, truth: Weights, layer: int, name: str) -> Tensor:
     Returns the larger of the two cosine distances, incoming and outgoing, of every matched pair. The layers before are
     aligned already, so incoming weights are compared column by column.
     """
-    symmetry = find_activation(name).symmetry
     (w_true, b_true), (next_true, _) = truth[layer], truth[layer + 1]
     (w, b), (w_next, b_next) = found[layer], found[layer + 1]
     into_TK, into_HK = torch.cat([w_true, b_true[:, None]], 1), torch.cat([w, b[:, None]], 1)
-    plain = cosine_distances(into_TK, into_HK)
-    flipped = cosine_distances(into_TK, -into_HK) if symmetry in ("odd", "odd_constant") else torch.full_like(plain, 3)
-    rows, columns = linear_sum_assignment(torch.minimum(plain, flipped).numpy())
-    row_T, column_T = torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(columns))
-    flips = flipped[row_T, column_T] < plain[row_T, column_T]
-    sign = torch.where(flips, -1.0, 1.0).double()
-    if symmetry == "odd_constant":  # f(u) = 1 - f(-u): what the flipped neurons gave at once moves to the next bias
-        b_next = b_next + w_next[:, column_T] @ flips.double()
-    if symmetry == "scaled":
-        sign = into_TK[row_T].norm(dim=1) / into_HK[column_T].norm(dim=1)
+    row_T, column_T, flips, sign = _match(into_TK, into_HK, name)
+    if find_activation(name).symmetry == "odd_constant":  # f(u) = 1 - f(-u): what the flipped neurons gave at once
+        b_next = b_next + w_next[:, column_T] @ flips.double()  # moves to the next bias
     incoming, outgoing = sign[:, None] * into_HK[column_T], w_next[:, column_T] / sign
     found[layer] = incoming[:, :-1], incoming[:, -1]
     placed = w_next.new_zeros(len(w_next), len(b_true))  # a missing neuron leaves a zero column
@@ -102,3 +107,18 @@ def _align(found: Weights, truth: Weights, layer: int, name: str) -> Tensor:
     into = cosine_distances(into_TK[row_T], incoming).diagonal()
     out = cosine_distances(next_true[:, row_T].T, placed[:, row_T].T).diagonal()
     return torch.maximum(into, out)
+
+
+def _match(into_TK: Tensor, into_HK: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows and columns of the assignment of least cosine distance, and the signs (or scales) of the found neurons;
+    `flips` says which signs are negative."""
+    symmetry = find_activation(name).symmetry
+    plain = cosine_distances(into_TK, into_HK)
+    flipped = cosine_distances(into_TK, -into_HK) if symmetry in ("odd", "odd_constant") else torch.full_like(plain, 3)
+    rows, columns = linear_sum_assignment(torch.minimum(plain, flipped).numpy())
+    row_T, column_T = torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(columns))
+    flips = flipped[row_T, column_T] < plain[row_T, column_T]
+    sign = torch.where(flips, -1.0, 1.0).double()
+    if symmetry == "scaled":
+        sign = into_TK[row_T].norm(dim=1) / into_HK[column_T].norm(dim=1)
+    return row_T, column_T, flips, sign

@@ -25,7 +25,7 @@ from distrecon.nets import Architecture, outputs
 from distrecon.record.folder import RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.record.kind import Arrays, Drawing, Kind, Metric, Needs, Served, Trial, percent, two_digits
-from distrecon.report import place, tables
+from distrecon.report import place, spaces, tables
 
 DRIVER_CPUS = 0.01  # what a trial's own process takes; Ray Train reserves its workers' CPUs and GPUs itself
 MLFLOW_RUN = "runs:/"
@@ -327,7 +327,18 @@ KIND = Kind(
         "data.queries": 32,
         "tasks.samples": 4,
     },
-    figures=(losses, accuracies, novelty, gradients, agreement, place.in_the_zoo),
+    figures=(
+        losses,
+        accuracies,
+        spaces.reconstructions,
+        spaces.agreement_by_code,
+        spaces.latent_map,
+        spaces.relatives,
+        novelty,
+        gradients,
+        agreement,
+        place.in_the_zoo,
+    ),
     needs=needs,
     epochs=lambda config: config.epochs,
     reports_itself=True,

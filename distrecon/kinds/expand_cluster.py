@@ -19,6 +19,7 @@ from distrecon.config import check, setting
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, network, recover_network, score
 from distrecon.expand_cluster.config import RecoveryConfig
+from distrecon.expand_cluster.shown import shown
 from distrecon.expand_cluster.teachers import synthetic_problem, train_teacher
 from distrecon.expand_cluster.weights import Weights, read_weights
 from distrecon.nets import ACTIVATIONS
@@ -38,7 +39,7 @@ from distrecon.record.kind import (
     whole,
     yes_or_no,
 )
-from distrecon.report import place, tables
+from distrecon.report import place, recovered, tables
 
 SYNTHETIC = "synthetic"  # in the place of an image set's name
 
@@ -88,7 +89,7 @@ def run(config: RecoveryRun, trial: Trial) -> Mapping[str, Any]:
     )
     metrics = recovery.metrics | score(recovery, teacher, test_QI)
     recovery.save(trial.folder / "network.safetensors")
-    np.savez_compressed(trial.folder / ARRAYS, allow_pickle=False, **clustering_arrays(recovery))
+    np.savez_compressed(trial.folder / ARRAYS, allow_pickle=False, **picture_arrays(recovery, teacher))
     return metrics
 
 
@@ -101,6 +102,11 @@ def _teacher(config: TeacherConfig) -> tuple[Weights, Tensor | None, Tensor | No
     labels_Q = image_set.train.labels_Q
     weights = train_teacher(train_QI, labels_Q, config.hidden, config.activation, config.seed)
     return weights, train_QI, image_set.test.images.flatten(1).double()
+
+
+def picture_arrays(recovery: Recovery, teacher: Weights | None = None) -> dict[str, np.ndarray]:
+    """All that the report draws a recovery from."""
+    return clustering_arrays(recovery) | shown(recovery, teacher)
 
 
 def clustering_arrays(recovery: Recovery) -> dict[str, np.ndarray]:
@@ -250,7 +256,8 @@ KIND = Kind(
     objective="recover/size_overhead",
     mode="min",
     smoke={"teacher.hidden": [3], "budget.attempts": 1, "warm_start.steps": 100},
-    figures=(recovered_sizes, dendrogram, similarity, place.in_the_zoo),
+    figures=(recovered_sizes, recovered.first_layer, dendrogram, similarity, place.in_the_zoo),
+    tables=(recovered.certificate,),
     needs=needs,
     serve=serve,
 )

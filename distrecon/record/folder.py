@@ -8,6 +8,7 @@
     trials/<sweep>/<trial>/             checkpoints and artifacts (under the run's storage, where that is elsewhere)
     tune/                               Ray Tune's own state (there too)
     tracking.json                       what MLflow has got
+    progress.json                       the last line of progress
     spaces/  stages/                    a job's space files; the stages of a recovery
 
 No other file spells these names.
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distrecon import console
 from distrecon.errors import UserError
 from distrecon.files import write_json
 from distrecon.record.journal import Journal, SweepRecord, read_sweep
@@ -72,6 +74,15 @@ class RunFolder:
     @property
     def tracking(self) -> Path:
         return self.path / "tracking.json"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
+
+    def sweeps(self) -> list[str]:
+        """Names of the sweeps that have begun, or that were asked for by space files."""
+        began = [path.parent.name for path in self.path.glob("sweeps/*/journal.jsonl")]
+        return sorted({*began, *(path.stem for path in self.spaces.glob("*.yaml"))})
 
     def journal(self, sweep: str) -> Journal:
         return Journal(self.path / "sweeps" / sweep / "journal.jsonl")
@@ -153,7 +164,27 @@ class RunFolder:
             except BlockingIOError:
                 message = f"--resume {self.path}: another process still works on it; wait, or stop it"
                 raise UserError(message) from None
-            yield
+            with console.kept(self.progress):
+                yield
+
+    @property
+    def working(self) -> bool:
+        """Whether a process works in the folder now."""
+        try:
+            with open(self.path / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def last_progress(self) -> dict[str, Any] | None:
+        """The last line of progress, as `stage`, `text` and `time`."""
+        try:
+            return json.loads(self.progress.read_text())
+        except (OSError, ValueError):
+            return None
 
     def read_summary(self) -> dict[str, Any]:
         """summary.json; UserError when it is missing (the run did not finish) or damaged."""

@@ -3,14 +3,15 @@
 Everything that people see of a sweep (progress, MLflow, summary.json, the report) is read from the journal, so it
 survives a killed driver and can be sent to a tracking store again. Events:
 
-    {"event": "sweep",    "name", "kind", "metric", "mode", "trials", "time"}
+    {"event": "sweep",    "name", "kind", "metric", "mode", "trials", "epochs", "settings", "time"}
     {"event": "started",  "trial", "config", "time"}
     {"event": "metrics",  "trial", "epoch", "metrics", "time"}
     {"event": "finished", "trial", "status", "error", "time"}
     {"event": "restart",  "time"}             the trials begin anew: events before it no longer count
     {"event": "done",     "time"}
 
-A resumed sweep may write an epoch twice; readers keep the last.
+`epochs` is how many a trial reports (null: none), `settings` what all trials have in common; journals of version 0.1
+have neither. A resumed sweep may write an epoch twice; readers keep the last.
 """
 
 import json
@@ -92,6 +93,7 @@ class SweepRecord:
     metric: str = ""
     mode: str = "max"
     total: int = 0
+    epochs: int | None = None  # that a trial reports, where it does
     seconds: float = 0.0  # at work: what lay between an interruption and the next start is left out
     last: float = 0.0  # time of the last event
     trials: dict[str, TrialRecord] = field(default_factory=dict)
@@ -103,7 +105,7 @@ class SweepRecord:
         self.last = at
         if what == "sweep":
             self.kind, self.metric, self.mode = event["kind"], event["metric"], event["mode"]
-            self.total = event["trials"]
+            self.total, self.epochs = event["trials"], event.get("epochs")
         elif what == "started":
             known = self.trials.get(event["trial"])
             if known is None:

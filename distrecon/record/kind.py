@@ -3,7 +3,7 @@
 The kinds themselves are the files of `distrecon/kinds/`; docs/extending.md has a whole one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,16 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A small table of the report, as text, with the sentences that say what it shows."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str
+
+
+@dataclass(frozen=True)
 class Needs:
     """What one trial takes of the cluster, as {"CPU": ..., "GPU": ...}."""
 
@@ -109,6 +119,7 @@ class Kind:
     mode: str  # max or min
     smoke: Mapping[str, Any]  # dotted settings that make a trial as small as can be
     figures: tuple[Callable[[SweepRecord, Arrays], Drawing | None], ...] = ()  # None where there is nothing to draw
+    tables: tuple[Callable[[SweepRecord, Arrays], Table | None], ...] = ()  # of the report, beside the trials' own
     needs: Callable[[Any], Needs] = lambda config: ONE_CPU
     epochs: Callable[[Any], int | None] = lambda config: None  # how many a trial reports, where it does
     reports_itself: bool = (

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # a store that is down must not hold the sweep's progress up for minutes: what fails is sent again later anyway
@@ -29,16 +30,21 @@ from mlflow.tracking import MlflowClient
 from distrecon import console
 from distrecon.errors import UserError
 from distrecon.files import write_json
+from distrecon.record.artifacts import FINISHED
 from distrecon.record.folder import RunFolder
 
 STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"}
 RETRY_SECONDS = 30.0
 MODEL = "model"  # the artifact folder of a trial's files in runs of version 0.1
 FILES = "files"  # where an MLflow model has the files of its own
+NOTE = "mlflow.note.content"  # the tag that the UI shows as a description
 NOTE_LENGTH = 5000  # of a description
 PARAM_LENGTH = 500  # MLflow's databases hold 500 to 8,000 characters
+PARAMS = 90  # of one request, which holds 100
+DEFAULT = "0"  # the experiment that MLflow puts into every new database, for runs that name none
 
 
+COMPARED = 100  # runs that one address names
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a local store
 BEST = "best_run"  # the tag of a sweep's run that names its best trial's
 
@@ -71,8 +77,6 @@ class Tracker:
     """
 
     def __init__(self, folder: RunFolder, sweeps: Sequence[str], tags: Mapping[str, str]) -> None:
-        for name in ("mlflow", "alembic", "sqlalchemy"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         self.folder, self.sweeps, self.tags = folder, list(sweeps), dict(tags)
         self.uri = store_uri()
         self.problem: str | None = None
@@ -110,17 +114,19 @@ class Tracker:
         what, at = event["event"], int(event["time"] * 1000)
         trial = event.get("trial", "")
         if what == "sweep":
+            sent["settings"] = event.get("settings", {})
             self._open(
                 name, sent, "", self.folder.path.name, at, {"kind": event["kind"], "objective": event["metric"]}, {}
             )
         elif what == "started":
             label = ", ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in event["config"].items())
-            self._open(name, sent, trial, label or trial, at, {"trial_id": trial}, event["config"])
+            params = {**sent.get("settings", {}), **event["config"]}
+            self._open(name, sent, trial, label or trial, at, {"trial_id": trial}, params)
         elif what == "metrics":
             metrics = [
                 Metric(key, float(value), at, int(event["epoch"]))
                 for key, value in event["metrics"].items()
-                if _is_number(value)
+                if _is_number(value) and key != FINISHED
             ]
             self._log(sent["runs"][trial], metrics=metrics)
         elif what == "finished":
@@ -145,7 +151,7 @@ class Tracker:
             self.client.update_run(sent["runs"][key], status="RUNNING")
             return
         if sent["experiment"] is None:
-            sent["experiment"] = self._experiment(name)
+            sent["experiment"] = experiment(self.client, self.uri, name)
         parent = {"mlflow.parentRunId": sent["runs"][""]} if key else {}
         run = self.client.create_run(
             sent["experiment"], at, {"mlflow.runName": label, "run_folder": str(self.folder.path), **parent}
@@ -158,13 +164,6 @@ class Tracker:
                 self.client.delete_run(other.info.run_id)
         self._log(run.info.run_id, params=params, tags={**self.tags, **tags})
 
-    def _experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        if found is not None:
-            return found.experiment_id
-        local = self.uri.startswith("sqlite")
-        return self.client.create_experiment(name, Path("mlruns").absolute().as_uri() if local else None)
-
     def _log(
         self,
         run_id: str,
@@ -172,18 +171,13 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        parameters = [Param(key, _text(value)) for key, value in (params or {}).items()]
-        run_tags = [RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in (tags or {}).items()]
-        if metrics or parameters or run_tags:
-            self.client.log_batch(run_id, metrics=metrics, params=parameters, tags=run_tags)
+        log(self.client, run_id, metrics, params or {}, tags or {})
 
     @property
     def client(self) -> MlflowClient:
         """Made on first use, which creates a local database where there is none."""
         if self._client is None:
-            if self.uri.startswith("sqlite:///") and "?" not in self.uri:
-                _create(Path(self.uri.removeprefix("sqlite:///")))
-            self._client = MlflowClient(self.uri)
+            self._client = connect(self.uri)
         return self._client
 
     # -- files, the end -----------------------------------------------------------------------------------------------
@@ -259,14 +253,24 @@ class Tracker:
         """Trial -> MLflow run id; "" is the sweep's own."""
         return dict(self._sent.get(sweep, {}).get("runs", {}))
 
-    def conclude(self, sweep: str, best: str | None, table: str) -> None:
-        """Gives a sweep's run its table, which the UI shows as its description, and its best trial's run."""
-        run_ids = self.run_ids(sweep)
+    def conclude(
+        self, sweep: str, best: str | None, metrics: Mapping[str, Any], table: str, advice: str, about: str
+    ) -> None:
+        """Gives a sweep's run its table and what to try next, which the UI shows as its description, its best trial's
+        run and metrics, by which sweeps compare; and the experiment a description of its columns."""
+        run_ids, at = self.run_ids(sweep), int(time.time() * 1000)
 
         def send() -> None:
-            self.client.set_tag(run_ids[""], "mlflow.note.content", f"```\n{table}\n```"[:NOTE_LENGTH])
+            self.client.set_experiment_tag(self._sent[sweep]["experiment"], NOTE, about[:NOTE_LENGTH])
+            compare = f"[Compare the trials]({url})" if (url := self.compare_url(sweep)) else ""
+            text = "\n\n".join(filter(None, [compare, f"```\n{table}\n```", advice]))
+            self.client.set_tag(run_ids[""], NOTE, text[:NOTE_LENGTH])
             if best in run_ids:
                 self.client.set_tag(run_ids[""], BEST, run_ids[best])
+                numbers = [
+                    Metric(key, float(v), at, 0) for key, v in metrics.items() if _is_number(v) and key != FINISHED
+                ]
+                self._log(run_ids[""], metrics=numbers)
 
         if "" in run_ids:
             self._try(send)
@@ -280,9 +284,21 @@ class Tracker:
     def run_url(self, sweep: str, trial: str) -> str | None:
         """Where a trial's run is shown (of a local store while `viewer` runs); None when it was never sent."""
         sent = self._sent.get(sweep, {})
-        base = self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
         run = sent.get("runs", {}).get(trial)
-        return f"{base}/#/experiments/{sent['experiment']}/runs/{run}" if run else None
+        return f"{self._ui}/#/experiments/{sent['experiment']}/runs/{run}" if run else None
+
+    def compare_url(self, sweep: str) -> str | None:
+        """Where a sweep's trials are compared, its first hundred; None of fewer than two."""
+        sent = self._sent.get(sweep, {})
+        runs = [run for trial, run in sent.get("runs", {}).items() if trial][:COMPARED]
+        if len(runs) < 2:
+            return None
+        values = {"runs": json.dumps(runs), "experiments": json.dumps([sent["experiment"]])}
+        return f"{self._ui}/#/compare-runs?{urlencode(values, quote_via=quote)}"
+
+    @property
+    def _ui(self) -> str:
+        return self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
 
     def _load(self) -> dict[str, Any]:
         path = self.folder.tracking
@@ -291,6 +307,63 @@ class Tracker:
 
     def _save(self) -> None:
         write_json(self.folder.tracking, {"uri": self.uri, "sweeps": self._sent})
+
+
+def record_once(
+    name: str,
+    run: str,
+    began: float,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    files: Sequence[Path],
+    about: str,
+) -> str | None:
+    """Sends a piece of work that has no run folder: one finished run, with figures, in the experiment `name`, which
+    gets the description `about`. Returns why the store did not take it, in one line."""
+    uri, now = store_uri(), int(time.time() * 1000)
+    try:
+        client = connect(uri)
+        where = experiment(client, uri, name)
+        client.set_experiment_tag(where, NOTE, about[:NOTE_LENGTH])
+        made = client.create_run(where, int(began * 1000), {"mlflow.runName": run}).info.run_id
+        log(client, made, [Metric(key, value, now, 0) for key, value in metrics.items()], params, tags)
+        for file in files:
+            client.log_artifact(made, str(file), "figures")
+        client.set_terminated(made, "FINISHED", now)
+    except (MlflowException, OSError) as error:
+        return f"MLflow at {uri}: {_one_line(error)}"
+    return None
+
+
+def connect(uri: str) -> MlflowClient:
+    """The store's client; a local database that is not there is made."""
+    for library in ("mlflow", "alembic", "sqlalchemy"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if uri.startswith("sqlite:///") and "?" not in uri:
+        _create(Path(uri.removeprefix("sqlite:///")))
+    return MlflowClient(uri)
+
+
+def experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The id of the experiment of that name, made where there is none."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    local = uri.startswith("sqlite")
+    return client.create_experiment(name, Path("mlruns").absolute().as_uri() if local else None)
+
+
+def log(
+    client: MlflowClient, run_id: str, metrics: Sequence[Metric], params: Mapping[str, Any], tags: Mapping[str, str]
+) -> None:
+    """Adds to a run, in requests that hold as much as they may."""
+    parameters = [Param(key, _text(value)) for key, value in params.items()]
+    run_tags = [RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in tags.items()]
+    for start in range(PARAMS, len(parameters), PARAMS):
+        client.log_batch(run_id, params=parameters[start : start + PARAMS])
+    if metrics or parameters or run_tags:
+        client.log_batch(run_id, metrics=metrics, params=parameters[:PARAMS], tags=run_tags)
 
 
 @contextlib.contextmanager
@@ -319,7 +392,9 @@ def _create(database: Path) -> None:
     # a name that was never used: MLflow keeps a process's stores by their address
     temporary = database.with_name(f".{database.name}.{uuid.uuid4().hex[:8]}")
     try:
-        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        client = MlflowClient(f"sqlite:///{temporary}")
+        if any(experiment.experiment_id == DEFAULT for experiment in client.search_experiments()):
+            client.delete_experiment(DEFAULT)  # an empty row; `mlflow experiments restore` restores it
         with contextlib.suppress(FileExistsError):  # another process was faster
             os.link(temporary, database)
     finally:

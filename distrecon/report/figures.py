@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -18,11 +20,21 @@ from matplotlib.ticker import MaxNLocator
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#9a7d00", "#56b4e9", "#7f7f7f")
 INK, PAPER = "#222222", "#ffffff"
 SIZE = (6.4, 3.6)
+MIDDLE = ListedColormap(colormaps["viridis"](np.linspace(0.12, 0.88, 128)))  # seen on white and on near-black
 READABLE = 0.79  # least pixels a point on a page: text is legible, and a plain figure fits a phone
 
 
+class Picture(Figure):
+    """A figure that notebooks show as it is."""
+
+    def _repr_svg_(self) -> str:
+        buffer = io.StringIO()
+        self.savefig(buffer, format="svg", facecolor=PAPER)
+        return buffer.getvalue()
+
+
 def _figure(width: float = SIZE[0], height: float = SIZE[1], columns: int = 1) -> tuple[Figure, list]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = list(np.atleast_1d(figure.subplots(1, columns)))
     for axis in axes:
@@ -114,6 +126,142 @@ def gradients(layers: Sequence[str], shares: Mapping[str, np.ndarray], cosines: 
         axis.axhline(0, color=INK, linewidth=0.8, linestyle=":")
         axis.set_ylim(min(-0.05, *(np.nanmin([*v, 0.0]) - 0.08 for v in lines.values())), 1.05)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def latent_map(sets: Mapping[str, np.ndarray], share: Sequence[float]) -> Figure:
+    """sets[name] [B, 3]: two coordinates and the accuracy, which is the colour; the first set lies below the others."""
+    figure, (axis,) = _figure(6.4, 4.6)
+    accuracies = np.concatenate([points[:, 2] for points in sets.values()])
+    least, most = float(accuracies.min()), float(accuracies.max())
+    shown: Any = None
+    for i, (name, points) in enumerate(sets.items()):
+        shown = axis.scatter(
+            *points[:, :2].T,
+            c=points[:, 2],
+            vmin=least,
+            vmax=most,
+            cmap=MIDDLE,
+            s=(14, 20, 40)[i],
+            marker="os^"[i],
+            edgecolors=(INK if i else "none"),
+            linewidths=0.5,
+            alpha=(0.6, 0.95, 0.95)[i],
+            label=name,
+            zorder=2 + i,
+        )
+    for which, part in zip((axis.set_xlabel, axis.set_ylabel), share, strict=True):
+        which(f"{'first' if which == axis.set_xlabel else 'second'} component ({100 * part:.0f} %)", color=INK)
+    bar = figure.colorbar(shown, ax=axis, shrink=0.85)
+    bar.set_label("accuracy on test images", color=INK)
+    bar.ax.tick_params(colors=INK)
+    legend = figure.legend(loc="outside lower center", ncols=len(sets), frameon=False, fontsize=9)
+    for handle in legend.legend_handles:
+        handle.set(facecolor=COLOURS[6], alpha=1)  # type: ignore[union-attr]
+    return figure
+
+
+def reconstructions(panels: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """panels[trial][kind] = accuracies [2, B] of originals and of what was made of them, around the line where they
+    are equal."""
+    figure, axes = _figure(2.5 * max(2, len(panels)), 3.1, len(panels))
+    every = np.concatenate([values.ravel() for kinds in panels.values() for values in kinds.values()])
+    ends = float(every.min()) - 0.02, float(every.max()) + 0.02
+    for axis, (trial, kinds) in zip(axes, panels.items(), strict=True):
+        axis.plot(ends, ends, color=INK, linewidth=0.8, linestyle=":")
+        for i, (kind, (original_B, made_B)) in enumerate(kinds.items()):
+            axis.scatter(
+                original_B, made_B, s=12, marker="o^"[i], alpha=0.6, color=_colour(i + 1), linewidths=0, label=kind
+            )
+        axis.set_xlim(ends)
+        axis.set_ylim(ends)
+        axis.set_title(trial, fontsize=10, color=INK)
+        axis.set_xlabel("original", color=INK)
+    axes[0].set_ylabel("accuracy of what it became", color=INK)
+    labelled = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        list(labelled.values()), list(labelled), loc="outside lower center", ncols=3, frameon=False, markerscale=2
+    )
+    return figure
+
+
+def relatives(distance_M: np.ndarray, accuracy_M: np.ndarray, relative_M: np.ndarray) -> Figure:
+    """Generated models, at their distance from the nearest training model, joined with that one's accuracy."""
+    figure, (axis,) = _figure()
+    axis.vlines(distance_M, accuracy_M, relative_M, color=COLOURS[6], linewidth=0.8, alpha=0.6)
+    axis.scatter(distance_M, relative_M, s=22, facecolors="none", edgecolors=COLOURS[6], label="its nearest relative")
+    axis.scatter(distance_M, accuracy_M, s=22, color=COLOURS[1], linewidths=0, label="generated", zorder=3)
+    axis.axvline(1.0, color=INK, linewidth=0.8, linestyle=":")
+    axis.set_xlabel("distance (1 = of a held-out good model to its own nearest)", color=INK, fontsize=9)
+    axis.set_ylabel("accuracy on test images", color=INK)
+    axis.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def against(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]],
+    metric: str,
+    best: Mapping[str, tuple[float, float]],
+) -> Figure:
+    """panels[setting][line] = [(its value, mean of the metric, least, most), ...], and best[setting] = (value, metric).
+
+    A value whose metrics were several has the span from the least to the most drawn. Axes whose numbers span a factor
+    of ten (the metric's: a hundred) or more are logarithmic.
+    """
+    figure, axes = _figure(max(4.6, 3.1 * len(panels)), 3.6, len(panels))
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for axis, (setting, lines) in zip(axes, panels.items(), strict=True):
+        for name, points in lines.items():
+            x, mean, least, most = np.array(points).T
+            colour = _colour(names.index(name))
+            axis.plot(x, mean, "o-", color=colour, label=name, markersize=5, linewidth=1.6)
+            axis.vlines(x, least, most, color=colour, linewidth=3, alpha=0.35)
+        axis.scatter(*best[setting], s=130, facecolors="none", edgecolors=INK, linewidths=1.4, label="best", zorder=4)
+        every = np.array([p for points in lines.values() for p in points])
+        if _spans(every[:, 0], 10):
+            axis.set_xscale("log")
+        if _spans(every[:, 2:], 100):
+            axis.set_yscale("log")
+        ticks = np.unique(every[:, 0])
+        if len(ticks) <= 8:
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], color=INK)
+            axis.set_xticks([], minor=True)
+        axis.set_xlabel(setting, color=INK)
+    axes[0].set_ylabel(metric, color=INK, fontsize=9)
+    handles = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _spans(values: np.ndarray, factor: float) -> bool:
+    return bool(np.min(values) > 0 and np.max(values) >= factor * np.min(values))
+
+
+def weight_pictures(rows: Mapping[str, np.ndarray], columns: int = 10) -> Figure:
+    """rows[name] [N, height, width]: each neuron's weights as a picture of its own scale (blue to red, white is 0), a
+    row a name, `columns` neurons and then the next rows below."""
+    count, height, width = next(iter(rows.values())).shape
+    columns = min(columns, count)
+    blocks = -(-count // columns)
+    gap = max(1, round(0.12 * min(height, width)))
+    lines = blocks * len(rows)
+    mosaic = np.full((lines * (height + gap) + (blocks - 1) * gap, columns * (width + gap)), np.nan)
+    ticks = []
+    for block in range(blocks):
+        for i, pictures in enumerate(rows.values()):
+            top = (block * len(rows) + i) * (height + gap) + block * gap
+            ticks.append(top + (height - 1) / 2)
+            for j, picture in enumerate(pictures[block * columns : (block + 1) * columns]):
+                left = j * (width + gap)
+                mosaic[top : top + height, left : left + width] = picture / max(np.abs(picture).max(), 1e-300)
+    wide = 6.4
+    figure, (axis,) = _figure(wide, min(8.0, 0.5 + (wide - 1.0) * mosaic.shape[0] / mosaic.shape[1]))
+    axis.imshow(mosaic, vmin=-1, vmax=1, cmap="RdBu_r", rasterized=True, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks(ticks, [*rows] * blocks, color=INK)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     return figure
 
 

@@ -11,9 +11,9 @@ from distrecon.files import write_text
 from distrecon.record.artifacts import fetch
 from distrecon.record.folder import RunFolder
 from distrecon.record.journal import SweepRecord
-from distrecon.record.kind import Drawing, Kind
+from distrecon.record.kind import Drawing, Kind, Table
 from distrecon.record.tracking import Tracker
-from distrecon.report import figures, tables
+from distrecon.report import figures, tables, trends
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #222222; --soft: #5c5c5c; --line: #d8d8d8; --mark: #0b5fa5; }
@@ -60,19 +60,22 @@ def write(
             for trial in sweep.trials
         }
         files.models[sweep.name] = {trial: models for trial, (_, models) in stored.items()}
-        drawings = kinds[sweep.kind].drawings(sweep, {trial: arrays for trial, (arrays, _) in stored.items() if arrays})
+        kind, arrays = kinds[sweep.kind], {trial: arrays for trial, (arrays, _) in stored.items() if arrays}
+        overview = trends.trends(sweep)
+        drawings = [*([overview] if overview else []), *kind.drawings(sweep, arrays)]
+        small = [table for make in kind.tables if (table := make(sweep, arrays)) is not None]
         files.figures[sweep.name] = [folder.figures / f"{sweep.name}-{drawing.name}.png" for drawing in drawings]
         for drawing, path in zip(drawings, files.figures[sweep.name], strict=True):
             figures.save_png(drawing.figure, path)
-        sections.append(_section(sweep, kinds[sweep.kind], drawings, tracker))
-    write_text(folder.page, _page(about, sections, tracker))
+        sections.append(_section(sweep, kind, drawings, small, tracker))
+    write_text(folder.page, _page(", ".join(sweep.name for sweep in sweeps), about, sections, tracker))
     return files
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _page(about: Mapping[str, Any], sections: Sequence[str], tracker: Tracker) -> str:
+def _page(title: str, about: Mapping[str, Any], sections: Sequence[str], tracker: Tracker) -> str:
     warning = ""
     if about["smoke"]:
         warning = '<p class="warn">This was a smoke run: every stage at its smallest. The numbers mean nothing.</p>'
@@ -92,7 +95,7 @@ def _page(about: Mapping[str, Any], sections: Sequence[str], tracker: Tracker) -
         "MLflow": tracker.viewer,
     }
     items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
-    body = f"<h1>distrecon: sweeps</h1>{warning}<dl>{items}</dl>{''.join(sections)}"
+    body = f"<h1>distrecon: {html.escape(title)}</h1>{warning}<dl>{items}</dl>{''.join(sections)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -100,13 +103,19 @@ def _page(about: Mapping[str, Any], sections: Sequence[str], tracker: Tracker) -
     )
 
 
-def _section(sweep: SweepRecord, kind: Kind, drawings: Sequence[Drawing], tracker: Tracker) -> str:
+def _section(
+    sweep: SweepRecord, kind: Kind, drawings: Sequence[Drawing], small: Sequence[Table], tracker: Tracker
+) -> str:
     seconds = sweep.seconds
     introduction = (
         f"{len(sweep.trials)} trials of kind {kind.name} in {duration(seconds)}; "
         f"objective {sweep.metric} ({sweep.mode})."
     )
     parts = [f"<h2>{html.escape(sweep.name)}</h2><p>{html.escape(introduction)}</p>", _table(sweep, kind, tracker)]
+    if told := trends.advice(sweep, kind):
+        items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in told)
+        parts.append(f"<h3>What to try next</h3><ul>{items}</ul>")
+    parts += [_small(table) for table in small]
     for drawing in drawings:
         svg = figures.inline_svg(drawing.figure, drawing.title, drawing.description)
         parts.append(
@@ -114,6 +123,15 @@ def _section(sweep: SweepRecord, kind: Kind, drawings: Sequence[Drawing], tracke
             f"<figcaption>{html.escape(drawing.description)}</figcaption></figure>"
         )
     return "".join(parts)
+
+
+def _small(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    return (
+        f'<h3>{html.escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div><p class="soft">{html.escape(table.note)}</p>'
+    )
 
 
 def _table(sweep: SweepRecord, kind: Kind, tracker: Tracker) -> str:
@@ -135,6 +153,8 @@ def _table(sweep: SweepRecord, kind: Kind, tracker: Tracker) -> str:
         what, line = kind.offer
         code = html.escape(line.format(run=f"runs:/{url.rsplit('/', 1)[1]}"))
         offer = f'<p class="soft">{html.escape(what)}: <code>{code}</code></p>'
+    if url := tracker.compare_url(sweep.name):
+        offer += f'<p class="soft"><a href="{html.escape(url)}">Compare the trials in MLflow</a></p>'
     return (
         f'<div class="scroll"><table><thead><tr><th>{html.escape(tables.heading(sweep))}</th>{head}'
         f"<th>MLflow run</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>"

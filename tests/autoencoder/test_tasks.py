@@ -190,9 +190,10 @@ def test_reordered_copies_are_not_new(arch):
     copies_MP = permute(arch, train_NP[3:6], random_permutation(arch, torch.Generator().manual_seed(1), 3))
     noise_MP = torch.randn(copies_MP.shape, generator=torch.Generator().manual_seed(2))
     noisy_MP = copies_MP + 0.01 * noise_MP
-    close_M = novelty.nearest_aligned(arch, noisy_MP, aligned_NP, reference_P, candidates=12)
+    close_M, own_M = novelty.nearest_aligned(arch, noisy_MP, aligned_NP, reference_P, candidates=12)
     torch.testing.assert_close(close_M, 0.01 * noise_MP.norm(dim=1), rtol=0.02, atol=0)
-    far_M = novelty.nearest_aligned(arch, random_models(arch, 3, 70), aligned_NP, reference_P, candidates=12)
+    assert own_M.tolist() == [3, 4, 5]
+    far_M, _ = novelty.nearest_aligned(arch, random_models(arch, 3, 70), aligned_NP, reference_P, candidates=12)
     assert far_M.min() > 5 * close_M.max()
     brute = [min((align(arch, t[None], m)[0] - m).norm() for t in train_NP) for m in random_models(arch, 3, 70)]
     torch.testing.assert_close(far_M, torch.stack(brute), rtol=0.05, atol=0)

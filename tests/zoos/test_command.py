@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from mlflow.tracking import MlflowClient
 
 from distrecon.zoo import main, parser
 from distrecon.zoos import open_zoo
@@ -52,6 +53,34 @@ def test_train_info_check_export_in_smoke(
     capsys.readouterr()
     assert main(["check", zoo]) == 1
     assert "part-00000.parquet is damaged" in capsys.readouterr().out
+
+
+def test_a_zoo_that_was_made_is_a_run_with_its_settings_and_accuracies(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--smoke", "--out", "zoo", "--set", "grid.seeds=2"]
+    assert main(arguments) == main(arguments) == 0  # the second finds it
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("zoos")
+    assert experiment is not None
+    assert "a run each" in experiment.tags["mlflow.note.content"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    zoo = open_zoo("zoo")
+    assert (run.info.run_name, run.info.status, run.data.tags["digest"]) == (zoo.name, "FINISHED", zoo.digest)
+    assert (run.data.params["grid.seeds"], run.data.metrics["zoo/models"]) == ("2", 8)
+    models = zoo.models()
+    last_B = models.test_accuracy_B[models.epoch_B == models.epoch_B.max()]
+    assert run.data.metrics["zoo/accuracy_mean"] == pytest.approx(float(last_B.mean()))
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "figures")] == ["figures/accuracies.png"]
+
+    capsys.readouterr()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert main(["train", "--smoke", "--out", "other", "--set", "grid.seeds=1"]) == 1
+    assert "MLflow   NOT RECORDED: MLflow at http://127.0.0.1:9" in capsys.readouterr().out
+    assert open_zoo("other").num_models == 4
 
 
 def test_import_tells_what_it_skipped(ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

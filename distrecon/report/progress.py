@@ -1,0 +1,45 @@
+"""How far a sweep is, read from its record: the share that is done, what is running, the best so far."""
+
+from dataclasses import dataclass
+
+from distrecon.record.journal import SweepRecord, TrialRecord
+from distrecon.report import tables
+
+TRAINING = 0.9  # of a trial that reports epochs; scoring is the rest
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a sweep is."""
+
+    ended: int
+    total: int
+    failed: int
+    running: list[str]  # a trial's label and, where it reports epochs, how many are done
+    share: float  # of the sweep's work that is done
+    best: str | None  # label of the best trial so far, and what it has reached
+    value: float | None
+
+
+def standing(record: SweepRecord) -> Standing:
+    """How far the sweep is by now."""
+    running = [t for t in record.trials.values() if t.status == "running"]
+    ended, best = len(record.trials) - len(running), record.best()
+    return Standing(
+        ended=ended,
+        total=record.total,
+        failed=sum(t.status == "failed" for t in record.trials.values()),
+        running=[_now(trial, record.epochs) for trial in running],
+        share=(ended + sum(_share(trial, record.epochs) for trial in running)) / max(1, record.total),
+        best=tables.label(best.config) if best else None,
+        value=float(best.metrics[record.metric]) if best else None,
+    )
+
+
+def _share(trial: TrialRecord, epochs: int | None) -> float:
+    return TRAINING * max(trial.epochs, default=0) / epochs if epochs else 0.0
+
+
+def _now(trial: TrialRecord, epochs: int | None) -> str:
+    label = tables.label(trial.config)
+    return f"{label} {max(trial.epochs, default=0)}/{epochs}" if epochs else label
