@@ -28,7 +28,13 @@ def configuration(address: str, nodes: int) -> dict:
     return {
         "cluster_name": "fake_multinode",
         "max_workers": nodes,
-        "provider": {"type": "fake_multinode", "gcs_address": address},
+        # all nodes have one address, and there is no machine behind them to log in to
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+        },
         "head_node_type": HEAD,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 1,

@@ -116,7 +116,7 @@ def test_a_sweep_on_gpus_that_come_when_they_are_asked_for(tmp_path):
         port = free.getsockname()[1]
     script = Path(__file__).with_name("autoscaling_cluster.py")
     tune = "-m distrecon.tune --use-gpu --set resources.device=cpu --smoke --address auto --out out".split()
-    tune += ["--set", "optim.epochs=200"]  # so long that the second node is there before the first trial has ended
+    tune += ["--set", "optim.epochs=60"]  # so long that the second node is there before the first trial has ended
     done = subprocess.run(
         [sys.executable, str(script), str(port), sys.executable, *tune],
         cwd=tmp_path,
