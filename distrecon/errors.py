@@ -1,8 +1,9 @@
 """The exceptions that users see, each said in one line: a request that cannot be carried out, work that broke off."""
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -11,6 +12,25 @@ class UserError(ValueError):
 
 class WorkFailed(RuntimeError):
     """Work that broke off for no fault of the request (a full disk, a lost cluster); commands exit with 1."""
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever using the content of a damaged file raises becomes one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{what} is damaged: {said(error)}") from None
+
+
+def said(error: BaseException) -> str:
+    """An error in one line: its kind, unless that is a mere ValueError, and the first line of what it says."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if type(error) is ValueError and text:
+        return text[:300]
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -23,9 +23,11 @@ from distrecon.nets.recognise import recognise
 from distrecon.zoos import build, datasets
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.checkpoints import read_state_dict, to_theta
+from distrecon.zoos.seals import seals_of
 from distrecon.zoos.settings import ArchitectureConfig, SplitConfig, assign_splits
 from distrecon.zoos.sources import Model, Skip, Source, State, find, problem
 from distrecon.zoos.storage import Store, store
+from distrecon.zoos.writer import Writer, writing
 from distrecon.zoos.zoo import open_zoo
 
 MODELS_PER_UNIT = 50
@@ -99,14 +101,24 @@ def import_zoo(
     """
     options = options or ImportOptions()
     where, origin = store(out), find(store(source))
+    with writing(where) as writer:
+        return _import(writer, origin, options, progress, resources or {"num_cpus": 1})
+
+
+def _import(
+    writer: Writer,
+    origin: Source,
+    options: ImportOptions,
+    progress: build.Progress | None,
+    resources: dict[str, Any],
+) -> ImportReport:
+    where = writer.store
     known = _known_states(where)
     arch = _architecture(where, origin, options)
     image_set, dataset_problem = _image_set(where, origin, options)
-    units, repeated = _units(where, origin, options, known)
+    units, repeated = _units(writer, origin, options, known)
     shared = (origin, arch, options, known)
-    reports = list(
-        build.run(units, import_unit, where, *shared, progress=progress, resources=resources or {"num_cpus": 1})
-    )
+    reports = list(build.run(units, import_unit, writer, *shared, progress=progress, resources=resources))
     skipped = [*dataset_problem, *repeated, *(skip for report in reports for skip in report["skipped"])]
     parts = [zoo_format.Part(**report["part"]) for report in reports if report["part"]]
     report = ImportReport(
@@ -116,9 +128,10 @@ def import_zoo(
         states=sum(part.rows for part in parts),
         skipped=tuple(skipped),
     )
+    writer.check()
     where.write(REPORT, json.dumps({**asdict(report), "reasons": report.reasons}, indent=1).encode())
     if parts:
-        _commit(where, arch, image_set, parts, report, options)
+        _commit(writer, arch, image_set, parts, report, options)
     build.finish(where)
     if not parts and not known:
         raise UserError(f"{origin.store}: nothing could be imported: {_most(report)}")
@@ -200,16 +213,16 @@ def _image_set(where: Store, origin: Source, options: ImportOptions) -> tuple[di
 
 
 def _units(
-    where: Store, origin: Source, options: ImportOptions, known: Mapping[str, tuple[str, frozenset[int]]]
+    writer: Writer, origin: Source, options: ImportOptions, known: Mapping[str, tuple[str, frozenset[int]]]
 ) -> tuple[list[ImportUnit], list[dict[str, str]]]:
     """The models by task, as an interrupted import had them, or all anew in a seeded random order; repeated ids."""
     request = {"kind": "import", "source": str(origin.store), "options": json.loads(json.dumps(asdict(options)))}
     request["options"].pop("strict")
+    where = writer.store
     interrupted = build.begun(where)
     if interrupted is None:
         content = {**request, **_listing(origin, options, known)}
-        build.begin(where, content)
-        first = build.next_part(where)
+        first = build.begin(writer, content)
     else:
         first, content = interrupted
         if {key: content.get(key) for key in request} != request:
@@ -217,6 +230,7 @@ def _units(
                 f"{where} has an unfinished {content['kind']} of {content.get('source', 'a zoo')} "
                 "with other options: finish it by the same command, or delete its folder 'unfinished'"
             )
+        build.go_on(writer, first, content)
     rows = content["models"]
     chunks = [rows[i : i + MODELS_PER_UNIT] for i in range(0, len(rows), MODELS_PER_UNIT)]
     units = [
@@ -319,22 +333,30 @@ def _skip(model_id: str, skip: Skip) -> dict[str, str]:
 
 
 def _commit(
-    where: Store,
+    writer: Writer,
     arch: Architecture,
     image_set: dict[str, Any],
     parts: Sequence[zoo_format.Part],
     report: ImportReport,
     options: ImportOptions,
 ) -> None:
+    where = writer.store
     before: list[zoo_format.Part] = []
     origin: dict[str, Any] = {"kind": "imported", "sources": []}
     name = options.name or report.source.rstrip("/").rpartition("/")[2]
     excluded: list[Any] = []
-    if where.exists(zoo_format.MANIFEST):
+    sealed: dict[str, str] = {}
+    replaced: dict[str, Any] = {}  # the images in whose place others come
+    if writer.found is not None:
         old = open_zoo(where)
-        before, name, excluded = old.parts, old.name, old.info["excluded"]
+        before, name, excluded, sealed = old.parts, old.name, old.info["excluded"], old.sealed
         origin = {**old.info["origin"]}
-        image_set = image_set if image_set["name"] else old.info["image_set"]
+        had = old.info["image_set"]
+        image_set = image_set if image_set["name"] else had
+        replaced = had if had.get("stored") != image_set.get("stored") else {}
+    images = datasets.files_of(image_set)
+    files = {file: seal for file, seal in sealed.items() if file not in datasets.files_of(replaced)}
+    files |= seals_of(where, [file for file in images if file not in files])
     said = {"source": report.source, "states": report.states, "skipped": len(report.skipped)}
     zoo_format.commit(
         where,
@@ -344,4 +366,8 @@ def _commit(
         parts=[*before, *parts],
         origin={**origin, "sources": [*origin.get("sources", []), said]},
         excluded=excluded,
+        files=files,
+        writer=writer,
     )
+    if replaced.get("stored"):
+        where.delete_folder(replaced["stored"])

@@ -27,6 +27,9 @@ class Store:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def path(self, name: str) -> str:
+        """Where a file lies; UserError for a name that leads out of the folder, as a damaged file may hold."""
+        if not inside(name):
+            raise UserError(f"{self}: {name!r} leads out of it")
         return f"{self.root}/{name}"
 
     def __str__(self) -> str:
@@ -34,6 +37,11 @@ class Store:
 
     def exists(self, name: str) -> bool:
         return self.filesystem.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+
+    def folders(self) -> list[str]:
+        """Names of the folders in this one, sorted."""
+        infos = self.filesystem.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def names(self, folder: str) -> list[str]:
         """Names (with `folder/` in front) of the files in a folder, sorted; temporary files of writers left out."""
@@ -63,6 +71,11 @@ class Store:
 
     def delete_folder(self, name: str) -> None:
         self.filesystem.delete_dir(self.path(name))
+
+
+def inside(name: str) -> bool:
+    """Whether a relative name stays in the folder that it is relative to."""
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
 def _write_local(path: str, content: bytes | pa.Buffer) -> None:
