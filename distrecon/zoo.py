@@ -100,6 +100,7 @@ def _import_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--images", metavar="NAME", help="image set the models were trained on")
     command.add_argument("--images-dir", metavar="DIR", help="where its files lie")
     _store_option(command)
+    command.add_argument("--percent", action="store_true", help="the source's accuracies are percentages")
     command.add_argument("--name", help="the zoo's name (default: the source's)")
     command.add_argument("--strict", action="store_true", help="stop at the first thing that would be skipped")
     _ray_options(command)
@@ -168,6 +169,7 @@ def import_(args: argparse.Namespace) -> console.Answer:
         seed=args.seed or 0,
         strict=args.strict,
         module=args.module,
+        percent=args.percent,
     )
     with tempfile.TemporaryDirectory() as folder:
         source = _smoke_source(Path(folder)) if args.smoke and args.source is None else args.source

@@ -9,7 +9,7 @@ When all units have reports, the caller commits `zoo.json` and the folder `unfin
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from distrecon.errors import reading
@@ -80,7 +80,7 @@ def run(
     *shared: Any,
     progress: Progress | None,
     resources: dict[str, Any],
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Reports of all units, in order, after running `function(unit, store, *shared)` for the missing ones.
 
     The function writes the unit's part and returns its report, plain JSON data, which this then keeps. Raises UserError
@@ -98,7 +98,12 @@ def run(
         done += len(unit.models)
         if progress:
             progress(done, total, time.monotonic() - start)
-    return (json.loads(where.read(report_name(unit.number))) for unit in units)
+    writer.check()
+    try:
+        return [json.loads(where.read(report_name(unit.number))) for unit in units]
+    except FileNotFoundError:
+        writer.check()  # another one has finished it since
+        raise
 
 
 def _keep_report(unit: Unit, function: Callable[..., dict[str, Any]], writer: Writer, *shared: Any) -> None:

@@ -334,9 +334,16 @@ def _check(content: dict[str, Any]) -> None:
     if not all(_whole(count, 0) for count in counts):
         raise ValueError("it has counts that are no whole numbers")
     text = (str, type(None))
-    kinds = {"name": text, "directory": text, "preprocessing": text, "stored": str, "limit": int, "classes": list}
+    kinds = {
+        "name": text,
+        "directory": text,
+        "preprocessing": text,
+        "stored": (str,),
+        "limit": (int,),
+        "classes": (list,),
+    }
     for key, value in images.items():
-        if not isinstance(value, kinds.get(key, object)):
+        if key in kinds and not isinstance(value, kinds[key]):
             raise ValueError(f"its images' {key!r} is {value!r:.60}")
     if any(key not in images for key in ("name", "directory", "classes", "preprocessing")):
         raise ValueError(f"its images have only {', '.join(images)}")

@@ -97,7 +97,7 @@ def _train(
 ) -> None:
     where = writer.store
     every = [Group(number, tuple(models)) for number, models in enumerate(groups(config))]
-    reports = list(build.run(every, train_group, writer, config, arch, images, progress=progress, resources=resources))
+    reports = build.run(every, train_group, writer, config, arch, images, progress=progress, resources=resources)
     parts = [zoo_format.Part(**report["part"]) for report in reports if report["part"]]
     if not parts:
         raise UserError(f"every model of {config.name!r} diverged: lower grid.lr or grid.scale")

@@ -19,6 +19,7 @@ from distrecon.zoos.storage import store
 from distrecon.zoos.write import seal_zoo
 from tests.zoos.test_format import rewrite, unseal
 
+PART = "states/part-00001.parquet"
 ARCH = architecture("mlp", sizes=(64, 3, 10), activation="tanh")
 
 
@@ -100,9 +101,9 @@ def overwrite(folder: Path, change) -> None:
 DAMAGE = {
     "reversed": lambda f: overwrite(f, lambda w: w[:, ::-1].copy()),
     "zeroed": lambda f: overwrite(f, lambda w: w * 0),
-    "another zoo's": lambda f: shutil.copy(make(f.parent / "other", 1).store.path("states/part-00001.parquet"), f / "states"),
-    "gone": lambda f: (f / "states/part-00001.parquet").unlink(),
-    "longer": lambda f: (f / "states/part-00001.parquet").open("ab").write(b"PAR1"),
+    "another zoo's": lambda f: shutil.copy(Path(make(f.parent / "o", 1).store.root) / PART, f / "states"),
+    "gone": lambda f: (f / PART).unlink(),
+    "longer": lambda f: (f / PART).open("ab").write(b"PAR1"),
 }  # fmt: skip
 
 
@@ -118,7 +119,7 @@ DAMAGE = {
 )
 def test_a_file_that_is_not_what_was_written_is_not_believed(zoo: Zoo, name: str, read) -> None:
     DAMAGE[name](Path(zoo.store.root))
-    with pytest.raises(UserError, match=r"part-00001.parquet is (damaged|missing)"):
+    with pytest.raises(UserError, match=r"part-00001\.parquet is (damaged|missing)"):
         read(open_zoo(zoo.store.root))
     assert any("part-00001.parquet is" in text for text in found(Path(zoo.store.root)))
 
@@ -126,7 +127,7 @@ def test_a_file_that_is_not_what_was_written_is_not_believed(zoo: Zoo, name: str
 def test_images_that_are_not_what_was_written_are_not_believed(zoo: Zoo) -> None:
     other = make(Path(zoo.store.root).parent / "other").store
     shutil.copy(other.path("images/validation.parquet"), zoo.store.path("images/test.parquet"))
-    with pytest.raises(UserError, match="images/test.parquet is damaged"):
+    with pytest.raises(UserError, match=r"images/test\.parquet is damaged"):
         open_zoo(zoo.store.root).images()
 
 
@@ -155,7 +156,7 @@ def test_foreign_and_doubled_files_are_named(zoo: Zoo) -> None:
         (folder / place).write_bytes(b"")
     content = json.loads((folder / "zoo.json").read_text())
     rewrite(folder, parts=[*content["parts"], content["parts"][0]])
-    with pytest.raises(UserError, match="zoo.json is damaged, or was edited"):
+    with pytest.raises(UserError, match=r"zoo\.json is damaged, or was edited"):
         open_zoo(folder)
     unseal(folder)
     seal_zoo(folder)
@@ -166,7 +167,7 @@ def test_foreign_and_doubled_files_are_named(zoo: Zoo) -> None:
 
 
 def test_parts_cannot_be_committed_twice(zoo: Zoo) -> None:
-    with pytest.raises(UserError, match="part-00000.parquet is listed twice"):
+    with pytest.raises(UserError, match=r"part-00000\.parquet is listed twice"):
         zoo_format.commit(
             zoo.store, name="x", arch=ARCH, image_set=zoo.info["image_set"], parts=[*zoo.parts, zoo.parts[0]], origin={}
         )  # fmt: skip
@@ -192,14 +193,14 @@ def test_an_edited_zoo_is_refused_until_it_is_sealed_again(zoo: Zoo) -> None:
     assert seal_zoo(folder) == 0
     assert open_zoo(folder).name == "renamed"
     DAMAGE["zeroed"](folder)
-    with pytest.raises(UserError, match="part-00001.parquet is damaged"):
+    with pytest.raises(UserError, match=r"part-00001\.parquet is damaged"):
         seal_zoo(folder)
 
 
 BROKEN = {  # a key of zoo.json -> values that it cannot have
     "name": [None, 3],
     "architecture": [{}, [], {"kind": "chain"}],
-    "image_set": [{}, {"name": 3}, {"name": "x", "directory": None, "preprocessing": "", "classes": [], "stored": ".."}],
+    "image_set": [{}, {"name": 3}, {"name": "x", "directory": None, "preprocessing": "", "classes": [], "stored": "."}],
     "models": [-1, 1.5, "8", None],
     "states": [True, {}],
     "splits": [{}, {"train": 3}],
@@ -219,8 +220,7 @@ BROKEN = {  # a key of zoo.json -> values that it cannot have
 def test_a_damaged_list_is_refused_in_one_line(zoo: Zoo, key: str, value) -> None:
     unseal(Path(zoo.store.root), **{key: value})
     with pytest.raises(UserError) as error:
-        opened = open_zoo(zoo.store.root)
-        opened.weights()
+        open_zoo(zoo.store.root).weights()
     assert "\n" not in str(error.value)
     assert "zoo" in str(error.value)
 
