@@ -66,6 +66,8 @@ class Setting:
             raise UserError(f"{key}: {value!r} is unknown{nearest(value, self.choices)}")
         elif isinstance(value, int | float):
             check_finite(value, key)
+            if abs(value) >= 2**63:
+                raise UserError(f"{key} must be smaller than 2^63, not {value:.3g}")
             low = (self.least is None or value >= self.least) and (self.above is None or value > self.above)
             if not low or (self.most is not None and value > self.most):
                 raise UserError(f"{key} must be {self.range}, not {value}")
@@ -91,7 +93,7 @@ def check(config: Any, section: str = "") -> None:
 
 
 def check_finite(value: float, where: str) -> None:
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} must be a finite number, not {value}")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory, nearest
+from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory, nearest, printable, redact
 from distrecon.files import plain
 
 DONE, SOME_FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -36,7 +36,7 @@ class Progress:
         if text == self._text or (not self.terminal and (not self.verbose or now - self._last < EVERY)):
             return
         self._last, self._text = now, text
-        line = f"{self.stage:<9} {text}"
+        line = printable(redact(f"{self.stage:<9} {text}"))
         if self.terminal:
             print(f"\r\033[K{line[:110]}", end="", file=sys.stderr, flush=True)
         else:
@@ -45,7 +45,8 @@ class Progress:
     def done(self, text: str) -> None:
         """Ends the stage with its result."""
         clear = "\r\033[K" if self.terminal else ""
-        print(f"{clear}{self.stage:<9} {text} ({duration(time.monotonic() - self.start)})", file=sys.stderr, flush=True)
+        line = printable(redact(f"{self.stage:<9} {text} ({duration(time.monotonic() - self.start)})"))
+        print(clear + line, file=sys.stderr, flush=True)
 
 
 def time_left(share: float, seconds: float) -> str:
@@ -123,7 +124,7 @@ def run_command(main: Callable[[argparse.Namespace], Answer], parser: Parser, ar
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         answer = _answer(main, parser, argv)
         if answer.text:
-            print(answer.text)
+            print("\n".join(map(printable, redact(answer.text).split("\n"))))
     if as_json:
         print(json.dumps(plain({"command": parser.prog, "exit_code": answer.code, **answer.data}), indent=1))
     return answer.code
@@ -147,7 +148,8 @@ def _answer(main: Callable[[argparse.Namespace], Answer], parser: Parser, argv: 
 
 def _failure(parser: Parser, argv: list[str], code: int, what: str, message: str) -> Answer:
     if "--verbose" in argv and code != INTERRUPTED:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
+    message = printable(redact(message))
     print(f"{parser.prog}: {what}" + (f": {message}" if message else ""), file=sys.stderr)
     return Answer(code, data={"error": message or what})
 
@@ -159,10 +161,17 @@ def _interrupt(signum: int, frame: object) -> None:
 def common_options(parser: argparse.ArgumentParser) -> None:
     """Options that every command has."""
     parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/<time>-<command>)")
-    parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    parser.add_argument("--seed", type=seed, help="seed of everything random (default: 0)")
     parser.add_argument("--register", metavar="NAME", help="register the (best) model in MLflow under this name")
     parser.add_argument("--smoke", action="store_true", help="a tiny instance of every stage; its numbers mean nothing")
     output_options(parser)
+
+
+def seed(text: str) -> int:
+    """What `--seed` takes; argparse says the rest."""
+    if not 0 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, not {text}")
+    return value
 
 
 def module_option(parser: argparse.ArgumentParser) -> None:

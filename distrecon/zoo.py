@@ -56,7 +56,9 @@ def parser() -> console.Parser:
 
 def _command(commands: "argparse._SubParsersAction[console.Parser]", name: str, text: str) -> console.Parser:
     command = commands.add_parser(name, help=text, description=text)
-    command.add_argument("--seed", type=int, help="seed of everything random (default: 0, or the configuration's)")
+    command.add_argument(
+        "--seed", type=console.seed, help="seed of everything random (default: 0, or the configuration's)"
+    )
     command.add_argument("--smoke", action="store_true", help="a tiny instance, to check an installation")
     console.output_options(command)
     return command

@@ -399,7 +399,8 @@ def _commit(
         replaced = had if had.get("stored") != image_set.get("stored") else {}
     images = datasets.files_of(image_set)
     files = {file: seal for file, seal in sealed.items() if file not in datasets.files_of(replaced)}
-    files |= seals_of(where, [file for file in images if file not in files])
+    unsealed = [part.file for part in parts if part.seal is None]  # written by an earlier version
+    files |= seals_of(where, [*unsealed, *(file for file in images if file not in files)])
     last = {"source": report.source, "states": report.states, "skipped": len(report.skipped)}
     zoo_format.commit(
         where,

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from distrecon.errors import UserError
+from distrecon.errors import UserError, redact
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,14 @@ def _write_local(path: str, content: bytes | pa.Buffer) -> None:
 def store(path: str | os.PathLike[str], filesystem: Any = None) -> Store:
     """The store at a local path, at a URL (`s3://bucket/zoo`), or at a path on a given pyarrow or fsspec filesystem.
 
-    Raises UserError for a URL that neither pyarrow nor fsspec understands.
+    Raises UserError for a URL that neither pyarrow nor fsspec understands, and for one with a password in it.
     """
     text = os.fspath(path)
+    if redact(text) != text:
+        raise UserError(
+            f"{redact(text)}: no user, password or key may stand in an address, since addresses are written down: "
+            "give credentials by the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     if filesystem is not None:
         return Store(_as_arrow(filesystem), text.rstrip("/"))
     if "://" not in text:

@@ -99,6 +99,7 @@ def _train(
     every = [Group(number, tuple(models)) for number, models in enumerate(groups(config))]
     reports = build.run(every, train_group, writer, config, arch, images, progress=progress, resources=resources)
     parts = [zoo_format.Part(**report["part"]) for report in reports if report["part"]]
+    unsealed = [part.file for part in parts if part.seal is None]  # written by an earlier version
     if not parts:
         raise UserError(f"every model of {config.name!r} diverged: lower grid.lr or grid.scale")
     entry = datasets.entry(where, images, config.images.directory, store_images, config.images.limit)
@@ -110,7 +111,7 @@ def _train(
         parts=parts,
         origin=_origin(config),
         excluded=[excluded for report in reports for excluded in report["excluded"]],
-        files=seals_of(where, [*where.names("history"), *datasets.files_of(entry)]),
+        files=seals_of(where, [*unsealed, *where.names("history"), *datasets.files_of(entry)]),
         writer=writer,
     )
     build.finish(where)
