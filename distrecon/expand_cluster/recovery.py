@@ -30,6 +30,7 @@ from distrecon.expand_cluster.coordinates import Coordinates, find_coordinates
 from distrecon.expand_cluster.examination import Examined, examine
 from distrecon.expand_cluster.from_bends import recover_from_bends
 from distrecon.expand_cluster.from_derivatives import recover_from_derivatives
+from distrecon.expand_cluster.from_saturation import recover_from_saturation
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import pool_neurons
 from distrecon.expand_cluster.peel import peel
@@ -51,6 +52,7 @@ Start = Callable[[str, RecoveryConfig, str], Run]
 
 LEAST_GUESS = 4  # neurons that a black box is taken to have at first
 SCALE_ROUNDS = (1.0, 2.0, 0.5)  # of the probes in the rounds of students, in turn
+REACH = 100.0  # of the probes' deviations: where probes still learn more than slopes
 
 UNKNOWN = "unknown"
 BRIEF_STUDENTS, BRIEF_ITERATIONS = 3, 40  # of the trial fits with every activation
@@ -228,6 +230,11 @@ def _attempts(run: Run) -> Recovery:
     best = bends.recovery if bends is not None else None
     guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
     patience, committee, derivatives = 1, None, run.config.probes.derivatives
+    if derivatives:
+        recovery = recover_from_saturation(run, coordinates)
+        if recovery is not None and recovery.verified:
+            return recovery
+        best = _better(recovery, best) if recovery is not None else best
     for attempt in range(run.config.budget.attempts):
         if derivatives and (attempt or not solved(run, _students(run, coordinates.rank, guess))):
             recovery, derivatives = recover_from_derivatives(run, coordinates), False
@@ -239,8 +246,8 @@ def _attempts(run: Run) -> Recovery:
         best, committee = _better(outcome.recovery, best), outcome.committee
         if outcome.recovery.verified or run.out_of_time():
             break
-        if outcome.recovery.contradictions_QI is not None:
-            contradictions_QI = outcome.recovery.contradictions_QI
+        if (within_QI := _within_reach(outcome.recovery.contradictions_QI, coordinates)) is not None:
+            contradictions_QI = within_QI
             coordinates = _coordinates(run, contradictions_QI)
         loss = outcome.recovery.metrics["recover/student_loss_best"]
         if outcome.underfit and not run.config.students.width and (loss > UNDERFIT or attempt % 2 == 0):
@@ -249,6 +256,14 @@ def _attempts(run: Run) -> Recovery:
             patience *= 2
     assert best is not None
     return best
+
+
+def _within_reach(x_QI: Tensor | None, coordinates: Coordinates) -> Tensor | None:
+    """Those inputs from which probes learn more than slopes far out; None where there is none."""
+    if x_QI is None:
+        return None
+    distance_Q = (x_QI @ coordinates.to_RI.T).norm(dim=1) / coordinates.rank**0.5
+    return x_QI[distance_Q < REACH] if (distance_Q < REACH).any() else None
 
 
 def _students(run: Run, rank: int, guess: int) -> DenseNet:
