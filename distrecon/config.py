@@ -66,6 +66,8 @@ class Setting:
             raise UserError(f"{key}: {value!r} is unknown{nearest(value, self.choices)}")
         elif isinstance(value, int | float):
             check_finite(value, key)
+            if abs(value) >= 2**63:
+                raise UserError(f"{key} must be smaller than 2^63")
             low = (self.least is None or value >= self.least) and (self.above is None or value > self.above)
             if not low or (self.most is not None and value > self.most):
                 raise UserError(f"{key} must be {self.range}, not {value}")
@@ -91,7 +93,7 @@ def check(config: Any, section: str = "") -> None:
 
 
 def check_finite(value: float, where: str) -> None:
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} must be a finite number, not {value}")
 
 
@@ -159,6 +161,8 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             raise UserError(f"{where} must be a list, not {value!r}")
         return tuple(convert(v, arguments[0], where) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= 2**63:
+            raise UserError(f"{where} must be smaller than 2^63")
         return float(value)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
         with contextlib.suppress(ValueError):

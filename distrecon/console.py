@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory, nearest
+from distrecon.errors import OUT_OF_MEMORY, UserError, WorkFailed, is_out_of_memory, nearest, printable, redact
 from distrecon.files import plain, write_json
 
 DONE, SOME_FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -47,7 +47,7 @@ class Progress:
         if not self.terminal and now - self._last < (EVERY_VERBOSE if self.verbose else EVERY):
             return
         self._last, self._text = now, text
-        line = f"{self.stage:<9} {text}"
+        line = printable(redact(f"{self.stage:<9} {text}"))
         if self.terminal:
             print(f"\r\033[K{line[:110]}", end="", file=sys.stderr, flush=True)
         else:
@@ -56,13 +56,14 @@ class Progress:
     def _keep(self, text: str) -> None:
         if self.file is not None:
             with contextlib.suppress(OSError):  # a full disk is told by what has to be written
-                write_json(self.file, {"stage": self.stage, "text": text, "time": time.time()})
+                write_json(self.file, {"stage": self.stage, "text": redact(text), "time": time.time()})
 
     def done(self, text: str) -> None:
         """Ends the stage with its result."""
         self._keep(text)
         clear = "\r\033[K" if self.terminal else ""
-        print(f"{clear}{self.stage:<9} {text} ({duration(time.monotonic() - self.start)})", file=sys.stderr, flush=True)
+        line = printable(redact(f"{self.stage:<9} {text} ({duration(time.monotonic() - self.start)})"))
+        print(clear + line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -150,7 +151,7 @@ def run_command(main: Callable[[argparse.Namespace], Answer], parser: Parser, ar
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         answer = _answer(main, parser, argv)
         if answer.text:
-            print(answer.text)
+            print("\n".join(map(printable, redact(answer.text).split("\n"))))
     if as_json:
         print(json.dumps(plain({"command": parser.prog, "exit_code": answer.code, **answer.data}), indent=1))
     return answer.code
@@ -174,7 +175,8 @@ def _answer(main: Callable[[argparse.Namespace], Answer], parser: Parser, argv: 
 
 def _failure(parser: Parser, argv: list[str], code: int, what: str, message: str) -> Answer:
     if "--verbose" in argv and code != INTERRUPTED:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
+    message = printable(redact(message))
     print(f"{parser.prog}: {what}" + (f": {message}" if message else ""), file=sys.stderr)
     return Answer(code, data={"error": message or what})
 
@@ -186,7 +188,7 @@ def _interrupt(signum: int, frame: object) -> None:
 def common_options(parser: argparse.ArgumentParser) -> None:
     """Options that every command has."""
     parser.add_argument("--out", metavar="DIR", help="run folder to make (default: runs/<time>-<command>)")
-    parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    parser.add_argument("--seed", type=seed, help="seed of everything random (default: 0)")
     parser.add_argument(
         "--register", type=_model_name, metavar="NAME", help="register the (best) model in MLflow under this name"
     )
@@ -199,6 +201,13 @@ def _model_name(text: str) -> str:
     if not text.strip() or set(text) & set("/:"):
         raise argparse.ArgumentTypeError(f"a model's name is not empty and has no / or :, unlike {text!r}")
     return text
+
+
+def seed(text: str) -> int:
+    """What `--seed` takes; argparse says the rest."""
+    if not 0 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, not {text}")
+    return value
 
 
 def module_option(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and values as strict JSON."""
+"""Files that are written whole or not at all, and values as strict JSON; neither ever holds a credential."""
 
 import json
 import math
@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distrecon.errors import redact
+
 
 def plain(value: Any, not_finite: Callable[[float], Any] = lambda number: None) -> Any:
     """Strict JSON data: tuples become lists, scalars of numpy and torch numbers, numbers that are not finite null (or
-    what `not_finite` makes of them)."""
+    what `not_finite` makes of them), texts lose their credentials."""
+    if isinstance(value, str):
+        return redact(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(inner, not_finite) for key, inner in value.items()}
+        return {redact(str(key)): plain(inner, not_finite) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [plain(inner, not_finite) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -28,11 +32,11 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes text whole or not at all: to a file beside it, which is synced and then takes its name."""
+    """Writes text, without credentials, whole or not at all: to a file beside it, synced, which then takes its name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(redact(text))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

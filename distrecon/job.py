@@ -20,7 +20,7 @@ from distrecon.cluster import session
 from distrecon.cluster.space import Sweep, one_trial, read_space
 from distrecon.cluster.sweeps import check_resources, run_sweeps
 from distrecon.console import Progress, time_left
-from distrecon.errors import UserError, WorkFailed, nearest
+from distrecon.errors import UserError, WorkFailed, nearest, reading
 from distrecon.kinds import KINDS
 from distrecon.nets import ChainArchitecture
 from distrecon.record.folder import REQUEST, RunFolder, check_absent
@@ -30,7 +30,7 @@ from distrecon.recording import Outcome, Provenance, finish
 from distrecon.report.progress import standing
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos.settings import ZOOS, described
-from distrecon.zoos.storage import store
+from distrecon.zoos.storage import inside, store
 from distrecon.zoos.train import ensure
 
 SHIPPED = Path(__file__).resolve().parent.parent / "tune_spaces"  # beside the package, wherever it lies
@@ -101,6 +101,8 @@ def read_sweeps(request: Request) -> list[Sweep]:
 def prepare(request: Request, out: str | None, command: str, verbose: bool = False) -> RunFolder:
     """Checks all that can be checked, joins Ray, and only then makes the run folder, with the space files in it."""
     check_absent(out)
+    if request.storage:
+        store(request.storage)  # refuses what is no address
     sweeps = read_sweeps(request)
     zoos = _folders(sweeps)
     session.connect(request.address, verbose=verbose)
@@ -125,11 +127,20 @@ def reopen(path: str, command: str, address: str | None, modules: tuple[str, ...
     Raises UserError when the run is stale: a zoo changed since it began, or its request is not one of this version.
     """
     folder, saved = RunFolder.reopen(path, command)
+    with reading(f"--resume {path}: {REQUEST}"):
+        return _reopened(path, folder, saved, address, modules)
+
+
+def _reopened(
+    path: str, folder: RunFolder, saved: dict[str, Any], address: str | None, modules: tuple[str, ...]
+) -> tuple[RunFolder, Request]:
     saved = {"zoo": [], "coder": {}, "images": None, "modules": [], **saved}  # earlier versions' runs had none of them
     names = [f.name for f in dataclasses.fields(Request)]
     if missing := [name for name in [*names, "zoos"] if name not in saved]:
         raise UserError(f"--resume {path}: {REQUEST} has no {missing[0]!r}; start anew with another --out")
     values = {name: saved[name] for name in names} | {"address": address or saved["address"], "modules": modules}
+    if outside := [space for space in saved["spaces"] if not inside(space)]:
+        raise UserError(f"--resume {path}: {REQUEST} names {outside[0]}, which is not in the run")
     values |= {"spaces": tuple(str(folder.path / space) for space in saved["spaces"]), "zoo": tuple(saved["zoo"])}
     request = Request(**values)
     for name, zoo in _folders(read_sweeps(request)).items():

@@ -18,7 +18,7 @@ import numpy as np
 
 from distrecon import console
 from distrecon.cluster import session
-from distrecon.errors import UserError, WorkFailed
+from distrecon.errors import UserError, WorkFailed, redact
 from distrecon.files import write_json
 from distrecon.kinds import KINDS
 from distrecon.record.artifacts import ARRAYS, FINISHED
@@ -113,11 +113,13 @@ def finish(
     """Makes everything that is made of the journals; `extra` are summary.json's keys beside the sweeps'."""
     stage = console.Progress("report")
     records = [folder.read(name) for name in sweeps]
-    tracker.sync(force=True)
     # a resumed run took as long as its sweeps, earlier starts included
     about = provenance.about(max([seconds, *(record.seconds for record in records)]))
-    files = page.write(folder, records, KINDS, about, tracker)
+    files = page.draw(folder, records, KINDS)
+    page.write(folder, records, KINDS, about, files, tracker)
     write_json(folder.summary, {**about, **(extra or {}), "sweeps": [summarise(record) for record in records]})
+    if tracker.sync(force=True):
+        page.write(folder, records, KINDS, about, files, tracker)  # with the links to MLflow's runs
     for record in records:
         kind, best = KINDS[record.kind], record.best()
         tracker.artifacts(record.name, "", [folder.page, folder.summary])
@@ -303,7 +305,7 @@ def answer(
         {
             "folder": str(outcome.folder.path),
             **outcome.folder.read_summary(),
-            "mlflow": outcome.tracker.uri,
+            "mlflow": redact(outcome.tracker.uri),
             **({"registered": registered} if args.register else {}),
         },
     )

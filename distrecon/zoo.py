@@ -1,4 +1,4 @@
-"""python -m distrecon.zoo: train, import, describe, check and export model zoos."""
+"""python -m distrecon.zoo: train, import, describe, check, seal and export model zoos."""
 
 import argparse
 import dataclasses
@@ -15,6 +15,7 @@ from distrecon.zoos import Zoo, inspection, open_zoo
 from distrecon.zoos.format import MANIFEST
 from distrecon.zoos.settings import named_zoos, read_config
 from distrecon.zoos.storage import store
+from distrecon.zoos.write import seal_zoo
 
 EXAMPLES = """examples:
   python -m distrecon.zoo train --out zoos/digits
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   python -m distrecon.zoo import downloads/tune_zoo_svhn --images svhn --images-dir data/svhn --out zoos/svhn
   python -m distrecon.zoo info zoos/svhn
   python -m distrecon.zoo check zoos/svhn --images-dir data/svhn
+  python -m distrecon.zoo seal zoos/older
   python -m distrecon.zoo export zoos/svhn --model ID --out model.safetensors
 
 exit codes: 0 done, 1 done but something was skipped or is unsound, 2 the request is wrong, 130 interrupted
@@ -32,7 +34,7 @@ exit codes: 0 done, 1 done but something was skipped or is unsound, 2 the reques
 def parser() -> console.Parser:
     parser = console.Parser(
         prog="distrecon.zoo",
-        description="Train, import, describe, check and export model zoos.",
+        description="Train, import, describe, check, seal and export model zoos.",
         epilog=EXAMPLES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -40,11 +42,13 @@ def parser() -> console.Parser:
     _import_options(_command(commands, "import", "import a published zoo, or append to one"))
     info = _command(commands, "info", "counts, sizes, accuracies")
     info.add_argument("zoo", help="folder or URL of the zoo")
-    check = _command(commands, "check", "read every row again, recompute a sample of accuracies")
+    check = _command(commands, "check", "compare all files, read every row, recompute a sample of accuracies")
     check.add_argument("zoo", help="folder or URL of the zoo")
     check.add_argument("--sample", type=int, default=64, help="states to recompute (default: 64)")
     check.add_argument("--images-dir", "--images", metavar="DIR", help="where its images lie, if not in the zoo")
     console.module_option(check)
+    seal = _command(commands, "seal", "seal the files of an earlier version's zoo, or an edited zoo.json")
+    seal.add_argument("zoo", help="folder or URL of the zoo")
     export = _command(commands, "export", "write one model as safetensors")
     export.add_argument("zoo", help="folder or URL of the zoo")
     export.add_argument("--model", required=True, metavar="ID", help="the model's id in the zoo")
@@ -55,7 +59,9 @@ def parser() -> console.Parser:
 
 def _command(commands: "argparse._SubParsersAction[console.Parser]", name: str, text: str) -> console.Parser:
     command = commands.add_parser(name, help=text, description=text)
-    command.add_argument("--seed", type=int, help="seed of everything random (default: 0, or the configuration's)")
+    command.add_argument(
+        "--seed", type=console.seed, help="seed of everything random (default: 0, or the configuration's)"
+    )
     command.add_argument("--smoke", action="store_true", help="a tiny instance, to check an installation")
     console.output_options(command)
     return command
@@ -99,6 +105,7 @@ def _import_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--images", metavar="NAME", help="image set the models were trained on")
     command.add_argument("--images-dir", metavar="DIR", help="where its files lie")
     _store_option(command)
+    command.add_argument("--percent", action="store_true", help="the source's accuracies are percentages")
     command.add_argument("--name", help="the zoo's name (default: the source's)")
     command.add_argument("--strict", action="store_true", help="stop at the first thing that would be skipped")
     _ray_options(command)
@@ -178,6 +185,7 @@ def import_(args: argparse.Namespace) -> console.Answer:
         seed=args.seed or 0,
         strict=args.strict,
         module=args.module,
+        percent=args.percent,
     )
     with tempfile.TemporaryDirectory() as folder:
         source = _smoke_source(Path(folder)) if args.smoke and args.source is None else args.source
@@ -225,9 +233,19 @@ def check(args: argparse.Namespace) -> console.Answer:
     recomputed = (
         f"{result.recomputed} accuracies recomputed" if result.recomputed else f"none recomputed: {result.note}"
     )
-    lines = [*result.problems, f"{result.states} states read, {recomputed}, {len(result.problems) or 'no'} problems"]
+    compared = f"{result.sealed} files compared with their seals"
+    if result.unsealed:
+        compared += f" ({result.unsealed} parts have none: zoo seal {args.zoo})"
+    count = len(result.problems) or "no"
+    lines = [*result.problems, f"{result.states} states read, {compared}, {recomputed}, {count} problems"]
     code = console.SOME_FAILED if result.problems else console.DONE
     return console.Answer(code, "\n".join(lines), dataclasses.asdict(result))
+
+
+def seal(args: argparse.Namespace) -> console.Answer:
+    """Seals what is not."""
+    count = seal_zoo(args.zoo)
+    return console.Answer(console.DONE, f"{count} files sealed in {args.zoo}", {"zoo": args.zoo, "sealed": count})
 
 
 def export(args: argparse.Namespace) -> console.Answer:
@@ -238,7 +256,7 @@ def export(args: argparse.Namespace) -> console.Answer:
     return console.Answer(console.DONE, f"{args.model}, epoch {epoch}: {args.out}", data)
 
 
-COMMANDS = {"train": train, "import": import_, "info": info, "check": check, "export": export}
+COMMANDS = {"train": train, "import": import_, "info": info, "check": check, "seal": seal, "export": export}
 
 
 def run(args: argparse.Namespace) -> console.Answer:

@@ -139,7 +139,8 @@ def written(tmp_path_factory):
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     (folder / "tracking.json").write_text(json.dumps({"uri": uri, "sweeps": sent}))
     tracker = Tracker(RunFolder(folder), [r.name for r in records], {})
-    report.write(RunFolder(folder), records, KINDS, ABOUT, tracker)
+    files = report.draw(RunFolder(folder), records, KINDS)
+    report.write(RunFolder(folder), records, KINDS, ABOUT, files, tracker)
     patch.undo()
     return (folder / "report.html").read_text(), records, folder
 

@@ -171,3 +171,123 @@ def test_an_interrupt_while_a_run_is_made_waits_until_it_is_noted(journal, tmp_p
     _, found, _ = runs(tmp_path)
     assert {r.info.run_id for r in found} == set(tracker.run_ids("demo").values())
     assert {r.info.status for r in found} == {"KILLED"}
+
+
+# -- whatever the store does, the record goes on ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_damaged_database_is_a_problem_in_one_line(journal, tmp_path, content):
+    (tmp_path / "mlflow.db").write_bytes(content)
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
+    finish(journal)
+    arrived = tracker.sync(force=True)
+    assert arrived == (tracker.problem is None)
+    if content:
+        assert not arrived
+        assert "\n" not in tracker.problem
+    tracker.interrupt()
+    assert tracker.artifacts("demo", "t", [tmp_path / "mlflow.db"]) == arrived
+
+
+@pytest.mark.parametrize(
+    "uri", ["oracle+nothing://host/db", "postgresql://host:1/db", "no://such", "sqlite:////proc/nowhere/x"]
+)
+def test_a_store_that_cannot_be_opened_is_a_problem_in_one_line(journal, tmp_path, monkeypatch, uri):
+    """A database without its driver, or without an answer, an address of no kind."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
+    assert not tracker.sync(force=True)
+    assert tracker.problem.startswith(f"MLflow at {uri}")
+    assert "\n" not in tracker.problem
+
+
+def test_any_error_of_the_store_is_a_problem(journal, tmp_path, monkeypatch):
+    class Odd(Exception):
+        pass
+
+    def fail(*arguments, **options):
+        raise Odd("first line\nsecond")
+
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
+    monkeypatch.setattr(MlflowClient, "create_run", fail)
+    assert not tracker.sync(force=True)
+    assert tracker.problem.endswith("Odd: first line")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracker.sync(force=True)
+    for name in ("log_artifact", "set_tag", "set_terminated"):
+        monkeypatch.setattr(MlflowClient, name, fail)
+    assert not tracker.artifacts("demo", "t", [tmp_path / "run"])
+    tracker.conclude("demo", "t", "table")
+    tracker.interrupt()
+    assert tracker.problem.endswith("Odd: first line")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_deleted_experiment_comes_back(journal, tmp_path, begun):
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
+    if begun:
+        assert tracker.sync()
+        journal.write("started", trial="u", config={})
+        experiment = client.get_experiment_by_name("demo").experiment_id
+    else:
+        experiment = client.create_experiment("demo")
+    client.delete_experiment(experiment)
+    finish(journal)
+    assert tracker.sync(force=True), tracker.problem
+    assert client.get_experiment_by_name("demo").lifecycle_stage == "active"
+    _, found, _ = runs(tmp_path)
+    assert len(found) == (3 if begun else 2)
+
+
+def test_an_experiment_that_stays_deleted_is_replaced_by_another(journal, tmp_path, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    def refuse(*arguments):
+        raise MlflowException("not allowed")
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client.delete_experiment(client.create_experiment("demo"))
+    monkeypatch.setattr(MlflowClient, "restore_experiment", refuse)
+    finish(journal)
+    assert Tracker(RunFolder(tmp_path / "run"), ["demo"], {}).sync()
+    assert client.get_experiment_by_name("demo (run)").lifecycle_stage == "active"
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a?b", "a#b c", "ä@b:c"])
+def test_folders_of_any_name_hold_a_store(journal, tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    finish(journal)
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
+    assert tracker.sync(), tracker.problem
+    (tmp_path / "file.txt").write_text("x")
+    assert tracker.artifacts("demo", "t", [tmp_path / "file.txt"])
+    assert (folder / "mlflow.db").exists()
+    assert len(list(folder.glob("mlruns/*/artifacts/file.txt"))) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"uri": 3, "sweeps": 4}', "[" * 10**5])
+def test_a_damaged_note_of_what_was_sent_sends_all_again(journal, tmp_path, text):
+    finish(journal)
+    folder = RunFolder(tmp_path / "run")
+    folder.tracking.write_text(text)
+    assert Tracker(folder, ["demo"], {}).sync()
+    assert len(runs(tmp_path)[1]) == 2
+
+
+def test_what_ended_how_stands_in_the_store(journal, tmp_path):
+    for trial, status in (("u", "stopped_early"), ("v", "failed")):
+        journal.write("started", trial=trial, config={"loss.beta": 0.5})
+        journal.write("finished", trial=trial, status=status, error="broke" if status == "failed" else None)
+    finish(journal)
+    assert Tracker(RunFolder(tmp_path / "run"), ["demo"], {}).sync()
+    _, _, children = runs(tmp_path)
+    assert {c.data.tags["trial_id"]: c.info.status for c in children} == {
+        "t": "FINISHED", "u": "KILLED", "v": "FAILED",
+    }  # fmt: skip
+    assert [c.data.tags.get("error") for c in children if c.data.tags["trial_id"] == "v"] == ["broke"]

@@ -19,6 +19,7 @@ from distrecon.recover import main as recover
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.storage import store
 from tests.autoencoder.small import related_models, tiny
+from tests.zoos.test_format import unseal
 
 MAINS = {
     "tune": tune.main,
@@ -70,7 +71,7 @@ def things(tmp_path_factory):
     write_zoo(folder / "nan_zoo", NEURONS, broken_SP)
     for name, values in {"huge": {"states": 10**12}, "newer_zoo": {"version": 99}}.items():
         shutil.copytree(folder / "zoo", folder / name)
-        edit(folder / name / "zoo.json", **values)
+        unseal(folder / name, **values)
     sample = ZooSample(NEURONS, theta_SP[:16], load("digits"))
     config = tiny(data__query_pool=20)
     save_autoencoder(folder / "autoencoder", Autoencoder(config, [NEURONS], [statistics(config, sample)]))

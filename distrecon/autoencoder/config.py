@@ -166,7 +166,7 @@ class AutoencoderConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
-    seed: int = setting(0, "of everything random")
+    seed: int = setting(0, "of everything random", least=0)
 
     def __post_init__(self) -> None:
         check(self)

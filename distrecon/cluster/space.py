@@ -14,6 +14,7 @@ space:
 """
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from distrecon.record.kind import Kind
 KEYS = ("name", "kind", "metric", "mode", "scheduler", "max_concurrent", "samples", "base", "space")
 SCHEDULERS = ("fifo", "asha")
 RANGES = ("uniform", "loguniform", "randint")
+MOST_TRIALS = 10_000  # of a sweep
 DIMENSIONS = ("grid", "choice", *RANGES)
 
 
@@ -57,7 +59,7 @@ class Sweep:
     @property
     def trials(self) -> int:
         """How many trials the sweep runs."""
-        return self.samples * len(list(self.grid()))
+        return self.samples * math.prod(len(d.values) for d in self.space.values() if d.how == "grid")
 
     @property
     def zoos(self) -> set[str]:
@@ -88,8 +90,11 @@ def read_space(
         if key not in data:
             raise UserError(f"{path}: the key {key!r} is missing")
     name = _text(data, "name", path)
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise UserError(f"{path}: name {name!r} may hold letters, digits, '_', '-' and '.' only")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+        raise UserError(
+            f"{path}: name {name!r} may hold letters, digits, '_', '-' and '.' only, at most 100, "
+            "and begin with a letter, a digit or '_'"
+        )
     kind = kinds[_one_of(data, "kind", kinds, path)]
     dimensions = _dimensions(data, kind, path)
     base_values = _mapping(data, "base", path)
@@ -108,6 +113,11 @@ def read_space(
         base=base,
         space=dimensions,
     )
+    if sweep.trials > MOST_TRIALS:
+        raise UserError(
+            f"{path}: space has {sweep.trials:,} trials, more than {MOST_TRIALS:,}: shorten its grids, or draw samples "
+            "of choice and ranges instead"
+        )
     _check_scheduler(sweep, path)
     _check_every_corner(sweep, str(path))
     return sweep

@@ -111,7 +111,7 @@ class BudgetConfig:
 class RecoveryConfig:
     """All settings of a recovery; the same configuration, data and seed give the same result."""
 
-    seed: int = setting(0, "of everything random")
+    seed: int = setting(0, "of everything random", least=0)
     students: StudentsConfig = field(default_factory=StudentsConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)

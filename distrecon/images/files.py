@@ -5,6 +5,8 @@ which is missing, incomplete or of another format. `UserError` messages begin wi
 """
 
 import gzip
+import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distrecon.errors import UserError
+from distrecon.errors import UserError, said
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -28,45 +30,61 @@ def find(directory: Path | None, what: str, *names: str) -> Path:
     raise UserError(f"{directory}: {what} needs {' or '.join(names)} there")
 
 
-def read_bytes(path: Path) -> bytes:
-    content = path.read_bytes()
-    if path.suffix != ".gz":
-        return content
+MOST_IMAGES = 100_000  # in a file that does not say how many it holds
+
+
+def _read(path: Path, *sizes: int) -> list[bytes]:
+    """The file's next pieces of at most these sizes, unpacked as far as that and no farther."""
     try:
-        return gzip.decompress(content)
-    except (OSError, EOFError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return [file.read(size) for size in sizes]
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {error or 'truncated'}") from None
+
+
+def _images(path: Path, size: int) -> np.ndarray:
+    """The bytes [Q, size] of a file of images without a header."""
+    (content,) = _read(path, MOST_IMAGES * size + 1)
+    values = np.frombuffer(content, np.uint8)
+    if len(values) > MOST_IMAGES * size:
+        raise UserError(f"{path}: more than {MOST_IMAGES:,} images of {size} bytes")
+    if not len(values) or len(values) % size:
+        raise UserError(f"{path}: incomplete: {len(values)} bytes are no multiple of {size}")
+    return values.reshape(-1, size)
 
 
 def idx(path: Path, dimensions: int) -> np.ndarray:
     """An idx file of unsigned bytes (MNIST's format): magic, sizes as big-endian integers, then the numbers."""
-    content = read_bytes(path)
-    magic = bytes([0, 0, 8, dimensions])
     header = 4 + 4 * dimensions
-    if content[:4] != magic or len(content) < header:
+    (start,) = _read(path, header)
+    if start[:4] != bytes([0, 0, 8, dimensions]) or len(start) < header:
         raise UserError(f"{path}: not an idx file of unsigned bytes in {dimensions} dimensions")
-    shape = np.frombuffer(content, ">u4", dimensions, offset=4).astype(int)
-    values = np.frombuffer(content, np.uint8, offset=header)
-    if len(values) != shape.prod():
-        raise UserError(f"{path}: incomplete: {len(values)} of {shape.prod()} bytes")
+    shape = np.frombuffer(start, ">u4", dimensions, offset=4).tolist()
+    promised = math.prod(shape)
+    values = np.frombuffer(_read(path, header, promised + 1)[1], np.uint8)
+    if len(values) != promised:
+        what = "incomplete: " if len(values) < promised else "more than it promises: "
+        raise UserError(f"{path}: {what}{len(values)} of {promised} bytes")
     return values.reshape(shape)
 
 
 def records(path: Path, shape: tuple[int, int, int]) -> Labelled:
     """Records of one label byte and one image of `shape` (CIFAR-10's binary version)."""
-    size = 1 + int(np.prod(shape))
-    values = np.frombuffer(read_bytes(path), np.uint8)
-    if not len(values) or len(values) % size:
-        raise UserError(f"{path}: incomplete: {len(values)} bytes are no multiple of {size}")
-    rows = torch.from_numpy(values.reshape(-1, size).copy())
+    rows = torch.from_numpy(_images(path, 1 + math.prod(shape)).copy())
     return rows[:, 1:].unflatten(1, shape), rows[:, 0].long()
+
+
+MOST_SVHN = 32 * 32 * 3 * 1_000_000  # numbers; its largest file has 531,131 images
 
 
 def mat(path: Path) -> Labelled:
     """SVHN's cropped digits: X [32, 32, 3, Q], y [Q, 1] with ten for zero."""
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     try:
+        shapes = {name: shape for name, shape, _ in whosmat(path)}  # before anything is unpacked
+        if any(math.prod(shapes[name]) > MOST_SVHN for name in ("X", "y")):
+            raise ValueError("too many images")
         content = loadmat(path, variable_names=("X", "y"))
         images, labels = content["X"], content["y"].reshape(-1)
     except Exception as error:  # the reader raises nearly anything on a damaged file
@@ -79,12 +97,9 @@ def mat(path: Path) -> Labelled:
 
 def stl10(images: Path, labels: Path) -> Labelled:
     """STL-10's binary version: 3x96x96 column by column, labels from 1."""
-    values = np.frombuffer(read_bytes(images), np.uint8)
-    size = 3 * 96 * 96
-    if not len(values) or len(values) % size:
-        raise UserError(f"{images}: incomplete: {len(values)} bytes are no multiple of {size}")
+    values = _images(images, 3 * 96 * 96)
     pixels = torch.from_numpy(values.reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2).copy())
-    classes = np.frombuffer(read_bytes(labels), np.uint8)
+    classes = np.frombuffer(_read(labels, len(pixels) + 1)[0], np.uint8)
     if len(classes) != len(pixels):
         raise UserError(f"{labels}: {len(classes)} labels for {len(pixels)} images")
     return pixels, torch.from_numpy(classes.astype(np.int64) - 1)
@@ -109,7 +124,7 @@ def class_folders(directory: Path, size: int | None) -> tuple[Tensor, Tensor, tu
             try:
                 with Image.open(path) as image:
                     array = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-            except (UnidentifiedImageError, OSError) as error:
+            except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
                 raise UserError(f"{path}: not an image that can be read ({error})") from None
             tensor = torch.from_numpy(array.copy())
             tensor = tensor[None] if tensor.ndim == 2 else tensor.movedim(2, 0)
@@ -152,5 +167,5 @@ def arrays(images: Path, labels: Path) -> Labelled:
 def _npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a plain .npy array ({error})") from None
+    except Exception as error:  # the reader raises nearly anything on a damaged file
+        raise UserError(f"{path}: not a plain .npy array ({said(error)})") from None

@@ -20,12 +20,13 @@ from distrecon.autoencoder.probes import Probes, load_probes
 from distrecon.autoencoder.store import load_autoencoder as load_folder
 from distrecon.cluster.scoring import score_autoencoder
 from distrecon.cluster.training import AutoencoderRun, train_autoencoder
-from distrecon.errors import UserError
+from distrecon.errors import UserError, reading
 from distrecon.nets import Architecture, outputs
 from distrecon.record.folder import RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.record.kind import Arrays, Drawing, Kind, Metric, Needs, Served, Trial, percent, two_digits
 from distrecon.report import place, spaces, tables
+from distrecon.zoos.storage import inside
 
 DRIVER_CPUS = 0.01  # what a trial's own process takes; Ray Train reserves its workers' CPUs and GPUs itself
 MLFLOW_RUN = "runs:/"
@@ -75,9 +76,12 @@ def autoencoder_folder(path: str | Path) -> Path:
     for home in (path, folder.models):
         if (home / "autoencoder.json").exists():
             return home
-    for sweep in folder.read_summary().get("sweeps", ()):
-        if sweep["kind"] == KIND.name and sweep["best"]:
-            best = folder.models / sweep["name"] / sweep["best"]
+    with reading(folder.summary):
+        sweeps = [s for s in folder.read_summary().get("sweeps", ()) if s["kind"] == KIND.name and s["best"]]
+        for sweep in sweeps:
+            if not inside(trial := f"{sweep['name']}/{sweep['best']}"):
+                raise ValueError(f"{trial!r} leads out of the run")
+            best = folder.models / trial
             if (best / "autoencoder.json").exists():  # a run of distrecon.generate leaves models only
                 return best
     raise UserError(f"{path}: this run trained no autoencoder; name a run of distrecon.train or distrecon.tune")
@@ -88,10 +92,11 @@ def zoo_folder(path: str) -> str:
     folder = RunFolder(Path(path))
     if path.startswith(MLFLOW_RUN) or not folder.summary.exists():
         raise UserError(f"the zoo of {path} is not known from it: name one with --zoo")
-    zoos = folder.read_summary()["zoos"]
-    if len(zoos) != 1:
-        raise UserError(f"{path} was trained on {len(zoos)} zoos: name one with --zoo")
-    return next(iter(zoos.values()))["path"]
+    with reading(folder.summary):
+        zoos = folder.read_summary()["zoos"]
+        if len(zoos) != 1:
+            raise UserError(f"{path} was trained on {len(zoos)} zoos: name one with --zoo")
+        return str(next(iter(zoos.values()))["path"])
 
 
 def serve(folder: Path) -> Served | None:

@@ -54,7 +54,7 @@ class TeacherConfig:
     images: str = setting("digits", 'an image set\'s name, or "synthetic"')
     hidden: tuple[int, ...] = setting((20,), "sizes of the hidden layers", least=1, filled=True)
     activation: str = setting("tanh", choices=ACTIVATIONS)
-    seed: int = setting(0, "of the teacher's training")
+    seed: int = setting(0, "of the teacher's training", least=0)
     inputs: int = setting(8, "of a synthetic teacher", least=1)
 
     def __post_init__(self) -> None:

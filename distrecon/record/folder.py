@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from distrecon import console
-from distrecon.errors import UserError
+from distrecon.errors import UserError, said
 from distrecon.files import write_json
 from distrecon.record.journal import Journal, SweepRecord, read_sweep
 
@@ -127,14 +127,14 @@ class RunFolder:
         """An earlier run's folder and request; UserError when it is none, another command's, or a newer version's."""
         path = Path(folder)
         try:
-            request = json.loads((path / REQUEST).read_text())
+            request = _read_object(path / REQUEST)
         except FileNotFoundError:
             raise UserError(f"--resume {folder}: no run there ({REQUEST} is missing)") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"--resume {folder}: {REQUEST} cannot be read ({error})") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"--resume {folder}: {REQUEST} cannot be read ({said(error)})") from None
         if (made_by := request.get("command")) != command:
             raise UserError(f"--resume {folder}: was made by distrecon.{made_by}, not distrecon.{command}")
-        if request.get("format", 0) > FORMAT:
+        if not isinstance(request.get("format", 0), int) or request.get("format", 0) > FORMAT:
             raise UserError(f"--resume {folder}: was made by a newer distrecon; update to continue it")
         return cls(path.absolute()), request
 
@@ -151,8 +151,8 @@ class RunFolder:
     def command(self) -> str | None:
         """Which command made the folder; None where there is none, or no readable one."""
         try:
-            return json.loads(self.request.read_text()).get("command")
-        except (OSError, ValueError):
+            return _read_object(self.request).get("command")
+        except (OSError, ValueError, RecursionError):
             return None
 
     @contextlib.contextmanager
@@ -189,15 +189,23 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """summary.json; UserError when it is missing (the run did not finish) or damaged."""
         try:
-            return json.loads(self.summary.read_text())
+            return _read_object(self.summary)
         except FileNotFoundError:
             if (made_by := self.command) in RESUMABLE:
                 hint = f"the run did not finish: continue it with python -m distrecon.{made_by} --resume {self.path}"
             else:
                 hint = "name a run of distrecon.train or distrecon.tune"
             raise UserError(f"{self.path} holds no autoencoder and no finished run; {hint}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.summary} cannot be read ({error})") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.summary} cannot be read ({said(error)})") from None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object in a file; ValueError where it holds anything else."""
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    return content
 
 
 def check_absent(out: str | None) -> None:

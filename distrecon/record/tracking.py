@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode, urlsplit, urlunsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # a store that is down must not hold the sweep's progress up for minutes: what fails is sent again later anyway
@@ -23,12 +23,12 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from distrecon import console
-from distrecon.errors import UserError
+from distrecon.errors import UserError, redact, said
 from distrecon.files import write_json
 from distrecon.record.artifacts import FINISHED
 from distrecon.record.folder import RunFolder
@@ -51,13 +51,23 @@ BEST = "best_run"  # the tag of a sweep's run that names its best trial's
 
 def store_uri() -> str:
     """Where runs are recorded: MLFLOW_TRACKING_URI, or mlflow.db in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite(Path("mlflow.db").absolute())
+
+
+def _sqlite(database: Path) -> str:
+    """The address of a database file; what an address gives a meaning of its own is encoded."""
+    return f"sqlite:///{str(database).replace('%', '%25').replace('?', '%3F')}"
+
+
+def _database(uri: str) -> Path:
+    """The file of such an address."""
+    return Path(unquote(uri.removeprefix("sqlite:///")))
 
 
 def model_folder(run_id: str) -> Path:
     """A local copy of the model's files of a trial's run, or of a sweep's best trial; UserError when there are none."""
-    client = MlflowClient(store_uri())
     try:
+        client = MlflowClient(store_uri())
         best = client.get_run(run_id).data.tags.get(BEST, run_id)
         outputs = client.get_run(best).outputs
         if outputs is not None and outputs.model_outputs:
@@ -66,14 +76,17 @@ def model_folder(run_id: str) -> Path:
         if not client.list_artifacts(best, MODEL):
             raise UserError(f"MLflow run {run_id} holds no model: name an autoencoder's run, or its sweep's")
         return Path(client.download_artifacts(best, MODEL))
-    except (MlflowException, OSError) as error:
-        raise UserError(f"MLflow at {store_uri()}: {_one_line(error)}") from None
+    except UserError:
+        raise
+    except Exception as error:  # MLflow's, its database's or its driver's
+        raise UserError(redact(f"MLflow at {store_uri()}: {said(error)}")) from None
 
 
 class Tracker:
     """Sends the journals of one run folder to MLflow; `sync` as often as one likes.
 
-    A store that does not answer is asked again after 30 s; `problem` then holds the reason in one line.
+    A store that does not answer, or raises whatever it may, is asked again after 30 s; `problem` then holds the reason
+    in one line.
     """
 
     def __init__(self, folder: RunFolder, sweeps: Sequence[str], tags: Mapping[str, str]) -> None:
@@ -94,12 +107,15 @@ class Tracker:
             with _undisturbed():
                 for name in self.sweeps:
                     self._sync_sweep(name)
-        except (MlflowException, OSError) as error:
-            self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
+        except Exception as error:  # MLflow's, its database's or its driver's: the record is the journal, and goes on
+            self.problem = self._said(error)
             self._next_try = time.monotonic() + RETRY_SECONDS
             return False
         self.problem = None
         return True
+
+    def _said(self, error: Exception) -> str:
+        return redact(f"MLflow at {self.uri}: {said(error)}")
 
     def _sync_sweep(self, name: str) -> None:
         sent = self._sent.setdefault(name, {"offset": 0, "runs": {}, "experiment": None})
@@ -150,8 +166,7 @@ class Tracker:
         if key in sent["runs"]:
             self.client.update_run(sent["runs"][key], status="RUNNING")
             return
-        if sent["experiment"] is None:
-            sent["experiment"] = experiment(self.client, self.uri, name)
+        sent["experiment"] = experiment(self.client, self.uri, name, sent["experiment"], self.folder.path.name)
         parent = {"mlflow.parentRunId": sent["runs"][""]} if key else {}
         run = self.client.create_run(
             sent["experiment"], at, {"mlflow.runName": label, "run_folder": str(self.folder.path), **parent}
@@ -230,8 +245,8 @@ class Tracker:
         """False, with the reason in `problem`, when the store did not answer."""
         try:
             send()
-        except (MlflowException, OSError) as error:
-            self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
+        except Exception as error:
+            self.problem = self._said(error)
             return False
         return True
 
@@ -245,8 +260,8 @@ class Tracker:
                 for key, run in sent["runs"].items():
                     if key not in ended:
                         self.client.set_terminated(run, "KILLED")
-            except (MlflowException, OSError) as error:
-                self.problem = f"MLflow at {self.uri}: {_one_line(error)}"
+            except Exception as error:
+                self.problem = self._said(error)
                 return
 
     def run_ids(self, sweep: str) -> dict[str, str]:
@@ -278,8 +293,9 @@ class Tracker:
     @property
     def viewer(self) -> str:
         """Where the store is shown: its address, or the command that shows a local one."""
-        path = self.uri.removeprefix("sqlite:///")
-        return self.uri if path == self.uri else f"mlflow ui --backend-store-uri sqlite:///{console.short(Path(path))}"
+        if not self.uri.startswith("sqlite:///"):
+            return redact(self.uri)
+        return f"mlflow ui --backend-store-uri {_sqlite(Path(console.short(_database(self.uri))))}"
 
     def run_url(self, sweep: str, trial: str) -> str | None:
         """Where a trial's run is shown (of a local store while `viewer` runs); None when it was never sent."""
@@ -298,15 +314,24 @@ class Tracker:
 
     @property
     def _ui(self) -> str:
-        return self.uri.rstrip("/") if self.uri.startswith("http") else LOCAL_UI
+        return _without_user(self.uri).rstrip("/") if self.uri.startswith("http") else LOCAL_UI
 
     def _load(self) -> dict[str, Any]:
-        path = self.folder.tracking
-        saved = json.loads(path.read_text()) if path.exists() else {}
-        return saved["sweeps"] if saved.get("uri") == self.uri else {}
+        """What was sent before to this store. Where that cannot be read, all is sent again: as new runs, but whole."""
+        try:
+            saved = json.loads(self.folder.tracking.read_text())
+            same = saved["uri"] == redact(self.uri)
+            sent = {
+                name: {"offset": int(one["offset"]), "runs": dict(one["runs"]), "experiment": one["experiment"],
+                       "models": dict(one.get("models", {}))}
+                for name, one in saved["sweeps"].items()
+            }  # fmt: skip
+        except (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError):
+            return {}
+        return sent if same else {}
 
     def _save(self) -> None:
-        write_json(self.folder.tracking, {"uri": self.uri, "sweeps": self._sent})
+        write_json(self.folder.tracking, {"uri": redact(self.uri), "sweeps": self._sent})
 
 
 def record_once(
@@ -332,7 +357,7 @@ def record_once(
             client.log_artifact(made, str(file), "figures")
         client.set_terminated(made, "FINISHED", now)
     except (MlflowException, OSError) as error:
-        return f"MLflow at {uri}: {_one_line(error)}"
+        return f"MLflow at {redact(uri)}: {said(error)}"
     return None
 
 
@@ -341,13 +366,22 @@ def connect(uri: str) -> MlflowClient:
     for library in ("mlflow", "alembic", "sqlalchemy"):
         logging.getLogger(library).setLevel(logging.ERROR)
     if uri.startswith("sqlite:///") and "?" not in uri:
-        _create(Path(uri.removeprefix("sqlite:///")))
+        _create(_database(uri))
     return MlflowClient(uri)
 
 
-def experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """The id of the experiment of that name, made where there is none."""
-    found = client.get_experiment_by_name(name)
+def experiment(client: MlflowClient, uri: str, name: str, known: str | None = None, other: str = "again") -> str:
+    """The id of the experiment of that name (or the `known` one), made where there is none.
+
+    One that was deleted in MLflow's page comes back; where the store does not let it, its name stays taken, and a new
+    one has `other` in its name.
+    """
+    found = client.get_experiment(known) if known else client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == LifecycleStage.DELETED:
+        try:
+            client.restore_experiment(found.experiment_id)
+        except MlflowException:
+            found, name = None, f"{name} ({other})"
     if found is not None:
         return found.experiment_id
     local = uri.startswith("sqlite")
@@ -359,7 +393,7 @@ def log(
 ) -> None:
     """Adds to a run, in requests that hold as much as they may."""
     parameters = [Param(key, _text(value)) for key, value in params.items()]
-    run_tags = [RunTag(key, str(value)[:PARAM_LENGTH]) for key, value in tags.items()]
+    run_tags = [RunTag(key, redact(str(value))[:PARAM_LENGTH]) for key, value in tags.items()]
     for start in range(PARAMS, len(parameters), PARAMS):
         client.log_batch(run_id, params=parameters[start : start + PARAMS])
     if metrics or parameters or run_tags:
@@ -392,8 +426,8 @@ def _create(database: Path) -> None:
     # a name that was never used: MLflow keeps a process's stores by their address
     temporary = database.with_name(f".{database.name}.{uuid.uuid4().hex[:8]}")
     try:
-        client = MlflowClient(f"sqlite:///{temporary}")
-        if any(experiment.experiment_id == DEFAULT for experiment in client.search_experiments()):
+        client = MlflowClient(_sqlite(temporary))
+        if any(found.experiment_id == DEFAULT for found in client.search_experiments()):
             client.delete_experiment(DEFAULT)  # an empty row; `mlflow experiments restore` restores it
         with contextlib.suppress(FileExistsError):  # another process was faster
             os.link(temporary, database)
@@ -406,8 +440,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return (value if isinstance(value, str) else json.dumps(value))[:PARAM_LENGTH]
+    return redact(value if isinstance(value, str) else json.dumps(value))[:PARAM_LENGTH]
 
 
-def _one_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+def _without_user(uri: str) -> str:
+    """A server's address without user and password, so that a link to it works; the browser asks for them."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri

@@ -38,21 +38,16 @@ a { color: var(--mark); }
 
 @dataclass
 class Files:
-    """What was drawn and fetched: per sweep its figures, and each trial's models."""
+    """What was drawn and fetched: per sweep its figures, as files and for the page, and each trial's models."""
 
     figures: dict[str, list[Path]] = field(default_factory=dict)
+    inline: dict[str, str] = field(default_factory=dict)
     models: dict[str, dict[str, list[Path]]] = field(default_factory=dict)
 
 
-def write(
-    folder: RunFolder,
-    sweeps: Sequence[SweepRecord],
-    kinds: Mapping[str, Kind],
-    about: Mapping[str, Any],
-    tracker: Tracker,
-) -> Files:
-    """Fetches the trials' models and arrays, draws, and writes figures/*.png, models/ and report.html."""
-    files, sections = Files(), []
+def draw(folder: RunFolder, sweeps: Sequence[SweepRecord], kinds: Mapping[str, Kind]) -> Files:
+    """Fetches the trials' models and arrays, draws, and writes figures/*.png and models/."""
+    files = Files()
     folder.figures.mkdir(exist_ok=True)
     for sweep in sweeps:
         stored = {
@@ -67,9 +62,21 @@ def write(
         files.figures[sweep.name] = [folder.figures / f"{sweep.name}-{drawing.name}.png" for drawing in drawings]
         for drawing, path in zip(drawings, files.figures[sweep.name], strict=True):
             figures.save_png(drawing.figure, path)
-        sections.append(_section(sweep, kind, drawings, small, tracker))
-    write_text(folder.page, _page(", ".join(sweep.name for sweep in sweeps), about, sections, tracker))
+        files.inline[sweep.name] = _drawn(trends.advice(sweep, kind), small, drawings)
     return files
+
+
+def write(
+    folder: RunFolder,
+    sweeps: Sequence[SweepRecord],
+    kinds: Mapping[str, Kind],
+    about: Mapping[str, Any],
+    files: Files,
+    tracker: Tracker,
+) -> None:
+    """Writes report.html."""
+    sections = [_section(sweep, kinds[sweep.kind], files.inline[sweep.name], tracker) for sweep in sweeps]
+    write_text(folder.page, _page(", ".join(sweep.name for sweep in sweeps), about, sections, tracker))
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -103,26 +110,28 @@ def _page(title: str, about: Mapping[str, Any], sections: Sequence[str], tracker
     )
 
 
-def _section(
-    sweep: SweepRecord, kind: Kind, drawings: Sequence[Drawing], small: Sequence[Table], tracker: Tracker
-) -> str:
+def _section(sweep: SweepRecord, kind: Kind, drawn: str, tracker: Tracker) -> str:
     seconds = sweep.seconds
     introduction = (
         f"{len(sweep.trials)} trials of kind {kind.name} in {duration(seconds)}; "
         f"objective {sweep.metric} ({sweep.mode})."
     )
-    parts = [f"<h2>{html.escape(sweep.name)}</h2><p>{html.escape(introduction)}</p>", _table(sweep, kind, tracker)]
-    if told := trends.advice(sweep, kind):
-        items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in told)
-        parts.append(f"<h3>What to try next</h3><ul>{items}</ul>")
-    parts += [_small(table) for table in small]
-    for drawing in drawings:
-        svg = figures.inline_svg(drawing.figure, drawing.title, drawing.description)
-        parts.append(
-            f'<figure><h3>{html.escape(drawing.title)}</h3><div class="scroll">{svg}</div>'
-            f"<figcaption>{html.escape(drawing.description)}</figcaption></figure>"
-        )
-    return "".join(parts)
+    return f"<h2>{html.escape(sweep.name)}</h2><p>{html.escape(introduction)}</p>{_table(sweep, kind, tracker)}{drawn}"
+
+
+def _drawn(told: Sequence[str], small: Sequence[Table], drawings: Sequence[Drawing]) -> str:
+    """What to try next, the small tables and the figures."""
+    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in told)
+    advice = f"<h3>What to try next</h3><ul>{items}</ul>" if told else ""
+    return advice + "".join(map(_small, small)) + "".join(map(_figure, drawings))
+
+
+def _figure(drawing: Drawing) -> str:
+    svg = figures.inline_svg(drawing.figure, drawing.title, drawing.description)
+    return (
+        f'<figure><h3>{html.escape(drawing.title)}</h3><div class="scroll">{svg}</div>'
+        f"<figcaption>{html.escape(drawing.description)}</figcaption></figure>"
+    )
 
 
 def _small(table: Table) -> str:

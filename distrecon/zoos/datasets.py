@@ -5,6 +5,7 @@ was trained on, or a published zoo's `dataset.pt`.
 refused.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from distrecon.errors import UserError
+from distrecon.errors import UserError, reading, said
 from distrecon.images import ImageSet, LabelledImages
 from distrecon.images import load as load_images
 from distrecon.zoos import format as zoo_format
+from distrecon.zoos import seals
 from distrecon.zoos.checkpoints import load
 from distrecon.zoos.storage import Store
 
@@ -84,14 +86,29 @@ def _pixels(images: ImageSet) -> int:
 
 def write_images(where: Store, images: ImageSet) -> dict[str, Any]:
     """Writes an image set into the zoo's folder `images`, one Parquet file a part; its entry in `zoo.json`."""
-    for part in PARTS:
-        where.write(f"{FOLDER}/{part}.parquet", _to_parquet(getattr(images, part)))
-    return {**zoo_format.image_entry(images), "stored": FOLDER}
+    contents = {f"{part}.parquet": _to_parquet(getattr(images, part)) for part in PARTS}
+    sealed = {name: seals.seal(content) for name, content in contents.items()}
+    folder = FOLDER
+    if where.exists(zoo_format.MANIFEST) and any(seals.problem(where, f"{FOLDER}/{n}", s) for n, s in sealed.items()):
+        # what a finished zoo has is never written over: until the next commit it is its own
+        folder = f"{FOLDER}-{hashlib.sha256(''.join(sealed.values()).encode()).hexdigest()[:8]}"
+    for name, content in contents.items():
+        where.write(f"{folder}/{name}", content)
+    return {**zoo_format.image_entry(images), "stored": folder}
 
 
-def read_images(where: Store, entry: Mapping[str, Any]) -> ImageSet:
+def files_of(entry: Mapping[str, Any]) -> list[str]:
+    """The files of the zoo that hold its images, by its entry."""
+    return [f"{entry['stored']}/{part}.parquet" for part in PARTS] if "stored" in entry else []
+
+
+def read_images(where: Store, entry: Mapping[str, Any], sealed: Mapping[str, str]) -> ImageSet:
     """The image set that `write_images` wrote, bit for bit; UserError names a file that is missing or damaged."""
-    parts = {part: _from_parquet(where, f"{entry['stored']}/{part}.parquet") for part in PARTS}
+    files = files_of(entry)
+    with seals.Comparison(where, sealed, files) as comparison:
+        parts = {part: _from_parquet(where, file) for part, file in zip(PARTS, files, strict=True)}
+        for file in files:
+            comparison.demand(file)
     return ImageSet(entry["name"], **parts, classes=tuple(entry["classes"]), preprocessing=entry["preprocessing"])
 
 
@@ -119,8 +136,13 @@ def _from_parquet(where: Store, file: str) -> LabelledImages:
             table = pq.read_table(source).combine_chunks()
     except FileNotFoundError:
         raise UserError(f"{where.path(file)} is missing; the zoo says that its images lie there") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{where.path(file)} is damaged: {error}") from None
+    except Exception as error:  # the reader raises nearly anything on a damaged file
+        raise UserError(f"{where.path(file)} is damaged: {said(error)}") from None
+    with reading(where.path(file)):
+        return _labelled(table)
+
+
+def _labelled(table: pa.Table) -> LabelledImages:
     pixels = np.concatenate([chunk.to_numpy_ndarray() for chunk in table["image"].chunks])
     if (listed := (table.schema.metadata or {}).get(VALUES.encode())) is not None:
         values, codes = np.array(json.loads(listed), np.float32), pixels

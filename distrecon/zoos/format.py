@@ -4,8 +4,8 @@
     ZOO/states/part-00000.parquet   one row a model state; all states of a model lie together
     ZOO/history/part-00000.parquet  optional: per-epoch metrics of every model, also of epochs without weights
 
-Only the files that `zoo.json` lists belong to the zoo. A writer that dies leaves files that are not listed, or no
-`zoo.json` at all: the old zoo or a resumable beginning, never a broken zoo.
+Only the files that `zoo.json` lists belong to the zoo, each with its seal (`seals.py`). A writer that dies leaves files
+that are not listed, or no `zoo.json` at all: the old zoo or a resumable beginning, never a broken zoo.
 
 Row groups are small (`ROW_GROUP_BYTES`) and never mix splits, so that a split or a shard is read without the rest.
 A row's number in the zoo (`row`) counts through the files in their listed order; appending never renumbers.
@@ -14,6 +14,7 @@ Legend: S states, P parameters.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,17 +27,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from distrecon.errors import UserError
+from distrecon.errors import UserError, reading, said
 from distrecon.images import ImageSet
 from distrecon.nets import Architecture
-from distrecon.zoos.storage import Store
+from distrecon.zoos import seals, writer
+from distrecon.zoos.storage import Store, inside
+from distrecon.zoos.writer import Writer
 
 FORMAT, VERSION = "distrecon-zoo", 1
 SPLITS = ("train", "val", "test")
 METRICS = ("train_accuracy", "test_accuracy", "generalization_gap", "train_loss")
 ROW_GROUP_BYTES = 512 * 1024
-MANIFEST = "zoo.json"
-UNFINISHED = "unfinished/origin.json"  # what is being made; its folder goes when the zoo is finished
+MANIFEST, UNFINISHED = writer.MANIFEST, writer.UNFINISHED
 
 
 def weights_type(num_parameters: int) -> pa.DataType:
@@ -120,6 +122,16 @@ class Part:
     group_rows: int
     states: Mapping[str, int]  # split -> number of rows, in the file's order
     models: Mapping[str, int]  # split -> number of models that no earlier part has
+    seal: str | None = None  # of the file; None in zoos that were made before there were any
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"states/part-\d{5,}\.parquet", self.file):
+            raise ValueError(f"a part is called {self.file!r}")
+        counts = [*self.states.values(), *self.models.values()]
+        if not _whole(self.group_rows, 1) or not all(_whole(count, 0) for count in counts):
+            raise ValueError(f"{self.file} has counts that are no whole numbers")
+        if unknown := [split for split in [*self.states, *self.models] if split not in SPLITS]:
+            raise ValueError(f"{self.file} has a split {unknown[0]!r}")
 
     @property
     def rows(self) -> int:
@@ -130,6 +142,10 @@ class Part:
         for split, rows in self.states.items():
             for start in range(0, rows, self.group_rows):
                 yield split, min(self.group_rows, rows - start)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def part_name(number: int) -> str:
@@ -162,8 +178,9 @@ def write_part(store: Store, file: str, table: pa.Table, known: Container[str] =
                 writer.write_table(rows, row_group_size=size)
                 states[split] = rows.num_rows
                 models[split] = sum(name not in known for name in rows["model_id"].unique().to_pylist())
-    store.write(file, sink.getvalue())
-    return Part(file, size, states, models)
+    content = sink.getvalue()
+    store.write(file, content)
+    return Part(file, size, states, models, seals.seal(content))
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:
@@ -184,8 +201,8 @@ def read_groups(
                 yield parquet.read_row_group(group, columns=columns, use_threads=False)
     except FileNotFoundError:
         raise UserError(f"{store.path(file)} is missing; the zoo lists it") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{store.path(file)} is damaged: {error}") from None
+    except Exception as error:  # the reader raises nearly anything on a damaged file
+        raise UserError(f"{store.path(file)} is damaged: {said(error)}") from None
 
 
 def weights_array(column: pa.ChunkedArray) -> np.ndarray:
@@ -216,12 +233,18 @@ def commit(
     parts: Sequence[Part],
     origin: Mapping[str, Any],
     excluded: Sequence[Mapping[str, Any]] = (),
+    files: Mapping[str, str] | None = None,
+    writer: Writer | None = None,
 ) -> dict[str, Any]:
     """Writes `zoo.json`, which makes the given parts a zoo; returns its content.
 
     `image_set` is an `image_entry`; `origin` has kind ("trained", "imported", ...)
-    and its settings; `excluded` lists models that were left out, each with model_id and reason.
+    and its settings; `excluded` lists models that were left out, each with model_id and reason; `files` are the seals
+    of files beside the parts. Raises UserError where a part is given twice and, with its `writer`, where another one
+    has changed the zoo meanwhile.
     """
+    if doubled := [name for name, count in Counter(part.file for part in parts).items() if count > 1]:
+        raise UserError(f"{store}: {doubled[0]} is listed twice")
     states: Counter[str] = Counter()
     models: Counter[str] = Counter()
     for part in parts:
@@ -239,27 +262,36 @@ def commit(
         "states": sum(states.values()),
         "splits": {s: {"models": models[s], "states": states[s]} for s in SPLITS},
         "excluded": [dict(e) for e in excluded],
-        "parts": [asdict(part) for part in parts],
+        "parts": [{key: value for key, value in asdict(part).items() if key != "seal"} for part in parts],
+        "files": {**(files or {}), **{part.file: part.seal for part in parts if part.seal is not None}},
     }
-    write_manifest(store, content)
+    if writer is None:
+        store.write(MANIFEST, manifest(content))
+    else:
+        writer.commit(manifest(content))
     return content
 
 
-def write_manifest(store: Store, content: Mapping[str, Any]) -> None:
-    store.write(MANIFEST, json.dumps(content, indent=1).encode())
+def manifest(content: Mapping[str, Any]) -> bytes:
+    """`zoo.json` with this content."""
+    return seals.signed(json.dumps(content, indent=1))
 
 
-def read_manifest(store: Store) -> dict[str, Any]:
-    """The content of `zoo.json`; UserError when it is missing, is not a zoo's, or is of a newer version."""
+def read_manifest(store: Store, edited: bool = False) -> dict[str, Any]:
+    """The content of `zoo.json`; UserError when it is missing, is not a zoo's, is of a newer version, or is damaged.
+
+    One that was `edited`, so that its own SHA-256 is another, is read where that is said.
+    """
     path = store.path(MANIFEST)
     try:
-        content = json.loads(store.read(MANIFEST))
+        raw = store.read(MANIFEST)
+        content = json.loads(raw)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{store} is not a zoo: it has no {MANIFEST}; make one with distrecon.zoo train or distrecon.zoo import"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {said(error)}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f'{path} does not describe a zoo (no "format": "{FORMAT}")')
     if not isinstance(content.get("version"), int) or content["version"] > VERSION:
@@ -267,8 +299,64 @@ def read_manifest(store: Store) -> dict[str, Any]:
             f"{path} has format version {content.get('version')}, this distrecon reads up to {VERSION}: "
             "update distrecon"
         )
+    own = content.pop(seals.KEY, None)
+    if not edited and (own is not None or "files" in content) and not seals.is_as_signed(raw, str(own)):
+        raise UserError(
+            f"{path} is damaged, or was edited: it is not what its own SHA-256 says; if it is as it should be, "
+            f"zoo seal {store} accepts it"
+        )
+    with reading(path):
+        _check(content)
     return content
 
 
+_KINDS = {  # of zoo.json's values
+    "name": str,
+    "architecture": dict,
+    "image_set": dict,
+    "origin": dict,
+    "models": int,
+    "states": int,
+    "splits": dict,
+    "excluded": list,
+    "parts": list,
+}
+
+
+def _check(content: dict[str, Any]) -> None:
+    """ValueError for a `zoo.json` without one of its keys, with values of other kinds, or names that leave the zoo."""
+    for key, kind in _KINDS.items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"its {key!r} must be {kind.__name__}, not {content.get(key)!r:.60}")
+    images, files = content["image_set"], content.setdefault("files", {})
+    counts = [content["models"], content["states"]]
+    counts += [content["splits"][split][key] for split in SPLITS for key in ("models", "states")]
+    if not all(_whole(count, 0) for count in counts):
+        raise ValueError("it has counts that are no whole numbers")
+    text = (str, type(None))
+    kinds = {
+        "name": text,
+        "directory": text,
+        "preprocessing": text,
+        "stored": (str,),
+        "limit": (int,),
+        "classes": (list,),
+    }
+    for key, value in images.items():
+        if key in kinds and not isinstance(value, kinds[key]):
+            raise ValueError(f"its images' {key!r} is {value!r:.60}")
+    if any(key not in images for key in ("name", "directory", "classes", "preprocessing")):
+        raise ValueError(f"its images have only {', '.join(images)}")
+    if not all(isinstance(text, str) for pair in files.items() for text in pair):
+        raise ValueError("its seals are no text")
+    if not re.fullmatch(r"images(-[0-9a-f]{8})?", images.get("stored", "images")):
+        raise ValueError(f"its images lie in {images['stored']!r}")
+    for name in files:
+        if not inside(name):
+            raise ValueError(f"{name!r} leads out of the zoo")
+
+
 def parts_of(content: Mapping[str, Any]) -> list[Part]:
-    return [Part(**part) for part in content["parts"]]
+    """The parts that `zoo.json` lists, each with its seal; UserError for what can be none."""
+    with reading(MANIFEST):
+        return [Part(**part, seal=content["files"].get(part["file"])) for part in content["parts"]]

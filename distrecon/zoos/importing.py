@@ -8,7 +8,7 @@ A killed import continues where it stopped; importing into an existing zoo appen
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,16 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distrecon.errors import UserError
+from distrecon.errors import UserError, said
 from distrecon.images import load
 from distrecon.nets import ACTIVATIONS, Architecture, ChainArchitecture
 from distrecon.nets.recognise import recognise
 from distrecon.zoos import build, datasets
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.checkpoints import read_state_dict, to_theta
+from distrecon.zoos.seals import seals_of
 from distrecon.zoos.settings import ArchitectureConfig, SplitConfig, assign_splits
-from distrecon.zoos.sources import Model, Skip, Source, State, find, problem
+from distrecon.zoos.sources import Model, Skip, Source, State, find, in_shares, problem
 from distrecon.zoos.storage import Store, store
+from distrecon.zoos.writer import Writer, writing
 from distrecon.zoos.zoo import open_zoo
 
 MODELS_PER_UNIT = 50
@@ -39,7 +41,7 @@ class ImportOptions:
     `epochs`: only these; `architecture`: one of the known names, where several have the same weights; `activation`:
     where the source's configuration does not name it; `store_images`: as of `write_zoo`; `module`: the torch module,
     `package.file:factory`, whose state dicts they are (`images` then gives the inputs to trace it on);
-    `strict`: stop at the first thing that would be skipped.
+    `strict`: stop at the first thing that would be skipped; `percent`: the source's accuracies are percentages.
     """
 
     epochs: tuple[int, ...] | None = None
@@ -53,6 +55,7 @@ class ImportOptions:
     split: SplitConfig = field(default_factory=SplitConfig)
     strict: bool = False
     module: str | None = None
+    percent: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,24 @@ def import_zoo(
     """
     options = options or ImportOptions()
     where, origin = store(out), find(store(source))
+    with writing(where) as writer:
+        return _import(writer, origin, options, progress, resources or {"num_cpus": 1})
+
+
+def _import(
+    writer: Writer,
+    origin: Source,
+    options: ImportOptions,
+    progress: build.Progress | None,
+    resources: dict[str, Any],
+) -> ImportReport:
+    where = writer.store
     known = _known_states(where)
     arch = _architecture(where, origin, options)
     image_set, dataset_problem = _image_set(where, origin, options)
-    units, repeated = _units(where, origin, options, known)
+    units, repeated = _units(writer, origin, options, known)
     shared = (origin, arch, options, known)
-    reports = list(
-        build.run(units, import_unit, where, *shared, progress=progress, resources=resources or {"num_cpus": 1})
-    )
+    reports = build.run(units, import_unit, writer, *shared, progress=progress, resources=resources)
     skipped = [*dataset_problem, *repeated, *(skip for report in reports for skip in report["skipped"])]
     parts = [zoo_format.Part(**report["part"]) for report in reports if report["part"]]
     report = ImportReport(
@@ -116,9 +129,10 @@ def import_zoo(
         states=sum(part.rows for part in parts),
         skipped=tuple(skipped),
     )
+    writer.check()
     where.write(REPORT, json.dumps({**asdict(report), "reasons": report.reasons}, indent=1).encode())
     if parts:
-        _commit(where, arch, image_set, parts, report, options)
+        _commit(writer, arch, image_set, parts, report, options)
     build.finish(where)
     if not parts and not known:
         raise UserError(f"{origin.store}: nothing could be imported: {_most(report)}")
@@ -152,17 +166,39 @@ def _architecture(where: Store, origin: Source, options: ImportOptions) -> Archi
             raise UserError("importing state dicts of a module needs the images it reads: give --images")
         config = ArchitectureConfig(module=options.module)
         return config.build(load(options.images, options.images_directory))
-    problems = []
-    for model in origin.models():
-        for state in origin.states(model):
-            if isinstance(state, Skip):
-                continue
-            try:
-                weights = read_state_dict(origin.store.read(state.file), state.file)
-                return recognise(weights, _activation(state, options), options.architecture)
-            except UserError as error:
-                problems.append(str(error))
-    raise UserError(f"{origin.store}: no checkpoint can be read: {problems[0] if problems else 'there is none'}")
+    models = origin.models()
+    spread = np.linspace(0, len(models) - 1, min(VOTERS, len(models))).round().astype(int).tolist()
+    voters = [models[i] for i in spread] + [model for i, model in enumerate(models) if i not in set(spread)]
+    problems: list[str] = []
+    votes: Counter[str] = Counter()
+    for number, model in enumerate(voters):
+        if number >= VOTERS and (votes or len(problems) >= MOST_PROBLEMS):
+            break
+        for state in _states(origin, model):
+            found = state.reason if isinstance(state, Skip) else _recognised(state, origin, options)
+            if isinstance(found, Architecture):
+                votes[json.dumps(found.to_dict())] += 1
+                break
+            if isinstance(state, State):
+                problems.append(found)
+    if not votes:
+        raise UserError(f"{origin.store}: no checkpoint can be read: {problems[0] if problems else 'there is none'}")
+    return Architecture.from_dict(json.loads(votes.most_common(1)[0][0]))
+
+
+VOTERS = 9  # models all over the source, whose architectures are counted: one file that does not belong decides nothing
+MOST_PROBLEMS = 1000  # files without any architecture before there is said to be none
+
+
+def _recognised(state: State, origin: Source, options: ImportOptions) -> Architecture | str:
+    """The architecture of a checkpoint, or what is wrong with it."""
+    try:
+        weights = read_state_dict(origin.store.read(state.file), state.file)
+        return recognise(weights, _activation(state, options), options.architecture)
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # whatever a stranger's file makes its readers raise
+        return f"{state.file}: cannot be read ({said(error)})"
 
 
 ACTIVATION_KEYS = ("model::nlin", "activation", "nlin", "nonlinearity")
@@ -196,27 +232,32 @@ def _image_set(where: Store, origin: Source, options: ImportOptions) -> tuple[di
     try:
         return datasets.copy_images(origin.store, where), []
     except UserError as error:
-        return unknown, [_skip("", Skip(datasets.FILE, str(error).removeprefix(f"{datasets.FILE}: ")))]
+        reason = str(error).removeprefix(f"{datasets.FILE}: ")
+    except Exception as error:  # whatever its content makes its readers raise
+        reason = f"cannot be read ({said(error)})"
+    return unknown, [_skip("", Skip(datasets.FILE, reason))]
 
 
 def _units(
-    where: Store, origin: Source, options: ImportOptions, known: Mapping[str, tuple[str, frozenset[int]]]
+    writer: Writer, origin: Source, options: ImportOptions, known: Mapping[str, tuple[str, frozenset[int]]]
 ) -> tuple[list[ImportUnit], list[dict[str, str]]]:
     """The models by task, as an interrupted import had them, or all anew in a seeded random order; repeated ids."""
     request = {"kind": "import", "source": str(origin.store), "options": json.loads(json.dumps(asdict(options)))}
     request["options"].pop("strict")
+    where = writer.store
     interrupted = build.begun(where)
     if interrupted is None:
         content = {**request, **_listing(origin, options, known)}
-        build.begin(where, content)
-        first = build.next_part(where)
+        first = build.begin(writer, content)
     else:
         first, content = interrupted
+        content["options"] = {"percent": False, **content.get("options", {})}  # one begun by an earlier version
         if {key: content.get(key) for key in request} != request:
             raise UserError(
                 f"{where} has an unfinished {content['kind']} of {content.get('source', 'a zoo')} "
                 "with other options: finish it by the same command, or delete its folder 'unfinished'"
             )
+        build.go_on(writer, first, content)
     rows = content["models"]
     chunks = [rows[i : i + MODELS_PER_UNIT] for i in range(0, len(rows), MODELS_PER_UNIT)]
     units = [
@@ -235,12 +276,15 @@ def _listing(
 ) -> dict[str, list[dict[str, Any]]]:
     """Every model of the source once, with its split, and the folders or files that repeat an id."""
     unique: dict[str, Model] = {}
-    repeated = []
+    repeated = [_skip("", skip) for skip in origin.left_out]
     for model in origin.models():
+        if model.model_id != model.model_id.encode(errors="replace").decode():
+            repeated.append(_skip(repr(model.model_id), Skip(model.files[0], "its id is no text")))
+            continue
         if unique.setdefault(model.model_id, model) is not model:
             repeated.append(_skip(model.model_id, Skip(model.files[0], "duplicate id")))
     if repeated and options.strict:
-        raise UserError(f"{repeated[0]['file']}: duplicate id (--strict)")
+        raise UserError(f"{repeated[0]['file']}: {repeated[0]['reason']} (--strict)")
     models = list(unique.values())
     models = [models[i] for i in np.random.default_rng(options.seed).permutation(len(models))]
     splits = assign_splits(len(models), options.split)
@@ -269,7 +313,7 @@ def import_unit(
     skipped = []
     for model, split in zip(unit.models, unit.splits, strict=True):
         seen = set(known[model.model_id][1]) if model.model_id in known else set()
-        for found in origin.states(model):
+        for found in _states(origin, model, options.percent):
             if isinstance(found, State) and options.epochs is not None and found.epoch not in options.epochs:
                 continue
             result = found if isinstance(found, Skip) else _read(found, seen, origin, arch)
@@ -296,8 +340,19 @@ def import_unit(
     return {"part": asdict(part), "skipped": skipped, "models": len({model_id for model_id, _, _ in rows})}
 
 
+def _states(origin: Source, model: Model, percent: bool = False) -> Iterator[State | Skip]:
+    """A model's states; what breaks off the listing of one is a skip, and the others go on."""
+    try:
+        for found in origin.states(model):
+            yield in_shares(found) if percent and isinstance(found, State) else found
+    except Exception as error:  # whatever a stranger's folder makes its readers raise
+        yield Skip(model.files[0], f"cannot be read ({said(error)})")
+
+
 def _read(state: State, seen: set[int], origin: Source, arch: Architecture) -> Tensor | Skip:
     """theta[P] of a checkpoint, or why it is left out."""
+    if not 0 <= state.epoch < 2**31:
+        return Skip(state.file, f"impossible epoch ({state.epoch})")
     if state.epoch in seen:
         return Skip(state.file, f"epoch {state.epoch} is already in the zoo")
     if (reason := problem(state.metrics)) is not None:
@@ -307,8 +362,10 @@ def _read(state: State, seen: set[int], origin: Source, arch: Architecture) -> T
         return Skip(state.file, f"another activation ({named}; the zoo has {arch.activation})")
     try:
         return to_theta(arch, read_state_dict(origin.store.read(state.file), state.file), state.file)
-    except (UserError, OSError) as error:
+    except UserError as error:
         return Skip(state.file, str(error).removeprefix(f"{state.file}: "))
+    except Exception as error:  # whatever a stranger's file makes its readers raise
+        return Skip(state.file, f"cannot be read ({said(error)})")
 
 
 def _skip(model_id: str, skip: Skip) -> dict[str, str]:
@@ -319,29 +376,42 @@ def _skip(model_id: str, skip: Skip) -> dict[str, str]:
 
 
 def _commit(
-    where: Store,
+    writer: Writer,
     arch: Architecture,
     image_set: dict[str, Any],
     parts: Sequence[zoo_format.Part],
     report: ImportReport,
     options: ImportOptions,
 ) -> None:
+    where = writer.store
     before: list[zoo_format.Part] = []
     origin: dict[str, Any] = {"kind": "imported", "sources": []}
     name = options.name or report.source.rstrip("/").rpartition("/")[2]
     excluded: list[Any] = []
-    if where.exists(zoo_format.MANIFEST):
+    sealed: dict[str, str] = {}
+    replaced: dict[str, Any] = {}  # the images in whose place others come
+    if writer.found is not None:
         old = open_zoo(where)
-        before, name, excluded = old.parts, old.name, old.info["excluded"]
+        before, name, excluded, sealed = old.parts, old.name, old.info["excluded"], old.sealed
         origin = {**old.info["origin"]}
-        image_set = image_set if image_set["name"] else old.info["image_set"]
-    said = {"source": report.source, "states": report.states, "skipped": len(report.skipped)}
+        had = old.info["image_set"]
+        image_set = image_set if image_set["name"] else had
+        replaced = had if had.get("stored") != image_set.get("stored") else {}
+    images = datasets.files_of(image_set)
+    files = {file: seal for file, seal in sealed.items() if file not in datasets.files_of(replaced)}
+    unsealed = [part.file for part in parts if part.seal is None]  # written by an earlier version
+    files |= seals_of(where, [*unsealed, *(file for file in images if file not in files)])
+    last = {"source": report.source, "states": report.states, "skipped": len(report.skipped)}
     zoo_format.commit(
         where,
         name=name,
         arch=arch,
         image_set=image_set,
         parts=[*before, *parts],
-        origin={**origin, "sources": [*origin.get("sources", []), said]},
+        origin={**origin, "sources": [*origin.get("sources", []), last]},
         excluded=excluded,
+        files=files,
+        writer=writer,
     )
+    if replaced.get("stored"):
+        where.delete_folder(replaced["stored"])

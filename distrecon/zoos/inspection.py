@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
-from distrecon.errors import UserError, nearest
+from distrecon.errors import UserError, nearest, said
 from distrecon.nets import ModuleArchitecture, evaluate
 from distrecon.zoos import format as zoo_format
+from distrecon.zoos import seals
 from distrecon.zoos.storage import store
-from distrecon.zoos.zoo import Zoo
+from distrecon.zoos.zoo import RowGroup, Zoo
 
 ACCURACY_TOLERANCE = 2e-3  # recomputed accuracies differ by rounding at ties between classes
 
@@ -31,41 +32,69 @@ class Check:
     recomputed: int  # states whose accuracy was computed again
     note: str  # why none was, if none was
     problems: tuple[str, ...]
+    sealed: int = 0  # files that were compared with their seals
+    unsealed: int = 0  # parts that have none
 
 
 def check(zoo: Zoo, sample: int = 64, seed: int = 0, images_directory: str | None = None) -> Check:
-    """Reads every row again and recomputes the test accuracy of a sample of the states."""
-    problems: list[str] = []
+    """Compares every file with its seal, reads every row again, recomputes the test accuracy of a sample of states."""
+    damaged = dict(seals.problems(zoo.store, zoo.sealed))
+    problems: list[str] = [*damaged.values(), *_listing(zoo)]
     seen: set[tuple[str, int]] = set()
     home: dict[str, str] = {}
     states = 0
-    for part in zoo.parts:
+    for part, row_groups in zip(zoo.parts, _by_part(zoo), strict=True):
+        if part.file in damaged:
+            continue
         try:
-            for table in _groups(zoo, part, problems):
+            for table in _groups(zoo, part, row_groups, problems):
                 states += table.num_rows
                 problems += _rows(part.file, table, seen, home)
         except UserError as error:
             problems.append(str(error))
-    if states != zoo.num_states:
-        problems.append(f"{zoo_format.MANIFEST} says {zoo.num_states} states, the files have {states}")
-    models = Counter(home.values())
-    for split in zoo_format.SPLITS:
-        said = zoo.info["splits"][split]["models"]
-        if models[split] != said:
-            problems.append(f"{zoo_format.MANIFEST} says {said} models in {split}, the files have {models[split]}")
-    listed = {part.file for part in zoo.parts}
-    problems += [
-        f"{name} is not part of the zoo (left by a writer that died?)"
-        for name in zoo.store.names("states")
-        if name not in listed
-    ]
+    if not damaged:
+        problems += _counts(zoo, states, Counter(home.values()))
     if problems:
-        return Check(states, 0, "the rows have problems", tuple(problems))
-    recomputed, note, wrong = _recompute(zoo, sample, seed, images_directory)
-    return Check(states, recomputed, note, tuple(wrong))
+        recomputed, note, wrong = 0, "the rows have problems", problems
+    else:
+        recomputed, note, wrong = _recompute(zoo, sample, seed, images_directory)
+    unsealed = sum(part.seal is None for part in zoo.parts)
+    return Check(states, recomputed, note, tuple(wrong), len(zoo.sealed), unsealed)
 
 
-def _groups(zoo: Zoo, part: zoo_format.Part, problems: list[str]) -> Iterator[pa.Table]:
+def _listing(zoo: Zoo) -> Iterator[str]:
+    """Files that zoo.json lists twice, and files in the zoo's folders that it does not list."""
+    for name, count in Counter(part.file for part in zoo.parts).items():
+        if count > 1:
+            yield f"{name} is listed {count} times: {zoo_format.MANIFEST} counts its states as often"
+    listed = {part.file for part in zoo.parts} | zoo.sealed.keys()
+    # an older zoo's other folders are not listed at all
+    folders = {"states", *(name.rpartition("/")[0] for name in zoo.sealed)}
+    folders |= {name for name in zoo.store.folders() if name.startswith("images-")}
+    for folder in sorted(folders):
+        for name in zoo.store.names(folder):
+            if name not in listed:
+                yield f"{name} is not part of the zoo (left by a writer that died?)"
+
+
+def _counts(zoo: Zoo, states: int, models: Mapping[str, int]) -> Iterator[str]:
+    """Where zoo.json counts otherwise than its files."""
+    if states != zoo.num_states:
+        yield f"{zoo_format.MANIFEST} says {zoo.num_states} states, the files have {states}"
+    for split in zoo_format.SPLITS:
+        number = zoo.info["splits"][split]["models"]
+        if models[split] != number:
+            yield f"{zoo_format.MANIFEST} says {number} models in {split}, the files have {models[split]}"
+
+
+def _by_part(zoo: Zoo) -> list[list[RowGroup]]:
+    groups: list[list[RowGroup]] = [[] for _ in zoo.parts]
+    for group in zoo.row_groups:
+        groups[group.part].append(group)
+    return groups
+
+
+def _groups(zoo: Zoo, part: zoo_format.Part, row_groups: Sequence[RowGroup], problems: list[str]) -> Iterator[pa.Table]:
     """A part's rows, row group by row group, after its layout has been compared with what zoo.json says."""
     try:
         with zoo.store.open(part.file) as source:
@@ -74,18 +103,16 @@ def _groups(zoo: Zoo, part: zoo_format.Part, problems: list[str]) -> Iterator[pa
             names = file.schema_arrow.names
     except FileNotFoundError:
         raise UserError(f"{part.file} is missing") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{part.file} is damaged: {error}") from None
+    except Exception as error:  # the reader raises nearly anything on a damaged file
+        raise UserError(f"{part.file} is damaged: {said(error)}") from None
     if names != zoo_format.schema(zoo.architecture.num_parameters).names:
         raise UserError(f"{part.file} has columns {names}")
-    groups = list(part.row_groups())
-    if sizes != [rows for _, rows in groups]:
-        raise UserError(f"{part.file} has row groups {sizes}, {zoo_format.MANIFEST} says {[r for _, r in groups]}")
-    tables = zoo_format.read_groups(zoo.store, part.file, range(len(groups)))
-    for number, ((split, _), table) in enumerate(zip(groups, tables, strict=True)):
+    if sizes != (wanted := [group.rows for group in row_groups]):
+        raise UserError(f"{part.file} has row groups {sizes}, {zoo_format.MANIFEST} says {wanted}")
+    for group, table in zoo.read(row_groups):
         found = set(table["split"].to_pylist())
-        if found != {split}:
-            problems.append(f"{part.file}: row group {number} is of {sorted(found)}, not of {split!r}")
+        if found != {group.split}:
+            problems.append(f"{part.file}: row group {group.group} is of {sorted(found)}, not of {group.split!r}")
         yield table
 
 

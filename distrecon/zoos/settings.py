@@ -1,5 +1,6 @@
 """What a zoo is made of, as configuration: images, architecture, grid of hyper-parameters, training, splits."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -115,6 +116,9 @@ class SplitConfig:
             raise UserError(f"split.train and split.val must be at most 1 together, not {self.train}, {self.val}")
 
 
+MOST_MODELS = 1_000_000  # of a grid
+
+
 @dataclass(frozen=True)
 class ZooConfig:
     """A zoo to train. `group_size` models are trained together, as one task, and see the same batches in order."""
@@ -126,10 +130,18 @@ class ZooConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     group_size: int = setting(64, "models trained together, as one task", least=1)
-    seed: int = setting(0, "of everything random")
+    seed: int = setting(0, "of everything random", least=0)
 
     def __post_init__(self) -> None:
         check(self)
+        if (models := self.models) > MOST_MODELS:
+            raise UserError(f"the grid has {models:,} models, more than {MOST_MODELS:,}: shorten its lists or seeds")
+
+    @property
+    def models(self) -> int:
+        """How many models are trained."""
+        grid = self.grid
+        return math.prod(map(len, (grid.initialisation, grid.scale, grid.lr, grid.weight_decay))) * grid.seeds
 
 
 def described(config: ZooConfig) -> dict[str, Any]:

@@ -10,15 +10,16 @@ line an epoch) and `checkpoint_000020/checkpoints` (a state dict).
 import csv
 import io
 import json
-import math
 import re
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow.fs as pafs
 
-from distrecon.errors import UserError
+from distrecon.errors import UserError, said
 from distrecon.zoos.checkpoints import SUFFIXES
 from distrecon.zoos.storage import Store
 
@@ -29,6 +30,7 @@ METRIC_NAMES = {
     "generalization_gap": ("generalization_gap", "ggap"),
     "train_loss": ("train_loss",),
 }
+LARGEST = float(np.finfo(np.float32).max)  # that a zoo's file can hold
 NOT_MEASURED = -999  # what published zoos write for the training metrics of the untrained model
 REQUIRED = ("train_accuracy", "test_accuracy")
 ACCURACIES = ("train_accuracy", "test_accuracy")
@@ -68,6 +70,9 @@ class Source(Protocol):
     @property
     def store(self) -> Store: ...
 
+    @property
+    def left_out(self) -> tuple["Skip", ...]: ...  # what belongs to no model
+
     def models(self) -> list[Model]: ...
 
     def states(self, model: Model) -> Iterator[State | Skip]: ...
@@ -81,36 +86,49 @@ def find(store: Store) -> Source:
     if info.is_file:
         folder, _, name = store.root.rpartition("/")
         return FileFolder(Store(store.filesystem, folder), (name,), {})
-    files, folders = _list(store, "")
+    files, folders, unnamed = _list(store, "")
     checkpoints = tuple(name for name in files if name.endswith(SUFFIXES) and name != "dataset.pt")
     if checkpoints:
-        return FileFolder(store, checkpoints, _properties(store, files))
-    trials = tuple(_trials(store, "", folders, depth=3))
+        rows, no_tables = table_of(store, files, checkpoints)
+        return FileFolder(store, checkpoints, rows, (*unnamed, *no_tables))
+    found = [*unnamed, *_trials(store, "", folders, depth=3)]
+    trials = tuple(trial for trial in found if isinstance(trial, str))
     if not trials:
         raise UserError(
             f"{store} is neither a Ray Tune tree (folders with params.json) nor a folder of {', '.join(SUFFIXES)} files"
         )
-    return TuneTree(store, trials)
+    return TuneTree(store, trials, tuple(skip for skip in found if isinstance(skip, Skip)))
 
 
-def _list(store: Store, folder: str) -> tuple[list[str], list[str]]:
-    """Names of the files and of the folders in a folder, sorted."""
-    infos = store.filesystem.get_file_info(pafs.FileSelector(store.path(folder).rstrip("/")))
-    files = sorted(info.base_name for info in infos if info.is_file)
-    return files, sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+def _list(store: Store, folder: str) -> tuple[list[str], list[str], list[Skip]]:
+    """Names of the files and of the folders in a folder, sorted, and what has a name that is no text."""
+    names: dict[bool, list[str]] = {True: [], False: []}
+    unnamed = []
+    for info in store.filesystem.get_file_info(pafs.FileSelector(store.path(folder).rstrip("/"))):
+        try:
+            names[info.is_file].append(info.base_name)
+        except UnicodeDecodeError as error:
+            name = bytes(error.object).decode(errors="backslashreplace")
+            unnamed.append(Skip(f"{folder}/{name}".lstrip("/"), "its name is not UTF-8"))
+    return sorted(names[True]), sorted(names[False]), unnamed
 
 
 # -- Ray Tune trees ---------------------------------------------------------------------------------------------------
 
 
-def _trials(store: Store, folder: str, folders: list[str], depth: int) -> Iterator[str]:
+def _trials(store: Store, folder: str, folders: list[str], depth: int) -> Iterator[str | Skip]:
     """Folders of models below a folder. Names as Ray Tune gives them are taken without opening them."""
     for name in folders:
         path = f"{folder}/{name}".lstrip("/")
         if "_trainable_" in name:
             yield path
             continue
-        files, inner = _list(store, path)
+        try:
+            files, inner, unnamed = _list(store, path)
+        except OSError as error:
+            yield Skip(path, f"cannot be read ({said(error)})")
+            continue
+        yield from unnamed
         if "params.json" in files or any(_epoch_of(n) is not None for n in inner):
             yield path
         elif depth > 1:
@@ -128,18 +146,24 @@ class TuneTree:
 
     store: Store
     trials: tuple[str, ...]
+    left_out: tuple[Skip, ...] = ()
 
     def models(self) -> list[Model]:
         return [Model(trial.rpartition("/")[2], (trial,)) for trial in self.trials]
 
     def states(self, model: Model) -> Iterator[State | Skip]:
         (trial,) = model.files
-        files, folders = _list(self.store, trial)
+        files, folders, unnamed = _list(self.store, trial)
+        yield from unnamed
         config = "{}"
         if "params.json" in files:
             try:
-                config = json.dumps(json.loads(self.store.read(f"{trial}/params.json")))
-            except (json.JSONDecodeError, UnicodeDecodeError):
+                content = json.loads(self.store.read(f"{trial}/params.json"))
+                if not isinstance(content, dict):
+                    yield Skip(f"{trial}/params.json", "not a JSON object")
+                else:
+                    config = json.dumps(content)
+            except (ValueError, RecursionError, OSError):
                 yield Skip(f"{trial}/params.json", "not JSON")
         results: dict[int, Metrics] = {}
         if "result.json" in files:
@@ -148,12 +172,18 @@ class TuneTree:
         if not epochs:
             yield Skip(trial, "no checkpoints")
         for epoch, name in epochs:
-            inside, _ = _list(self.store, f"{trial}/{name}")
+            try:
+                inside, _, _ = _list(self.store, f"{trial}/{name}")
+            except OSError as error:
+                yield Skip(f"{trial}/{name}", f"cannot be read ({said(error)})")
+                continue
             chosen = [f for f in inside if f == "checkpoints" or f.endswith(SUFFIXES)]
             if len(chosen) != 1:
                 yield Skip(f"{trial}/{name}", "no checkpoint file" if not chosen else "several checkpoint files")
             else:
-                yield State(epoch, f"{trial}/{name}/{chosen[0]}", results.get(epoch, {}), config)
+                yield State(
+                    epoch, f"{trial}/{name}/{chosen[0]}", results.get(epoch, dict.fromkeys(METRIC_NAMES)), config
+                )
 
     def _results(self, file: str) -> Generator[Skip, None, dict[int, Metrics]]:
         results: dict[int, Metrics] = {}
@@ -162,8 +192,8 @@ class TuneTree:
                 continue
             try:
                 entry = json.loads(line)
-                results[int(entry["training_iteration"])] = metrics_of(entry)
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                results[whole(entry["training_iteration"])] = metrics_of(entry)
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
                 yield Skip(file, f"line {number} is not a result with a training_iteration")
         return results
 
@@ -181,76 +211,146 @@ class FileFolder:
     store: Store
     files: tuple[str, ...]
     properties: Mapping[str, Mapping[str, Any]]
+    left_out: tuple[Skip, ...] = ()
 
     def models(self) -> list[Model]:
         grouped: dict[str, list[str]] = {}
         for file in self.files:
-            grouped.setdefault(self._key(file)[0], []).append(file)
+            grouped.setdefault(str(self._row(file).get("model_id") or self._named(file)[0]), []).append(file)
         return [Model(model_id, tuple(files)) for model_id, files in sorted(grouped.items())]
 
     def _row(self, file: str) -> Mapping[str, Any]:
         return self.properties.get(file, self.properties.get(file.rpartition(".")[0], {}))
 
-    def _key(self, file: str) -> tuple[str, int]:
-        row, stem = self._row(file), file.rpartition(".")[0]
+    def _named(self, file: str) -> tuple[str, int]:
+        """Model and epoch by the file's name."""
+        stem = file.rpartition(".")[0]
         match = re.fullmatch(r"(.+?)[-_.](?:epoch|ep|checkpoint)[-_]?(\d+)", stem)
-        name, epoch = (match[1], int(match[2])) if match else (stem, 0)
-        return str(row.get("model_id") or name), int(row.get("epoch") or epoch)
+        return (match[1], int(match[2])) if match else (stem, 0)
+
+    @cached_property
+    def _columns(self) -> frozenset[str]:
+        """The columns of the table in which any row has something."""
+        return frozenset(
+            key for row in self.properties.values() for key, value in row.items() if value not in (None, "")
+        )
 
     def states(self, model: Model) -> Iterator[State | Skip]:
-        for file in sorted(model.files, key=lambda f: (self._key(f)[1], f)):
+        known = {name for names in METRIC_NAMES.values() for name in names} | {*FILE_COLUMNS, "model_id", "epoch"}
+        unknown = [metric for metric, names in METRIC_NAMES.items() if not self._columns & {*names}]
+        found: list[tuple[int, str]] = []
+        for file in model.files:
+            epoch = self._row(file).get("epoch")
+            try:
+                found.append((self._named(file)[1] if epoch in (None, "") else whole(epoch), file))
+            except (ArithmeticError, TypeError, ValueError):
+                yield Skip(file, f"impossible epoch ({epoch!r:.40})")
+        for epoch, file in sorted(found):
             row = self._row(file)
-            metrics = None
-            if self.properties:
-                try:
-                    metrics = metrics_of(row)
-                except (TypeError, ValueError):
-                    yield Skip(file, "a metric is not a number")
-                    continue
-            known = {name for names in METRIC_NAMES.values() for name in names} | {*FILE_COLUMNS, "model_id", "epoch"}
-            config = {key: value for key, value in row.items() if key not in known}
-            yield State(self._key(file)[1], file, metrics, json.dumps(config))
+            try:
+                metrics = metrics_of(row)
+            except (ArithmeticError, TypeError, ValueError):
+                yield Skip(file, "a metric is not a number")
+                continue
+            config = {str(key): value for key, value in row.items() if key not in known}
+            # what the table has for no state at all is not missing, it is not known
+            told = {metric: value for metric, value in metrics.items() if value is not None or metric not in unknown}
+            yield State(epoch, file, told if self.properties else None, json.dumps(config))
 
 
 FILE_COLUMNS = ("file", "filename", "path", "checkpoint")
 
 
-def _properties(store: Store, files: list[str]) -> dict[str, dict[str, Any]]:
-    """File name -> its row of the only CSV or JSON table in the folder; UserError when it cannot be used."""
-    tables = [name for name in files if name.endswith((".csv", ".json"))]
+def table_of(
+    store: Store, files: list[str], checkpoints: Collection[str]
+) -> tuple[dict[str, dict[str, Any]], list[Skip]]:
+    """File name -> its row of the folder's table of properties; and files that could be one but name no checkpoint.
+
+    Raises UserError where a table cannot be used, or several can.
+    """
+    known = {*checkpoints, *(name.rpartition(".")[0] for name in checkpoints)}
+    tables: dict[str, dict[str, dict[str, Any]]] = {}
+    others = []
+    for name in files:
+        if not name.endswith((".csv", ".json")):
+            continue
+        path, content = store.path(name), store.read(name)
+        try:
+            rows = _by_file(path, _csv_rows(content) if name.endswith(".csv") else _json_rows(path, content))
+        except UserError:
+            if name.endswith(".csv") or not _is_json(content):
+                raise
+            rows = {}
+        if rows.keys() & known:
+            tables[name] = rows
+        else:
+            others.append(Skip(name, "no table of properties: it names no checkpoint file"))
     if len(tables) > 1:
         raise UserError(f"{store} has several tables of properties ({', '.join(tables)}): keep one")
-    if not tables:
-        return {}
-    (name,) = tables
-    text = store.read(name).decode(errors="replace")
-    rows = list(csv.DictReader(io.StringIO(text))) if name.endswith(".csv") else _json_rows(store.path(name), text)
+    return next(iter(tables.values()), {}), others
+
+
+def _by_file(path: str, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     found = {}
     for row in rows:
         column = next((c for c in (*FILE_COLUMNS, "model_id") if c in row), None)
         if column is None:
-            raise UserError(f"{store.path(name)}: a row names no file: one of {', '.join(FILE_COLUMNS)} is needed")
+            raise UserError(f"{path}: a row names no file: one of {', '.join(FILE_COLUMNS)} is needed")
         found[str(row[column])] = row
     return found
 
 
-def _json_rows(path: str, text: str) -> list[dict[str, Any]]:
+def _csv_rows(content: bytes) -> list[dict[str, Any]]:
+    """Rows of a table as spreadsheets write it: with a byte order mark or not, split at commas, semicolons or tabs."""
+    text = content.decode("utf-8-sig", errors="replace")
+    split = max(",;\t", key=text.partition("\n")[0].count)
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
-        content = [{"file": file, **row} for file, row in content.items()]
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=split, skipinitialspace=True))
+    except csv.Error as error:
+        raise UserError(f"the table of properties cannot be read ({error})") from None
+    if split == ";":  # where decimals have commas
+        rows = [{key: _decimal(value) for key, value in row.items()} for row in rows]
+    return rows
+
+
+def _decimal(value: Any) -> Any:
+    return value.replace(",", ".") if isinstance(value, str) and re.fullmatch(r"-?\d+,\d+", value) else value
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_rows(path: str, content: bytes) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {said(error)}") from None
+    if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
+        rows = [{"file": file, **row} for file, row in rows.items()]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} must be a list of objects, or an object of objects by file name")
-    return content
+    return rows
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
 
 
+def whole(value: Any) -> int:
+    """A whole number however it is written (7, "7", "7.0"); ValueError, TypeError or OverflowError for another."""
+    if isinstance(value, str):
+        value = float(value)
+    if isinstance(value, bool) or value != int(value):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
 def metrics_of(entry: Mapping[str, Any]) -> Metrics:
-    """The format's metrics out of a result; None where one is missing. ValueError for what is no number."""
+    """The format's metrics out of a result; None where one is missing. ValueError or so for what is no number."""
     metrics: Metrics = {}
     for metric, names in METRIC_NAMES.items():
         value = next((entry[name] for name in names if entry.get(name) not in (None, "", NOT_MEASURED)), None)
@@ -261,11 +361,20 @@ def metrics_of(entry: Mapping[str, Any]) -> Metrics:
     return metrics
 
 
+def in_shares(state: State) -> State:
+    """A state whose accuracies were percentages."""
+    if state.metrics is None:
+        return state
+    hundredths = {*ACCURACIES, "generalization_gap"}
+    scaled = {m: v / 100 if v is not None and m in hundredths else v for m, v in state.metrics.items()}
+    return replace(state, metrics=scaled)
+
+
 def problem(metrics: Metrics | None) -> str | None:
-    """Why metrics cannot be used, or None. A source without any metrics is no problem: they stay unknown."""
+    """Why metrics cannot be used, or None. What a source knows of no state is no problem: it stays unknown."""
     if metrics is None:
         return None
-    missing = [metric for metric in REQUIRED if metrics.get(metric) is None]
+    missing = [metric for metric in REQUIRED if metric in metrics and metrics[metric] is None]
     if missing:
         return f"missing metrics ({', '.join(missing)})"
     reasons = (impossible(metric, value) for metric, value in metrics.items())
@@ -274,8 +383,9 @@ def problem(metrics: Metrics | None) -> str | None:
 
 def impossible(metric: str, value: float | None) -> str | None:
     """Why a metric cannot have this value, or None; an unknown value is no problem."""
-    if value is not None and not math.isfinite(value):
-        return f"non-finite metrics ({metric} is {value})"
+    if value is not None and not abs(value) <= LARGEST:
+        return f"non-finite metrics ({metric} is {value:g})"
     if value is not None and metric in ACCURACIES and not 0 <= value <= 1:
-        return f"impossible metrics ({metric} is {value}, not a share)"
+        hint = "; --percent if it is one" if 1 < value <= 100 else ""
+        return f"impossible metrics ({metric} is {value}, not a share{hint})"
     return None

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from distrecon.errors import UserError
+from distrecon.errors import UserError, redact
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Store:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def path(self, name: str) -> str:
+        """Where a file lies; UserError for a name that leads out of the folder, as a damaged file may hold."""
+        if not inside(name):
+            raise UserError(f"{self}: {name!r} leads out of it")
         return f"{self.root}/{name}"
 
     def __str__(self) -> str:
@@ -34,6 +37,11 @@ class Store:
 
     def exists(self, name: str) -> bool:
         return self.filesystem.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+
+    def folders(self) -> list[str]:
+        """Names of the folders in this one, sorted."""
+        infos = self.filesystem.get_file_info(pafs.FileSelector(self.root, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def names(self, folder: str) -> list[str]:
         """Names (with `folder/` in front) of the files in a folder, sorted; temporary files of writers left out."""
@@ -65,6 +73,11 @@ class Store:
         self.filesystem.delete_dir(self.path(name))
 
 
+def inside(name: str) -> bool:
+    """Whether a relative name stays in the folder that it is relative to."""
+    return not name.startswith("/") and ".." not in name.split("/")
+
+
 def _write_local(path: str, content: bytes | pa.Buffer) -> None:
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -88,9 +101,14 @@ def _write_local(path: str, content: bytes | pa.Buffer) -> None:
 def store(path: str | os.PathLike[str], filesystem: Any = None) -> Store:
     """The store at a local path, at a URL (`s3://bucket/zoo`), or at a path on a given pyarrow or fsspec filesystem.
 
-    Raises UserError for a URL that neither pyarrow nor fsspec understands.
+    Raises UserError for a URL that neither pyarrow nor fsspec understands, and for one with a password in it.
     """
     text = os.fspath(path)
+    if redact(text) != text:
+        raise UserError(
+            f"{redact(text)}: no user, password or key may stand in an address, since addresses are written down: "
+            "give credentials by the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     if filesystem is not None:
         return Store(_as_arrow(filesystem), text.rstrip("/"))
     if "://" not in text:

@@ -21,8 +21,10 @@ from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture, evaluate, fit, initialise, inputs_for
 from distrecon.zoos import build, datasets, tasks
 from distrecon.zoos import format as zoo_format
+from distrecon.zoos.seals import seals_of
 from distrecon.zoos.settings import ModelPlan, ZooConfig, described, groups
 from distrecon.zoos.storage import Store, store
+from distrecon.zoos.writer import Writer, writing
 from distrecon.zoos.zoo import Zoo, open_zoo
 
 
@@ -45,11 +47,17 @@ def ensure(
         return zoo
     images = load(config.images.name, config.images.directory, config.images.limit)
     arch = config.architecture.build(images)
-    if (interrupted := build.begun(where)) is not None:
-        _check_same(where, interrupted[1], config)
-    else:
-        build.begin(where, _origin(config))
-    return _train(config, arch, images, where, progress, resources or {"num_cpus": 1}, store_images)
+    with writing(where) as writer:
+        if writer.found is None:  # or another one has just finished it
+            if (interrupted := build.begun(where)) is not None:
+                _check_same(where, interrupted[1], config)
+                build.go_on(writer, *interrupted)
+            else:
+                build.begin(writer, _origin(config))
+            _train(config, arch, images, writer, progress, resources or {"num_cpus": 1}, store_images)
+    zoo = open_zoo(where, module=config.architecture.module)
+    _check_same(where, zoo.info["origin"], config)
+    return zoo
 
 
 def _origin(config: ZooConfig) -> dict[str, Any]:
@@ -82,27 +90,31 @@ def _train(
     config: ZooConfig,
     arch: Architecture,
     images: ImageSet,
-    where: Store,
+    writer: Writer,
     progress: build.Progress | None,
     resources: dict[str, Any],
     store_images: bool | None,
-) -> Zoo:
+) -> None:
+    where = writer.store
     every = [Group(number, tuple(models)) for number, models in enumerate(groups(config))]
-    reports = list(build.run(every, train_group, where, config, arch, images, progress=progress, resources=resources))
+    reports = build.run(every, train_group, writer, config, arch, images, progress=progress, resources=resources)
     parts = [zoo_format.Part(**report["part"]) for report in reports if report["part"]]
+    unsealed = [part.file for part in parts if part.seal is None]  # written by an earlier version
     if not parts:
         raise UserError(f"every model of {config.name!r} diverged: lower grid.lr or grid.scale")
+    entry = datasets.entry(where, images, config.images.directory, store_images, config.images.limit)
     zoo_format.commit(
         where,
         name=config.name,
         arch=arch,
-        image_set=datasets.entry(where, images, config.images.directory, store_images, config.images.limit),
+        image_set=entry,
         parts=parts,
         origin=_origin(config),
         excluded=[excluded for report in reports for excluded in report["excluded"]],
+        files=seals_of(where, [*unsealed, *where.names("history"), *datasets.files_of(entry)]),
+        writer=writer,
     )
     build.finish(where)
-    return open_zoo(where, module=config.architecture.module)
 
 
 def train_group(group: Group, where: Store, config: ZooConfig, arch: Architecture, images: ImageSet) -> dict[str, Any]:

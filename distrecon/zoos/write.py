@@ -1,4 +1,4 @@
-"""`write_zoo`: a zoo from your own weights, in one call.
+"""`write_zoo`: a zoo from your own weights, in one call; `seal_zoo`: seals for one that has none.
 
 Legend: S states, P parameters.
 """
@@ -16,10 +16,11 @@ from torch import Tensor
 from distrecon.errors import UserError, nearest
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture, inputs_for
-from distrecon.zoos import datasets
+from distrecon.zoos import datasets, seals
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.sources import impossible
 from distrecon.zoos.storage import Store, store
+from distrecon.zoos.writer import Writer, writing
 from distrecon.zoos.zoo import Zoo, open_zoo
 
 PROPERTIES = ("epoch", *zoo_format.METRICS, "config")
@@ -80,24 +81,50 @@ def write_zoo(
     image_set = load(images, images_directory) if isinstance(images, str) else images
     if image_set is not None:
         inputs_for(arch, image_set.test.images, f"images of {image_set.name}")
-    _begin(where)
-    if isinstance(images, ImageSet):
-        entry = datasets.write_images(where, images)
-    else:
-        entry = datasets.entry(where, image_set, images_directory, store_images)
-    zoo_format.commit(
-        where,
-        name=name or where.root.rpartition("/")[2],
-        arch=arch,
-        image_set=entry,
-        parts=_write_parts(where, _by_model(table), arch.num_parameters),
-        origin={"kind": KIND},
-    )
-    where.delete_folder("unfinished")
+    with writing(where) as writer:
+        _begin(where, writer)
+        if isinstance(images, ImageSet):
+            entry = datasets.write_images(where, images)
+        else:
+            entry = datasets.entry(where, image_set, images_directory, store_images)
+        zoo_format.commit(
+            where,
+            name=name or where.root.rpartition("/")[2],
+            arch=arch,
+            image_set=entry,
+            parts=_write_parts(where, _by_model(table), arch.num_parameters),
+            origin={"kind": KIND},
+            files=seals.seals_of(where, datasets.files_of(entry)),
+            writer=writer,
+        )
+        where.delete_folder("unfinished")
     return open_zoo(where)
 
 
-def _begin(where: Store) -> None:
+def seal_zoo(path: str | os.PathLike[str] | Store, filesystem: Any = None) -> int:
+    """Seals those files of a zoo that are not, as of one made by an earlier version; how many.
+
+    It takes them, and `zoo.json` where that was edited, to be as they should be: look with `zoo check` before. Raises
+    UserError where a file differs from the seal that it has, or another process writes the zoo.
+    """
+    where = path if isinstance(path, Store) else store(path, filesystem)
+    zoo_format.read_manifest(where, edited=True)  # refuses what is no zoo before anything is made
+    with writing(where) as writer:
+        content = zoo_format.read_manifest(where, edited=True)
+        sealed, images = content["files"], content["image_set"]
+        if wrong := list(seals.problems(where, sealed)):
+            raise UserError(f"{where}: {wrong[0][1]}; zoo check lists all that is wrong")
+        files = [*(part.file for part in zoo_format.parts_of(content)), *where.names("history")]
+        files += datasets.files_of(images)
+        missing = [file for file in dict.fromkeys(files) if file not in sealed]
+        if gone := [file for file in missing if not where.exists(file)]:
+            raise UserError(f"{where}: {gone[0]} is missing; the zoo lists it")
+        content["files"] = {**sealed, **seals.seals_of(where, missing)}
+        writer.commit(zoo_format.manifest(content))
+    return len(missing)
+
+
+def _begin(where: Store, writer: Writer) -> None:
     """Refuses a folder with a zoo in it; clears what a call that died has left."""
     if where.exists(zoo_format.MANIFEST):
         raise UserError(f"{where} holds a zoo already: choose another folder, or delete it")
@@ -108,7 +135,7 @@ def _begin(where: Store) -> None:
         for folder in ("states", datasets.FOLDER):
             if where.exists(folder):
                 where.delete_folder(folder)
-    where.write(zoo_format.UNFINISHED, json.dumps({"first_unit": 0, "origin": {"kind": KIND}}).encode())
+    writer.begin({"first_unit": 0, "origin": {"kind": KIND}})
 
 
 def _epochs(model_id: Sequence[str], epochs: Sequence[Any] | None) -> list[int]:

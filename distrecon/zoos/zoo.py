@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +18,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from distrecon.errors import UserError, nearest
+from distrecon.errors import UserError, nearest, reading
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture
 from distrecon.nets.given import Given, module_of, running
-from distrecon.zoos import datasets
+from distrecon.zoos import datasets, seals
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.models import Models
-from distrecon.zoos.storage import Store, store
+from distrecon.zoos.storage import Store, inside, store
 
 if TYPE_CHECKING:
     import ray.data
@@ -60,12 +60,14 @@ class Zoo:
 
     @property
     def digest(self) -> str:
-        """A mark of its content: another list of files, models or settings gives another one."""
-        return hashlib.sha256(json.dumps(self.info, sort_keys=True).encode()).hexdigest()[:16]
+        """A mark of its content: other models, settings or, where the zoo is sealed, other bytes give another one."""
+        content = {key: value for key, value in self.info.items() if key != "files" or value}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def architecture(self) -> Architecture:
-        return running(Architecture.from_dict(self.info["architecture"]), self.modules)
+        with reading(f"the architecture in {self.store.path(zoo_format.MANIFEST)}"):
+            return running(Architecture.from_dict(self.info["architecture"]), self.modules)
 
     @property
     def image_set(self) -> str | None:
@@ -76,8 +78,12 @@ class Zoo:
     def image_folder(self) -> str | None:
         """The folder of this machine, outside of the zoo, that its images are read from; None where there is none."""
         entry = self.info["image_set"]
-        inside = "stored" in entry or (entry["directory"] is not None and self.store.exists(entry["directory"]))
-        return self.images_directory or (None if inside else entry["directory"])
+        within = "stored" in entry or self._holds(entry["directory"])
+        return self.images_directory or (None if within else entry["directory"])
+
+    def _holds(self, directory: str | None) -> bool:
+        """Whether the images' folder that `zoo.json` names is one of the zoo's."""
+        return directory is not None and inside(directory) and self.store.exists(directory)
 
     def images(self, directory: str | Path | None = None) -> ImageSet:
         """The images its models were trained on: from `directory`, or the one that the zoo was opened with (or its
@@ -89,9 +95,9 @@ class Zoo:
             inner = Path(given) / self.image_set
             return load(self.image_set, inner if inner.is_dir() else given, limit)
         if "stored" in self.info["image_set"]:
-            return datasets.read_images(self.store, self.info["image_set"])
+            return datasets.read_images(self.store, self.info["image_set"], self.sealed)
         own = self.info["image_set"]["directory"]
-        if own is not None and self.store.local and self.store.exists(own):  # arrays that lie in the zoo
+        if own is not None and self.store.local and self._holds(own):  # arrays that lie in the zoo
             own = self.store.path(own)
         if own is not None and not Path(own).is_dir():
             raise UserError(
@@ -106,6 +112,11 @@ class Zoo:
     @property
     def num_models(self) -> int:
         return self.info["models"]
+
+    @property
+    def sealed(self) -> dict[str, str]:
+        """The seals of its files, by name; none in a zoo that was made before there were any."""
+        return self.info["files"]
 
     @cached_property
     def parts(self) -> list[zoo_format.Part]:
@@ -134,11 +145,29 @@ class Zoo:
 
     def tables(self, split: str | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows file by file, in bounded memory."""
-        chosen = self.groups_of(split)
-        for number, part in enumerate(self.parts):
-            groups = [g.group for g in chosen if g.part == number]
-            if groups:
-                yield pa.concat_tables(zoo_format.read_groups(self.store, part.file, groups, columns))
+        groups = self.read(self.groups_of(split), columns)
+        for _, of_part in itertools.groupby(groups, key=lambda pair: pair[0].part):
+            yield pa.concat_tables([table for _, table in of_part])
+
+    def read(
+        self, groups: Iterable[RowGroup], columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[RowGroup, pa.Table]]:
+        """Row groups in the given order, which must be by file: the one place where parts are read.
+
+        Each file is compared with its seal the first time that this process reads it, while it is read: nothing read
+        may be believed before the next file's begins or all have come. Raises UserError for a file that is missing,
+        damaged, or not as `zoo.json` describes it.
+        """
+        kinds = {field.name: field.type for field in zoo_format.schema(self.architecture.num_parameters)}
+        by_part = [(self.parts[n], list(of)) for n, of in itertools.groupby(groups, key=lambda group: group.part)]
+        with seals.Comparison(self.store, self.sealed, (part.file for part, _ in by_part)) as comparison:
+            for part, of in by_part:
+                tables = zoo_format.read_groups(self.store, part.file, [group.group for group in of], columns)
+                for group, table in zip(of, tables, strict=True):
+                    if table.num_rows != group.rows or any(kinds.get(f.name) != f.type for f in table.schema):
+                        raise UserError(f"{self.store.path(part.file)} is damaged: not as {zoo_format.MANIFEST} says")
+                    yield group, table
+                comparison.demand(part.file)
 
     def table(self, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows as one Arrow table with the columns of the format."""
@@ -175,14 +204,10 @@ class Zoo:
         order = np.argsort(rows_S, kind="stable")
         wanted = np.asarray(rows_S)[order]
         needed = np.unique(np.searchsorted(self._group_ends, wanted, side="right"))
-        for number, groups in itertools.groupby((self.row_groups[i] for i in needed), key=lambda group: group.part):
-            chosen = list(groups)
-            file = self.parts[number].file
-            tables = zoo_format.read_groups(self.store, file, [group.group for group in chosen], ["weights"])
-            for group, table in zip(chosen, tables, strict=True):
-                low, high = np.searchsorted(wanted, [group.first_row, group.first_row + group.rows])
-                weights_GP = zoo_format.weights_array(table["weights"])
-                out_SP[order[low:high]] = weights_GP[wanted[low:high] - group.first_row]
+        for group, table in self.read((self.row_groups[i] for i in needed), ["weights"]):
+            low, high = np.searchsorted(wanted, [group.first_row, group.first_row + group.rows])
+            weights_GP = zoo_format.weights_array(table["weights"])
+            out_SP[order[low:high]] = weights_GP[wanted[low:high] - group.first_row]
         return out_SP
 
     @cached_property
@@ -199,13 +224,16 @@ class Zoo:
     def dataset(self, split: str | None = None, columns: Sequence[str] | None = None) -> "ray.data.Dataset":
         """The rows as a Ray dataset, read lazily where Ray runs its tasks."""
         import ray.data
-        from ray.data.expressions import col
 
-        files = [self.store.path(part.file) for part in self.parts]
-        dataset = ray.data.read_parquet(files, filesystem=self.store.filesystem)
-        if split is not None:
-            dataset = dataset.filter(expr=col("split") == split)
-        return dataset if columns is None else dataset.select_columns(list(columns))
+        numbers = sorted({group.part for group in self.groups_of(split)})
+
+        def read(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+            groups = [group for group in self.groups_of(split) if group.part == int(batch["part"][0])]
+            table = pa.concat_tables([table for _, table in self.read(groups, columns)])
+            yield table if columns is None else table.select(list(columns))
+
+        items = [{"part": number} for number in numbers]
+        return ray.data.from_items(items, override_num_blocks=max(1, len(items))).map_batches(read, batch_size=1)
 
 
 def open_zoo(

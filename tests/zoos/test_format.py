@@ -150,6 +150,13 @@ def rewrite(folder: Path, **changes) -> None:
     (folder / "zoo.json").write_text(json.dumps(content))
 
 
+def unseal(folder: Path, **changes) -> None:
+    """The zoo as versions before there were seals left it."""
+    content = json.loads((folder / "zoo.json").read_text())
+    del content["files"], content["sha256"]
+    (folder / "zoo.json").write_text(json.dumps(content | changes, indent=1))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -19,6 +19,8 @@ from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.inspection import check, describe, export
 from distrecon.zoos.storage import store
+from tests.zoos.test_format import rewrite as edit
+from tests.zoos.test_format import unseal
 
 
 @pytest.fixture
@@ -50,11 +52,6 @@ def rewrite(folder: Path, change, part: int = 0) -> None:
             start += size
 
 
-def edit_manifest(folder: Path, **changes) -> None:
-    content = json.loads((folder / "zoo.json").read_text()) | changes
-    (folder / "zoo.json").write_text(json.dumps(content))
-
-
 def set_cell(column: str, value):
     return lambda columns: columns[column].__setitem__(0, value)
 
@@ -76,13 +73,14 @@ PROBLEMS = {
     "missing": (lambda f: (f / "states/part-00001.parquet").unlink(), "part-00001.parquet is missing"),
     "torn": (lambda f: os.truncate(f / "states/part-00001.parquet", 5000), "part-00001.parquet is damaged"),
     "stray": (lambda f: shutil.copy(f / "states/part-00000.parquet", f / "states/part-00009.parquet"), "not part of"),
-    "count": (lambda f: edit_manifest(f, states=41), "says 41 states, the files have 40"),
+    "count": (lambda f: edit(f, states=41), "says 41 states, the files have 40"),
 }
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_every_problem_is_found_and_named(copy: Path, name: str) -> None:
     damage, message = PROBLEMS[name]
+    unseal(copy)
     damage(copy)
     result = check(open_zoo(copy), sample=40)
     assert any(re.search(message, problem) for problem in result.problems), result.problems
@@ -90,7 +88,7 @@ def test_every_problem_is_found_and_named(copy: Path, name: str) -> None:
 
 
 def test_a_zoo_whose_images_are_not_there_is_checked_without_them(copy: Path) -> None:
-    edit_manifest(copy, image_set={"name": "cifar10", "directory": None, "preprocessing": "", "classes": []})
+    unseal(copy, image_set={"name": "cifar10", "directory": None, "preprocessing": "", "classes": []})
     result = check(open_zoo(copy))
     assert (result.recomputed, result.problems) == (0, ())
     assert "cifar10 needs the directory" in result.note

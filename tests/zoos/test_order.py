@@ -74,3 +74,28 @@ def test_passes_and_seeds_differ_and_rows_are_mixed() -> None:
 def test_sizes_that_do_not_divide_are_refused(call, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()
+
+
+def shape(rows: np.ndarray) -> list[int]:
+    """An order without regard to which rows are ordered."""
+    return rows.argsort().tolist()
+
+
+def test_no_two_passes_windows_lanes_or_keys_share_an_order() -> None:
+    whole = spans([(i * 32, 32) for i in range(16)])
+
+    def window(number: int = 0, window: int = 0, lane: int = 0, key: tuple[int, ...] = (0, 1, 0)) -> list[int]:
+        return shape(Order(whole, 16, 4, 8, key).lane_window(lane, number, window))
+
+    first = window()
+    assert first == window()
+    others = {
+        "pass": window(number=1),
+        "window": window(window=1),
+        "lane": window(lane=1),
+        "seed": window(key=(1, 1, 0)),
+        "zoo": window(key=(0, 1, 1)),
+    }
+    for name, other in others.items():
+        assert len(other) == len(first), name
+        assert other != first, name

@@ -1,0 +1,251 @@
+# ruff: noqa: E501
+"""Puts one-line faults into the package and asks the tests: `python -m tests.faults ROWS [--named | --seed N --count N]`.
+
+- `--named`: those of `NAMED`, each of which the tests once let pass, with the test file that must notice it.
+- otherwise COUNT (100) drawn by SEED over all packages, evenly: a comparison, an operator, a number, an `and`, a `not`,
+  a smallest for a largest. They are drawn from the source alone; the tests that are asked are those that import the
+  module, or else those of its package.
+
+Each fault is put into a copy of the checkout. ROWS gets a line of JSON a fault, as soon as it is known; a fault that is
+there already is not tried again. At the end the share that was caught is printed, and every fault that was not.
+"""
+
+import argparse
+import ast
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import CHECKOUT, environment
+
+SECONDS = 900.0  # for the tests of one fault; one that makes them hang is caught
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In `file`, `old` at this place (the only one, where it is None) becomes `new`; `tests` should notice."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    at: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}{'' if self.at is None else f':{self.at}'}: {self.old.strip()} -> {self.new.strip()}"
+
+    def put_into(self, checkout: Path) -> None:
+        path = checkout / self.file
+        text = path.read_text()
+        at = text.index(self.old) if self.at is None else self.at
+        if text[at : at + len(self.old)] != self.old or (self.at is None and text.count(self.old) != 1):
+            raise ValueError(f"{self.name}: the source is another now")
+        path.write_text(text[:at] + self.new + text[at + len(self.old) :])
+
+
+def named(file: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(f"distrecon/{file}", old, new, tuple(f"tests/{test}" for test in tests))
+
+
+VALUES = "autoencoder/test_values.py"
+NAMED = (
+    named("nets/matching.py", "gain += torch.einsum(", "gain += (a_HDX.numel() > len(a_HDX[0])) * torch.einsum(", VALUES),
+    named("autoencoder/training.py", "else coder.encode_span(x_hat, zoo, span)\n", "else coder.encode_span(x_hat, zoo, span)\n            again = again.detach()\n", VALUES),
+    named("autoencoder/training.py", "    draw = generator(config.seed, batch.epoch, batch.step, 0)\n    orders", "    draw = generator(0, batch.epoch, batch.step, 0)\n    orders", VALUES),
+    named("autoencoder/training.py", "        draw = generator(config.seed, batch.epoch, batch.step, 0)\n        noise", "        draw = generator(0, batch.epoch, batch.step, 0)\n        noise", VALUES),
+    named("autoencoder/training.py", "config.data.noise * std_P * noise_GP[b]", "config.data.noise * noise_GP[b]", VALUES),
+    named("autoencoder/generate.py", "lr_B=lr_M, seed=seed)", "lr_B=lr_M, seed=0)", VALUES),
+    named("autoencoder/generate.py", "align(arch, b_P[None], a_P)[0], share)", "b_P, share)", VALUES),
+    named("autoencoder/generate.py", "float(distance_M.mean()) / self.heldout_distance", "float(distance_M.mean())", VALUES),
+    named("autoencoder/generate.py", "torch.quantile(judged.accuracy_B, 0.1)", "torch.quantile(judged.accuracy_B, 0.9)", VALUES),
+    named("autoencoder/generate.py", "scores = evaluate(arch, noisy_MP, images.validation.images, images.validation.labels_Q)", "scores = evaluate(arch, noisy_MP, images.test.images, images.test.labels_Q)", VALUES),
+    named("autoencoder/generate.py", 'theta_MP[accuracy_M.argsort(descending=True', 'theta_MP[accuracy_M.argsort(descending=False', "autoencoder/test_tasks.py", VALUES),
+    named("autoencoder/reconstruct.py", '"accuracy_max": float(rebuilt_B.max())', '"accuracy_max": float(accuracy_B.max())', VALUES),
+    named("autoencoder/reconstruct.py", '"accuracy_mean": float(rebuilt_B.mean())', '"accuracy_mean": float(same_BQ.float().mean())', VALUES),
+    named("autoencoder/samplers.py", "len(good_NF) ** -0.2", "len(good_NF) ** -0.25", VALUES),
+    named("autoencoder/transformer.py", "self.layers(z_BTZ.mean(1))", "self.layers(z_BTZ[:, 0])", VALUES),
+    named("autoencoder/scoring.py", 'for split in ("train", "val", "test"))', 'for split in ("train", "test", "val"))', VALUES),
+    named("expand_cluster/thresholds.py", "AGREEMENT = 10.0", "AGREEMENT = 10000.0", "expand_cluster/test_verdict.py"),
+    named("expand_cluster/thresholds.py", "AGREEMENT_WORST = 100.0", "AGREEMENT_WORST = 100000.0", "expand_cluster/test_verdict.py"),
+    named("expand_cluster/thresholds.py", "FREE_DROP = 1e-8", "FREE_DROP = 1e-2", "expand_cluster/test_recovery.py", "expand_cluster/test_verdict.py"),
+    named("expand_cluster/verdict.py", "BEYOND = 1.05", "BEYOND = 0.5", "expand_cluster/test_verdict.py"),
+    named("expand_cluster/verdict.py", "if not needed > NEEDED:", "if needed < 0:", "expand_cluster/test_verdict.py"),
+    named("expand_cluster/verdict.py", "    if straight:\n", "    if not straight and straight:\n", "expand_cluster/test_verdict.py"),
+    named("expand_cluster/tree.py", "return self.size - running[self.start + self.size] + running[self.start + 1]", "return self.size", "expand_cluster/test_neurons.py"),
+    named("expand_cluster/recovery.py", "seeded = config.seed * 1_000_003 + seed", "seeded = config.seed * 1_000_003", "expand_cluster/test_choices.py"),
+    named("expand_cluster/recovery.py", 'return new if new.metrics["recover/train_loss"] < old', 'return new if new.metrics["recover/train_loss"] > old', "expand_cluster/test_choices.py"),
+    named("zoos/order.py", "default_rng([*self.key, number, lane, window])", "default_rng([*self.key, lane, window])", "zoos/test_order.py"),
+    named("zoos/order.py", "default_rng([*self.key, number, lane]).", "default_rng([0, number, lane]).", "zoos/test_order.py"),
+    named("zoos/train.py", "SeedSequence([seed, 1, group])", "SeedSequence([seed, 1, 0])", "zoos/test_values.py"),
+    named("zoos/train.py", "if not c.theta_BP[b].isfinite().all()", "if not c.theta_BP[b].isfinite().any()", "zoos/test_values.py"),
+    named("nets/fit.py", "torch.randperm(len(inputs), generator=order)", "torch.randperm(len(inputs), generator=order.manual_seed(seed))", "zoos/test_values.py"),
+    named("record/journal.py", '0.0 if what in ("sweep", "restart") else at - self.last', "at - self.last", "record/test_journal.py"),
+    named("cluster/training.py", 'return training, state["epoch"] + 1', 'return training, state["epoch"]', "cluster/test_values.py"),
+    named("cluster/training.py", "sums[key] += value * batch.global_size", "sums[key] += value * 4", "cluster/test_values.py"),
+    named("kinds/expand_cluster.py", "image_set.test.images.flatten(1).double()", "image_set.train.images.flatten(1).double()", "test_recovery_trial.py", "test_values.py"),
+    named("record/tracking.py", '"stopped_early": "KILLED"', '"stopped_early": "FINISHED"', "test_tracking.py"),
+    named("report/tables.py", 'mark = " *" if trial is best else ""', 'mark = "" if trial is best else " *"', "test_tables.py"),
+    named("record/kind.py", '{100 * value:.1f}', '{value:.1f}', "test_tables.py"),
+    named("report/tables.py", "metric.write(trial.metrics[metric.name])", "metric.write(trial.metrics[kind.columns[0].name])", "test_tables.py"),
+)  # fmt: skip
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+SWAPS = {
+    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"), ast.Is: ("is", "is not"),
+    ast.IsNot: ("is not", "is"), ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"),
+    ast.Pow: ("**", "*"), ast.FloorDiv: ("//", "*"), ast.And: ("and", "or"), ast.Or: ("or", "and"),
+}  # fmt: skip
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "argmin": "argmax", "argmax": "argmin",
+         "amin": "amax", "amax": "amin", "mean": "sum"}  # fmt: skip
+ROOMS = (  # as many faults in each
+    ("nets", "images"),
+    ("autoencoder",),
+    ("expand_cluster",),
+    ("zoos",),
+    ("cluster", "record", "report", "kinds", "served"),
+)
+
+
+def faults_of(file: Path, text: str) -> Iterator[tuple[int, str, str]]:
+    """(place, old, new) of every fault that can be put into a source; none in messages, types and help."""
+    starts = [0]
+    for line in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def place(line: int, column: int) -> int:
+        row = text[starts[line - 1] : starts[line]]
+        return starts[line - 1] + len(row.encode()[:column].decode())
+
+    def between(left: ast.expr, right: ast.expr, old: str, new: str) -> Iterator[tuple[int, str, str]]:
+        low, high = place(left.end_lineno or 0, left.end_col_offset or 0), place(right.lineno, right.col_offset)
+        found = re.search(rf"(?<![\w*/<>=!]){re.escape(old)}(?![\w*/=])", text[low:high])
+        if found:
+            yield low + found.start(), old, new
+
+    def walk(node: ast.AST) -> Iterator[tuple[int, str, str]]:
+        if isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert | ast.AnnAssign | ast.arguments):
+            if isinstance(node, ast.AnnAssign) and node.value is not None:
+                yield from walk(node.value)
+            return
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            yield from between(node.left, node.comparators[0], *SWAPS[type(node.ops[0])])
+        elif isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+            yield from between(node.left, node.right, *SWAPS[type(node.op)])
+        elif isinstance(node, ast.BoolOp):
+            yield from between(node.values[0], node.values[1], *SWAPS[type(node.op)])
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield place(node.lineno, node.col_offset), "not ", ""
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
+            old = ast.get_source_segment(text, node) or ""
+            new = (
+                str(not node.value)
+                if isinstance(node.value, bool)
+                else str(node.value + 1 if node.value in (0, 1) else 2 * node.value)
+            )
+            yield place(node.lineno, node.col_offset), old, new
+        elif isinstance(node, ast.Call):
+            name = node.func
+            called = name.id if isinstance(name, ast.Name) else name.attr if isinstance(name, ast.Attribute) else ""
+            if called in NAMES:
+                end = place(name.end_lineno or 0, name.end_col_offset or 0)
+                yield end - len(called), called, NAMES[called]
+        for child in ast.iter_child_nodes(node):
+            if not (isinstance(node, ast.FunctionDef) and (child is node.returns or child in node.decorator_list)):
+                yield from walk(child)
+
+    yield from walk(ast.parse(text))
+
+
+def tests_of(file: Path) -> tuple[str, ...]:
+    """The tests that import a module by name, or all of its package's."""
+    module = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+    package, _, name = module.rpartition(".")
+    pattern = re.compile(
+        rf"from {re.escape(module)} import|from {re.escape(package)} import [^\n]*\b{name}\b|import {re.escape(module)}\b"
+    )
+    tests = sorted(p for p in (CHECKOUT / "tests").rglob("test_*.py") if "gpu" not in p.parts)
+    chosen = [p for p in tests if pattern.search(p.read_text())] or [p for p in tests if file.parts[1] in p.parts]
+    return tuple(str(p.relative_to(CHECKOUT)) for p in chosen or tests)
+
+
+def drawn(seed: int, count: int) -> list[Fault]:
+    """As many faults in each of `ROOMS`, no two in one line."""
+    draw, found = random.Random(seed), []
+    for number, rooms in enumerate(ROOMS):
+        every = []
+        for room in rooms:
+            for path in sorted((CHECKOUT / "distrecon" / room).rglob("*.py")):
+                file = path.relative_to(CHECKOUT)
+                text = path.read_text()
+                every += [(file, text.count("\n", 0, at), at, old, new) for at, old, new in faults_of(file, text)]
+        draw.shuffle(every)
+        lines = {(file, line): (file, at, old, new) for file, line, at, old, new in every}
+        chosen = list(lines.values())[: count * (number + 1) // len(ROOMS) - count * number // len(ROOMS)]
+        found += [Fault(str(file), old, new, tests_of(file), at) for file, at, old, new in chosen]
+    return found
+
+
+# -- asking -----------------------------------------------------------------------------------------------------------
+
+
+def caught(fault: Fault) -> tuple[bool, str]:
+    """Whether the tests notice, and the last line that they print."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder) / "checkout"
+        shutil.copytree(
+            CHECKOUT, checkout, ignore=shutil.ignore_patterns(".git", "runs", "zoos.*", "mlruns", ".*_cache")
+        )
+        fault.put_into(checkout)
+        tests = [test for test in fault.tests if (checkout / test).exists()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        try:
+            done = subprocess.run(
+                command, cwd=checkout, env={**environment(), "PYTHONPATH": str(checkout)}, capture_output=True,
+                text=True, timeout=SECONDS, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return True, "the tests hang"
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode != 0, (lines or done.stdout.splitlines() or [done.stderr[-200:]])[0][:200]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--named", action="store_true")
+    parser.add_argument("--list", action="store_true", help="name the faults, try none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=100)
+    args = parser.parse_args(argv)
+    faults = list(NAMED) if args.named else drawn(args.seed, args.count)
+    if args.list:
+        print("\n".join(f"{fault.name}  [{' '.join(fault.tests)}]" for fault in faults))
+        return 0
+    known = {}
+    if args.rows.exists():
+        known = {row["fault"]: row for row in map(json.loads, args.rows.read_text().splitlines())}
+    for fault in faults:
+        if fault.name not in known:
+            found, by = caught(fault)
+            known[fault.name] = {"fault": fault.name, "caught": found, "by": by}
+            with args.rows.open("a") as rows:
+                rows.write(json.dumps(known[fault.name]) + "\n")
+    passed = [fault.name for fault in faults if not known[fault.name]["caught"]]
+    print(f"{len(faults) - len(passed)} of {len(faults)} faults caught")
+    print("\n".join(f"not caught: {name}" for name in passed))
+    return int(bool(passed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
