@@ -9,6 +9,7 @@ Conv2d, activation, MaxPool2d, Conv2d, activation, Flatten, Linear.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distrecon.errors import UserError
@@ -80,7 +81,9 @@ def read_layers(text: str, input_shape: Shape) -> Hypothesis:
         else:
             match = _WORD.fullmatch(word)
             if match is None:
-                raise UserError(f"layers={text!r}: {word!r} is none of conv3, conv3p1, conv3s2, pool2, avgpool2, linear")
+                raise UserError(
+                    f"layers={text!r}: {word!r} is none of conv3, conv3p1, conv3s2, pool2, avgpool2, linear"
+                )
             stages = _with(stages, size, text, match)
         size = stages[-1].after
         if min(size) < 1:
@@ -102,6 +105,25 @@ def _with(stages: list[Stage], size: tuple[int, int], text: str, match: re.Match
     if not stages or stages[-1].pool > 1 or stages[-1].dense or match["padding"] or match["stride"] or number < 2:
         raise UserError(f"layers={text!r}: {match[0]!r} must follow a convolution, with windows of 2 or more")
     return [*stages[:-1], replace(stages[-1], pool=number, average=kind == "avgpool")]
+
+
+def read_request(input_size: int | Sequence[int], layers: str | None) -> tuple[Shape | None, list[Hypothesis]]:
+    """The images' shape and the hypotheses that a recovery is asked for; none of dense networks.
+
+    Raises UserError where `input_size` does not go with `layers`.
+    """
+    if layers is None:
+        if not isinstance(input_size, int):
+            raise UserError(f"input_size={list(input_size)} needs layers=, such as 'conv3p1 pool2 linear' or 'unknown'")
+        return None, []
+    if isinstance(input_size, int) or len(input_size) != 3 or min(input_size) < 1:
+        raise UserError(f"layers={layers!r} needs input_size=[channels, height, width], not {input_size}")
+    channels, height, width = map(int, input_size)
+    shape = (channels, height, width)
+    found = usual(shape) if layers == UNKNOWN else [read_layers(layers, shape)]
+    if not found:
+        raise UserError(f"none of the usual layers fits {height}x{width} images: say which with layers=")
+    return shape, found
 
 
 def usual(input_shape: Shape) -> list[Hypothesis]:

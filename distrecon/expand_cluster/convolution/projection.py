@@ -93,7 +93,12 @@ class Projected:
         for start in range(0, len(self.x_QI), rows):
             part = slice(start, start + rows)
             some = [
-                type(p)(p.read_QKL[part], p.before_QCL[part], p.after[part], None if p.taken_QCM is None else p.taken_QCM[part])
+                type(p)(
+                    p.read_QKL[part],
+                    p.before_QCL[part],
+                    p.after[part],
+                    None if p.taken_QCM is None else p.taken_QCM[part],
+                )
                 for p in passed
             ]
             jacobian_QOP = self.net.jacobian(theta_P, some, readout_OF)
@@ -120,5 +125,3 @@ def held_out(problem: Projected, theta_P: Tensor, x_QI: Tensor, y_QO: Tensor) ->
     coefficients_FO = problem.readout(theta_P).coefficients_FO
     other = Projected(problem.net, x_QI, y_QO, problem.skip)
     return float((other.design(problem.net.features(theta_P, x_QI)) @ coefficients_FO - y_QO).square().mean())
-
-
