@@ -98,9 +98,8 @@ class Answers:
         for call in self._calls:
             try:
                 with torch.no_grad():
-                    answer = call(
-                        x_QI.clone().unflatten(1, self._shape)
-                    )  # a copy: what the black box does to it is not seen here
+                    copy = x_QI.clone()  # what the black box does to it is not seen here
+                    answer = call(copy.unflatten(1, self._shape))
             except MISFIT as error:
                 first = first or error
                 continue

@@ -104,7 +104,13 @@ def test_a_certificate_is_plain_numbers():
     y_QO = x_QI[:, :1] + tensor([0.0, 0.0], [0.0, 0.02], [0.0, 0.0])
     tolerance = Tolerance(tensor(1e-3, 1e-3), tensor(100.0, 100.0))
     found = certify(
-        compare(Dense(weights, "relu"), x_QI, y_QO, tolerance), tolerance, x_QI, 1, tensor(0.0, 1e-5), tensor(1.0, 4.0), 7
+        compare(Dense(weights, "relu"), x_QI, y_QO, tolerance),
+        tolerance,
+        x_QI,
+        1,
+        tensor(0.0, 1e-5),
+        tensor(1.0, 4.0),
+        7,
     )
     assert (found.lowest, found.highest, found.farthest) == ([0.5, -4.0], [3.0, 2.0], 5.0)
     assert (found.given, found.fresh, found.hidden_share) == (2, 1, 1.0)

@@ -81,9 +81,8 @@ def read_layers(text: str, input_shape: Shape) -> Hypothesis:
         else:
             match = _WORD.fullmatch(word)
             if match is None:
-                raise UserError(
-                    f"layers={text!r}: {word!r} is none of conv3, conv3p1, conv3s2, pool2, avgpool2, linear"
-                )
+                known = "conv3, conv3p1, conv3s2, pool2, avgpool2, linear"
+                raise UserError(f"layers={text!r}: {word!r} is none of {known}")
             stages = _with(stages, size, text, match)
         size = stages[-1].after
         if min(size) < 1:

@@ -36,6 +36,11 @@ class Passed:
     after: Tensor
     taken_QCM: Tensor | None
 
+    def __getitem__(self, rows: slice) -> "Passed":
+        """Of some of the queries."""
+        taken = None if self.taken_QCM is None else self.taken_QCM[rows]
+        return Passed(self.read_QKL[rows], self.before_QCL[rows], self.after[rows], taken)
+
 
 @dataclass(frozen=True)
 class ConvNet:
@@ -153,8 +158,8 @@ class Chain:
     def widest(self) -> int:
         """Numbers of its largest intermediate result for one query."""
         net, _ = ConvNet.of(self.hypothesis, self.weights, self.activation)
-        sizes = [max(k, c) * math.prod(s.before) for k, c, s in zip(net.fan_ins, net.widths, net.hypothesis.stages)]
-        return max(sizes)
+        stages = zip(net.fan_ins, net.widths, net.hypothesis.stages, strict=True)
+        return max(max(k, c) * math.prod(stage.before) for k, c, stage in stages)
 
     def __call__(self, x_QI: Tensor) -> Tensor:
         """Outputs y[Q, O] of images that come flat."""
@@ -197,6 +202,5 @@ class Chain:
         layers = [layer for layer in module if isinstance(layer, nn.Conv2d | nn.Linear)]
         with torch.no_grad():
             for layer, (w, b) in zip(layers, self.weights, strict=True):
-                layer.weight.copy_(w)
-                layer.bias.copy_(b)
+                layer.load_state_dict({"weight": w, "bias": b})
         return module

@@ -92,15 +92,7 @@ class Projected:
         rows = max(16, AT_ONCE // (size * outputs))
         for start in range(0, len(self.x_QI), rows):
             part = slice(start, start + rows)
-            some = [
-                type(p)(
-                    p.read_QKL[part],
-                    p.before_QCL[part],
-                    p.after[part],
-                    None if p.taken_QCM is None else p.taken_QCM[part],
-                )
-                for p in passed
-            ]
+            some = [here[part] for here in passed]
             jacobian_QOP = self.net.jacobian(theta_P, some, readout_OF)
             flat_NP = jacobian_QOP.flatten(0, 1)
             gradient_P -= solved.rest_QO[part].flatten() @ flat_NP

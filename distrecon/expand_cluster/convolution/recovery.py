@@ -47,9 +47,8 @@ def recover_layers(run: Run, hypothesis: Hypothesis) -> Recovery:
     except OutOfQueries as error:
         if best is None and run.candidates:
             best = run.candidates[-1]
-        best = dataclasses.replace(
-            best or nothing(run.box, run.activation.name, hypothesis, ""), verified=False, reason=f"{error}"
-        )
+        best = best or nothing(run.box, run.activation.name, hypothesis, "")
+        best = dataclasses.replace(best, verified=False, reason=f"{error}; the best network so far")
     assert best is not None
     return dataclasses.replace(best, history=run.history, seconds=dict(run.seconds))
 
