@@ -38,24 +38,34 @@ ENOUGH = 3  # places of every channel at which no more are looked for
 @dataclass(frozen=True)
 class Places:
     """Places x[S, I] where one unit changes: its unit filter [S, K], the same in the image [S, I], the outputs' unit
-    direction [S, O], and for kinks how far along the filter they lie [S]."""
+    direction [S, O], and for kinks how far along the filter they lie [S] and a point of each [S, I]."""
 
     x_SI: Tensor
     filter_SK: Tensor
     direction_SI: Tensor
     output_SO: Tensor
     kink_S: Tensor
+    bend_SI: Tensor
 
     @staticmethod
     def join(parts: list["Places"]) -> "Places":
-        names = ("x_SI", "filter_SK", "direction_SI", "output_SO", "kink_S")
+        names = ("x_SI", "filter_SK", "direction_SI", "output_SO", "kink_S", "bend_SI")
         return Places(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclass(frozen=True)
+class Filters:
+    """[filter, bias] of every channel of the first layer, [C, K + 1], up to its sign, and points [S, I] at which the
+    unit of each bends at some position (of relu and leaky_relu)."""
+
+    first_CK: Tensor
+    bends_CSI: list[Tensor]
 
 
 def find_filters(
     box: BlackBox, hypothesis: Hypothesis, activation: Activation, generator: torch.Generator, unit: float = 1.0
-) -> Tensor | None:
-    """[filter, bias] of every channel of the first layer, [C, K + 1], up to its sign; None where no place shows one.
+) -> Filters | None:
+    """The first layer's filters; None where no place shows one.
 
     All lengths are multiples of `unit`, the scale of the inputs at which the black box bends.
     """
@@ -70,7 +80,8 @@ def find_filters(
                 break
     if not groups:
         return None
-    return torch.stack([_with_size(box, activation, found, group, unit) for group in groups])
+    first_CK = torch.stack([_with_size(box, activation, found, group, unit) for group in groups])
+    return Filters(first_CK, [found.bend_SI[group] for group in groups])
 
 
 def _channels(filter_SK: Tensor) -> list[np.ndarray]:
@@ -108,8 +119,8 @@ def _places(box: BlackBox, hypothesis: Hypothesis, reach: float, generator: torc
         ((y_SO * output_SO).sum(1), (slope_SO * output_SO).sum(1)) for y_SO, slope_SO in ends
     )
     share_S = (high_S - low_S - high_slope_S - low_slope_S) / (low_slope_S - high_slope_S)
-    kink_S = ((x_SI + share_S[:, None] * move_SI) * direction_SI).sum(1)
-    return Places(x_SI, stacked, direction_SI, output_SO, kink_S)
+    bend_SI = x_SI + share_S[:, None] * move_SI
+    return Places(x_SI, stacked, direction_SI, output_SO, (bend_SI * direction_SI).sum(1), bend_SI)
 
 
 def _window(image: Tensor, hypothesis: Hypothesis) -> Tensor | None:

@@ -8,6 +8,7 @@ positions before pooling, M after it, F features of the last hidden layer (C M),
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -101,22 +102,38 @@ class ConvNet:
 
     def jacobian(self, theta_P: Tensor, passed: list[Passed], readout_OF: Tensor) -> Tensor:
         """d (readout features) / d theta, [Q, O, P], where the readout stays as it is."""
-        matrices, blocks = self.matrices(theta_P), list[Tensor]()
-        queries, outputs = len(passed[0].after), len(readout_OF)
-        back = readout_OF.unflatten(1, passed[-1].after.shape[1:]).expand(queries, -1, -1, -1, -1)
-        for number in range(len(passed) - 1, -1, -1):
-            stage, here = self.hypothesis.stages[number], passed[number]
-            slope_QCL = self.activation.derivative(here.before_QCL)
-            delta_QOCL = _unpooled(stage, here, back) * slope_QCL[:, None]
-            weights_QOCK = torch.matmul(delta_QOCL.flatten(1, 2), here.read_QKL.transpose(1, 2))
-            rows = torch.cat([weights_QOCK, delta_QOCL.flatten(1, 2).sum(2, keepdim=True)], dim=2)
-            blocks.insert(0, rows.unflatten(1, (outputs, -1)).flatten(2))
-            if number:
-                read_NKL = torch.matmul(matrices[number][:, :-1].T, delta_QOCL.flatten(0, 1))
-                size = passed[number - 1].after.shape[2:]
-                back = F.fold(read_NKL, size, stage.kernel, padding=stage.padding, stride=stage.stride)
-                back = back.unflatten(0, (queries, outputs))
+        blocks: list[Tensor] = []
+        for here, delta_QOCL in self._backward(theta_P, passed, readout_OF):
+            weights_QNK = torch.matmul(delta_QOCL.flatten(1, 2), here.read_QKL.transpose(1, 2))
+            rows = torch.cat([weights_QNK, delta_QOCL.flatten(1, 2).sum(2, keepdim=True)], dim=2)
+            blocks.insert(0, rows.unflatten(1, (len(readout_OF), -1)).flatten(2))
         return torch.cat(blocks, dim=2)
+
+    def input_jacobian(self, theta_P: Tensor, passed: list[Passed], readout_OF: Tensor) -> Tensor:
+        """d (readout features) / d inputs, [Q, O, I]."""
+        *_, (_, delta_QOCL) = self._backward(theta_P, passed, readout_OF)
+        back = self._read_back(0, self.matrices(theta_P)[0], delta_QOCL, self.hypothesis.input_shape[1:])
+        return back.flatten(2)
+
+    def _backward(self, theta_P: Tensor, passed: list[Passed], readout_OF: Tensor) -> Iterator[tuple[Passed, Tensor]]:
+        """Every stage, last to first, with the gradients [Q, O, C, L] with respect to its pre-activations."""
+        matrices = self.matrices(theta_P)
+        shape = passed[-1].after.shape
+        back = readout_OF.unflatten(1, shape[1:]).expand(shape[0], -1, -1, -1, -1)
+        for number in range(len(passed) - 1, -1, -1):
+            here = passed[number]
+            slope_QCL = self.activation.derivative(here.before_QCL)
+            delta_QOCL = _unpooled(self.hypothesis.stages[number], here, back) * slope_QCL[:, None]
+            yield here, delta_QOCL
+            if number:
+                back = self._read_back(number, matrices[number], delta_QOCL, tuple(passed[number - 1].after.shape[2:]))
+
+    def _read_back(self, number: int, m_CK: Tensor, delta_QOCL: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Gradients with respect to the map that a stage reads, [Q, O, C, h, w]."""
+        stage = self.hypothesis.stages[number]
+        read_NKL = torch.matmul(m_CK[:, :-1].T, delta_QOCL.flatten(0, 1))
+        back = F.fold(read_NKL, size, stage.kernel, padding=stage.padding, stride=stage.stride)
+        return back.unflatten(0, delta_QOCL.shape[:2])
 
     def weights(self, theta_P: Tensor, readout_OF: Tensor, bias_O: Tensor) -> Weights:
         """[(W, b), ...] as torch modules have them: W [C, C_in, k, k] of convolutions, [out, in] of dense layers."""

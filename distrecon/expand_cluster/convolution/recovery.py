@@ -64,7 +64,8 @@ def _rounds(run: Run, hypothesis: Hypothesis) -> Iterator[Recovery]:
         used = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
         if attempt == (0 if deep else 1):
             with run.timed("filters"):
-                first_CK = find_filters(run.box, hypothesis, run.activation, run.generator, coordinates.scale)
+                found_filters = find_filters(run.box, hypothesis, run.activation, run.generator, coordinates.scale)
+            first_CK = None if found_filters is None else found_filters.first_CK
             if first_CK is not None and not deep:
                 yield _from_filters(run, hypothesis, used, first_CK)
                 continue
