@@ -16,7 +16,7 @@ from torch import Tensor
 from distrecon.expand_cluster.collapse import takes_skip
 from distrecon.expand_cluster.convolution.channels import drop_costs, read_by_next, rows_of, without
 from distrecon.expand_cluster.convolution.network import ConvNet
-from distrecon.expand_cluster.convolution.projection import Projected
+from distrecon.expand_cluster.convolution.projection import Projected, Readout
 from distrecon.expand_cluster.neurons import LayerClustering
 from distrecon.expand_cluster.problem import Problem
 from distrecon.expand_cluster.signs import flip_constant
@@ -54,6 +54,8 @@ def projected(problem: Problem, net: ConvNet, skip: bool) -> Projected:
     outputs, inputs = data.y_QO.shape[1], data.x_QI.shape[1] if skip else 0
     unknowns = net.num_features + inputs + 1 + math.ceil(net.num_parameters / outputs)
     rows = EQUATIONS * unknowns
+    if net.activation.symmetry == "scaled":  # units that seldom respond show in some of many queries
+        rows = max(rows, problem.config.solver.rows)
     return Projected(net, data.x_QI[:rows], data.y_QO[:rows], skip)
 
 
@@ -149,3 +151,27 @@ def _turned(found: Fitted) -> Tensor:
     terms_CE = -flip_constant(net.activation) * torch.einsum("icm,ocm->coi", linear_ICM, readout_OCM).flatten(1)
     shares_C = torch.linalg.lstsq(terms_CE.T, found.linear_OI.flatten()[:, None], driver="gelsd").solution[:, 0]
     return net.flatten([torch.where(shares_C[:, None] > 0.5, -matrix, matrix)])
+
+
+def turned_last(problem: Problem, net: ConvNet, theta_P: Tensor) -> Tensor:
+    """theta with the last hidden layer's channels turned round that a linear path beside that layer explains.
+
+    As `_turned`, where what the layer reads is not the inputs: the path is linear in all that it reads, position by
+    position. Left as they are where max pooling tells the signs.
+    """
+    stage, data = net.hypothesis.stages[-1], problem.data
+    if stage.pool > 1 or not takes_skip(net.activation):
+        return theta_P
+    here, matrices = net.trace(theta_P, data.x_QI)[-1], net.matrices(theta_P)
+    path_QF = matrices[-1][:, :-1] @ here.read_QKL  # the units' own linear terms
+    features_QF = here.after.flatten(1)
+    ones_Q1 = features_QF.new_ones(len(features_QF), 1)
+    solved = Readout.of(torch.cat([features_QF, path_QF.flatten(1), ones_Q1], dim=1), data.y_QO)
+    count = net.num_features
+    readout_FO, linear_FO = solved.coefficients_FO[:count], solved.coefficients_FO[count : 2 * count]
+    kappa = flip_constant(net.activation)
+    shape = (net.widths[-1], -1)
+    against_C = (linear_FO + kappa * readout_FO).unflatten(0, shape).square().sum((1, 2))
+    for_C = linear_FO.unflatten(0, shape).square().sum((1, 2))
+    matrices[-1] = torch.where((against_C < for_C)[:, None], -matrices[-1], matrices[-1])
+    return net.flatten(matrices)

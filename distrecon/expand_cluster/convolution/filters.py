@@ -25,8 +25,8 @@ REACHES = (300.0, 1000.0, 100.0, 3000.0)  # of the places, in standard inputs, i
 PLACES = 3000  # looked at, for each reach
 APART = 1.0  # half the distance of the two points of a place, in standard inputs
 BENDS = 1e-4  # of the largest second difference seen: places that bend less are straight
-EXAMINED = 160  # places of a reach whose Jacobians are taken
-STEP = 2e-3  # of the differences
+EXAMINED = 120  # places of a reach whose Jacobians are taken
+STEP = 3e-4  # of the differences
 ALONE = 1e-5  # ratio of the second singular value of the Jacobians' difference to the first, where one unit changes
 EMPTY = 1e-5  # of a filter's largest weight: what its direction has elsewhere
 SAME_FILTER = 1e-3  # distance of unit vectors that are one filter; they are found to 1e-8
@@ -124,13 +124,19 @@ def _places(box: BlackBox, hypothesis: Hypothesis, reach: float, generator: torc
 
 
 def _window(image: Tensor, hypothesis: Hypothesis) -> Tensor | None:
-    """The part of a direction [C, H, W] that one whole filter reads; None where it is not that."""
+    """The part of a direction [C, H, W] that one whole filter reads; None where it is not that.
+
+    At a padded border the difference of two filters that take turns in a max pooling may be cut to a filter's size.
+    """
     stage = hypothesis.stages[0]
     seen_HW = image.abs().amax(0) > EMPTY * image.abs().max()
     rows, columns = seen_HW.any(1).nonzero()[:, 0], seen_HW.any(0).nonzero()[:, 0]
     corner = []
-    for places, kernel in ((rows, stage.kernel[0]), (columns, stage.kernel[1])):
+    border = stage.padding > 0 and stage.pool > 1 and not stage.average
+    for places, kernel, side in zip((rows, columns), stage.kernel, image.shape[1:], strict=True):
         low, high = int(places[0]), int(places[-1])
+        if border and (low == 0 or high == side - 1):
+            return None
         if high - low + 1 != kernel or (low + stage.padding) % stage.stride:
             return None
         corner.append(low)
@@ -138,14 +144,10 @@ def _window(image: Tensor, hypothesis: Hypothesis) -> Tensor | None:
 
 
 def jacobians(box: BlackBox, x_SI: Tensor, step: float) -> Tensor:
-    """[S, O, I] by five-point differences."""
+    """[S, O, I] by central differences."""
     moves_II = step * torch.eye(box.inputs, dtype=torch.float64)
-
-    def change(multiple: int) -> Tensor:
-        up, down = (box((x_SI[:, None] + sign * multiple * moves_II).flatten(0, 1)) for sign in (1, -1))
-        return (up - down).unflatten(0, (len(x_SI), -1))
-
-    return ((8 * change(1) - change(2)) / (12 * step)).transpose(1, 2)
+    up, down = (box((x_SI[:, None] + sign * moves_II).flatten(0, 1)) for sign in (1, -1))
+    return ((up - down).unflatten(0, (len(x_SI), -1)) / (2 * step)).transpose(1, 2)
 
 
 def _with_size(box: BlackBox, activation: Activation, places: Places, group: np.ndarray, unit: float) -> Tensor:
@@ -175,6 +177,6 @@ def _with_size(box: BlackBox, activation: Activation, places: Places, group: np.
 
 def _along(box: BlackBox, x_TI: Tensor, direction_I: Tensor, order: int, step: float) -> Tensor:
     """First or second derivatives [T, O] along a direction."""
-    step = step if order == 1 else 10 * step
+    step = step if order == 1 else 50 * step
     up_TO, down_TO = box(x_TI + step * direction_I), box(x_TI - step * direction_I)
     return (up_TO - down_TO) / (2 * step) if order == 1 else (up_TO + down_TO - 2 * box(x_TI)) / step**2

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.blackbox import BlackBox, OutOfQueries
-from distrecon.expand_cluster.convolution.exact import Fitted, exact_network
+from distrecon.expand_cluster.convolution.exact import Fitted, exact_network, turned_last
 from distrecon.expand_cluster.convolution.filters import find_filters
 from distrecon.expand_cluster.convolution.hypothesis import Hypothesis
+from distrecon.expand_cluster.convolution.kinks import Layer, known_layers, next_layer, signs_by_pooling
 from distrecon.expand_cluster.convolution.network import Chain, ConvNet
 from distrecon.expand_cluster.convolution.students import collapse, expand
 from distrecon.expand_cluster.convolution.weakness import weakness
@@ -31,7 +32,7 @@ from distrecon.expand_cluster.thresholds import UNDERFIT_SOLVED
 from distrecon.expand_cluster.verdict import agreement, judge_network
 from distrecon.nets.activations import activation as find_activation
 
-STUDENTS = 3  # of a round, unless the settings say how many
+STUDENTS = 2  # of a round, unless the settings say how many
 LEAST_GUESS = 4  # channels that a layer is taken to have at first
 SCALE_ROUNDS = (1.0, 1.0, 2.0, 2.0, 0.5, 0.5)  # of the probes in the rounds, in turn
 
@@ -58,6 +59,9 @@ def _rounds(run: Run, hypothesis: Hypothesis) -> Iterator[Recovery]:
     deep = len(hypothesis.stages) > 1
     with run.timed("queries"):
         coordinates = isotropic(run.box, run.generator)
+    if deep and run.activation.name == "relu":
+        yield _from_kinks(run, hypothesis, coordinates)
+        return
     guess, first_CK = run.config.students.width or LEAST_GUESS, None
     count = run.config.students.count or STUDENTS
     for attempt in range(run.config.budget.attempts):
@@ -93,6 +97,34 @@ def _rounds(run: Run, hypothesis: Hypothesis) -> Iterator[Recovery]:
             break
 
 
+def _from_kinks(run: Run, hypothesis: Hypothesis, coordinates: Coordinates) -> Recovery:
+    """Several layers of relu, one after the other from where they bend, then fitted."""
+    unit, generator = coordinates.scale, run.generator
+    with run.timed("kinks"):
+        filters = find_filters(run.box, hypothesis, run.activation, generator, unit)
+        layer = None if filters is None else Layer(filters.first_CK, filters.bends_CSI, 1.0)
+        known: list[Tensor] = []
+        while layer is not None:
+            known.append(layer.matrix_CK)
+            run.progress(f"layer {len(known)}", len(layer.matrix_CK))
+            last = hypothesis.stages[len(known) - 1]
+            if last.pool > 1 and not last.average:
+                sign_C = signs_by_pooling(*known_layers(hypothesis, known, run.activation), layer.bends_CSI)
+                known[-1] = sign_C[:, None] * known[-1]
+            if len(known) == len(hypothesis.stages) or run.out_of_time():
+                break
+            layer = next_layer(run.box, hypothesis, known, run.activation, unit, generator)
+    if len(known) < len(hypothesis.stages):
+        reason = f"no kinks of hidden layer {len(known) + 1} show a unit of such a network"
+        return nothing(run.box, run.activation.name, hypothesis, reason)
+    net, theta_P = known_layers(hypothesis, known, run.activation)
+    assert layer is not None
+    problem = _problem(run, net, coordinates, torch.cat(layer.bends_CSI))
+    with run.timed("collapse"):
+        found = exact_network(problem, net, turned_last(problem, net, theta_P))
+    return conclude(run, problem, hypothesis, found, {"recover/students": 0})
+
+
 def _from_filters(run: Run, hypothesis: Hypothesis, coordinates: Coordinates, first_CK: Tensor) -> Recovery:
     """One hidden layer whose filters are known, nearly and up to their signs."""
     pooled = hypothesis.stages[0].pool > 1 and not hypothesis.stages[0].average
@@ -104,9 +136,9 @@ def _from_filters(run: Run, hypothesis: Hypothesis, coordinates: Coordinates, fi
     return conclude(run, problem, hypothesis, found, {"recover/students": 0})
 
 
-def _problem(run: Run, net: ConvNet, coordinates: Coordinates) -> Problem:
+def _problem(run: Run, net: ConvNet, coordinates: Coordinates, bends_SI: Tensor | None = None) -> Problem:
     unknowns = net.num_parameters + run.box.outputs * (net.num_features + 1)
-    return run.problem(Probes(coordinates), unknowns)
+    return run.problem(Probes(coordinates, bends_SI), unknowns)
 
 
 def conclude(run: Run, problem: Problem, hypothesis: Hypothesis, found: Fitted, metrics: dict[str, Any]) -> Recovery:
