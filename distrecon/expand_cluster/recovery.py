@@ -262,7 +262,7 @@ def _attempts(run: Run) -> Recovery:
         recovery = recover_from_saturation(run, coordinates)
         if recovery is not None and recovery.verified:
             return recovery
-        best = _better(recovery, best) if recovery is not None else best
+        best = better(recovery, best) if recovery is not None else best
     for attempt in range(run.config.budget.attempts):
         if derivatives and (attempt or not solved(run, _students(run, coordinates.rank, guess))):
             recovery, derivatives = recover_from_derivatives(run, coordinates), False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.certificate import Certificate, Dense
+from distrecon.expand_cluster.convolution.files import write_chain
 from distrecon.expand_cluster.convolution.hypothesis import Hypothesis
 from distrecon.expand_cluster.convolution.network import Chain
 from distrecon.expand_cluster.diagnosis import Finding
@@ -91,14 +92,21 @@ class Recovery:
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Write the network as safetensors: layer<i>.weight, layer<i>.bias, and what it is as metadata."""
+        """Write the network as safetensors: layer<i>.weight, layer<i>.bias, and what it is as metadata.
+
+        Of a convolutional network the state dict of `function.module()`.
+        """
         metadata = {
             "activation": self.activation,
             "sizes": "-".join(map(str, layer_sizes(self.weights))),
             "verified": str(self.verified),
             "reason": self.reason,
         }
-        write_weights(Path(path), self.weights, metadata)
+        network = self.function
+        if isinstance(network, Chain):
+            write_chain(Path(path), network, metadata)
+        else:
+            write_weights(Path(path), self.weights, metadata)
 
 
 def better(new: Recovery, old: Recovery | None) -> Recovery:

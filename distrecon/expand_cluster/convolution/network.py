@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from distrecon.expand_cluster.convolution.hypothesis import Hypothesis, Stage
 from distrecon.expand_cluster.weights import Weights
 from distrecon.nets.activations import Activation
+from distrecon.nets.architectures import Architecture, ChainArchitecture
+from distrecon.nets.layers import Layer
+from distrecon.nets.trace import of_module
 
 MODULES = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "softplus": nn.Softplus, "silu": nn.SiLU}
 MODULES |= {"gelu": nn.GELU, "leaky_relu": nn.LeakyReLU}
@@ -217,7 +220,22 @@ class Chain:
         out, features = self.weights[-1][0].shape
         module = nn.Sequential(*found, nn.Flatten(), nn.Linear(features, out)).double()
         layers = [layer for layer in module if isinstance(layer, nn.Conv2d | nn.Linear)]
-        with torch.no_grad():
-            for layer, (w, b) in zip(layers, self.weights, strict=True):
-                layer.load_state_dict({"weight": w, "bias": b})
+        for layer, (w, b) in zip(layers, self.weights, strict=True):
+            layer.load_state_dict({"weight": w, "bias": b})
         return module
+
+    def architecture(self) -> Architecture:
+        """That of its module's state dict: a chain of layers where nets know such, else derived from the module."""
+        stages, module = self.hypothesis.stages, self.module()
+        monotone = self.activation.name not in ("gelu", "silu")  # nets' chains pool before the activation
+        if any(s.stride > 1 or s.average or (s.pool > 1 and not monotone) for s in stages):
+            return of_module(module, torch.zeros(1, *self.hypothesis.input_shape, dtype=torch.float64))
+        names = [name for name, layer in module.named_children() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        layers, positions = list[Layer](), 1
+        for name, (w, b), stage in zip(names, self.weights, (*stages, None), strict=True):
+            if stage is None or stage.dense:
+                layers.append(Layer(name, w.shape[1], len(b), positions=positions))
+            else:
+                layers.append(Layer(name, w.shape[1], len(b), stage.kernel[0], stage.padding, stage.pool))
+            positions = 1 if stage is None else stage.positions
+        return ChainArchitecture("recovered", tuple(layers), self.activation.name, self.hypothesis.input_shape)
