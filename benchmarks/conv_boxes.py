@@ -106,7 +106,8 @@ def solve(box: Box, seed: int) -> list[Row]:
     result = recover_network(module, box.shape, box.activation, seed=seed, layers=box.taken or box.layers)
     row: Row = {"cpu_seconds": time.process_time() - cpu, "seconds": time.monotonic() - wall}
     layers = [layer for layer in module if isinstance(layer, nn.Conv2d | nn.Linear)]
-    truth: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in layers]
+    states = [layer.state_dict() for layer in layers]
+    truth: list[tuple[Tensor, Tensor]] = [(state["weight"], state["bias"]) for state in states]
     found = result.hypothesis.text if result.hypothesis else ""
     exact, distance = False, float("nan")
     if found == box.layers and result.layer_sizes == list(box.widths):

@@ -31,6 +31,7 @@ ALONE = 1e-5  # ratio of the second singular value of the Jacobians' difference 
 EMPTY = 1e-5  # of a filter's largest weight: what its direction has elsewhere
 SAME_FILTER = 1e-3  # distance of unit vectors that are one filter; they are found to 1e-8
 PROFILE, PROFILE_POINTS = 3.0, 61  # half length, and points, of the lines on which size and bias are found
+SUM = 1e-5  # what is left of a direction beside those of other filters, if it is a sum of them
 TWICE = 2  # places that must show a filter: one alone may be an accident
 ENOUGH = 3  # places of every channel at which no more are looked for
 
@@ -75,7 +76,7 @@ def find_filters(
         parts.append(_places(box, hypothesis, reach, generator, unit))
         found = Places.join(parts)
         if len(found.x_SI) > 1:
-            groups = [group for group in _channels(found.filter_SK) if len(group) >= TWICE]
+            groups = _channels(found.filter_SK)
             if groups and min(map(len, groups)) >= ENOUGH:
                 break
     if not groups:
@@ -85,8 +86,21 @@ def find_filters(
 
 
 def _channels(filter_SK: Tensor) -> list[np.ndarray]:
-    """Indices of the places of each channel: those of the same direction, up to its sign."""
-    return members(average_linkage(filter_SK, "odd"), SAME_FILTER)
+    """Indices of the places of each channel: those of the same direction, up to its sign, the most frequent first.
+
+    Where the units of one position alone are on, a unit of the next layer bends along a sum of their filters: such a
+    direction, rarer than theirs, is no filter.
+    """
+    groups = [group for group in members(average_linkage(filter_SK, "odd"), SAME_FILTER) if len(group) >= TWICE]
+    kept: list[np.ndarray] = []
+    for group in sorted(groups, key=len, reverse=True):
+        before_KC, direction_K = filter_SK[[other[0] for other in kept]].T, filter_SK[group[0]]
+        if 0 < len(kept) < len(direction_K):
+            part_C = torch.linalg.lstsq(before_KC, direction_K[:, None]).solution
+            if (before_KC @ part_C - direction_K[:, None]).norm() < SUM:
+                continue
+        kept.append(group)
+    return kept
 
 
 def _places(box: BlackBox, hypothesis: Hypothesis, reach: float, generator: torch.Generator, unit: float) -> Places:
