@@ -23,6 +23,7 @@ from distrecon.expand_cluster.signs import flip_constant
 from distrecon.expand_cluster.thresholds import CONVERGED, FREE_DROP, KEEPS_FIT, NEARLY_EXACT
 
 EQUATIONS = 3  # for every unknown of a fit
+KINKED_STEPS = 15  # of the fit of a relu network of several layers
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ def projected(problem: Problem, net: ConvNet, skip: bool) -> Projected:
 def fit(problem: Problem, net: ConvNet, theta_P: Tensor, skip: bool, tolerance: float = CONVERGED) -> Fitted:
     """All weights from theta, by variable projection."""
     target = projected(problem, net, skip)
-    theta_P = target.fit(theta_P, problem.config.solver.iterations, tolerance, problem.deadline).theta_NP[0]
+    steps = problem.config.solver.iterations
+    if net.activation.symmetry == "scaled" and len(net.widths) > 1:  # from where kinks put it, or not at all
+        steps = min(steps, KINKED_STEPS)
+    theta_P = target.fit(theta_P, steps, tolerance, problem.deadline).theta_NP[0]
     return solved(problem, net, theta_P, skip)
 
 

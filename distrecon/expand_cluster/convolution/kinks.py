@@ -36,7 +36,8 @@ SHARED = 5  # weights that two rows must share
 TARGETED, CLIMBS, CLIMB = 0.7, 12, 0.25  # share of the segments that are moved to where units respond seldom; steps at
 # most, and their size over the distance from the centre
 LOUD = 0.7  # of those, where a unit is to respond; elsewhere none is
-ROUNDS = 6  # of segments for a layer
+SAMPLE, SELDOM = 2000, 0.02  # inputs at which it is counted how often units respond; rates below which all count alike
+ROUNDS = 10  # of segments for a layer
 SILENT = 1e-6  # of a row's largest coefficient: what does not respond
 
 
@@ -102,10 +103,11 @@ def _towards_rare(net: ConvNet, theta_P: Tensor, x_QI: Tensor, generator: torch.
 
     Units of the next layer that seldom respond do so there, and weights for units that seldom respond show there.
     """
-    count, units = len(x_QI), net.widths[-1] * net.hypothesis.stages[-1].before[0] * net.hypothesis.stages[-1].before[1]
+    count = len(x_QI)
+    rate_U = (net.trace(theta_P, x_QI[:SAMPLE])[-1].before_QCL.flatten(1) > 0).double().mean(0)
     steps_Q = torch.randint(CLIMBS + 1, (count,), generator=generator)
     steps_Q[torch.rand(count, generator=generator) > TARGETED] = 0
-    target_Q1 = torch.randint(units, (count, 1), generator=generator)
+    target_Q1 = torch.multinomial(1 / (rate_U + SELDOM), count, replacement=True, generator=generator)[:, None]
     quiet_Q = torch.rand(count, generator=generator, dtype=torch.float64)
     loud_Q1 = (torch.rand(count, 1, generator=generator) < LOUD).double()
     size_Q1 = x_QI.norm(dim=1, keepdim=True)
