@@ -27,7 +27,7 @@ from distrecon.autoencoder.coder import Coder, CoderConfig, chain
 from distrecon.autoencoder.transformer import Projection
 from distrecon.errors import UserError
 from distrecon.nets import Architecture
-from distrecon.nets.kronecker import factors, from_layer_matrices, layer_by_layer, layer_matrices, models_at_once
+from distrecon.nets.kronecker import factors, layer_by_layer, models_at_once
 
 SMALLEST_DEVIATION = 1e-6  # of a latent number, relative to the largest
 SMALLEST_SCALE = 1e-3  # of a latent number in the behavioural metric: some change no output of the sample at all
@@ -46,7 +46,7 @@ def fit(
     few_BP, center_P = theta_BP[few], theta_BP.mean(0)
     found = factors(arch, few_BP, queries[: config.fisher_queries].to(few_BP), config.fisher_temperature)
     tensors, eigenvalues, importance, sensitivity = {"center_P": center_P}, [], [], []
-    for i, (layer, difference_BOF) in enumerate(zip(found, layer_matrices(arch, few_BP - center_P), strict=True)):
+    for i, (layer, difference_BOF) in enumerate(zip(found, arch.table.as_matrices(few_BP - center_P), strict=True)):
         tensors[f"moment{i}_FF"] = layer.inputs.mean(0)
         value_BF, basis_BFF = leading(torch.lerp(layer.inputs, tensors[f"moment{i}_FF"], config.activation_shared))
         variance_BF = (difference_BOF.double() @ basis_BFF).square().mean(1)
@@ -92,7 +92,7 @@ class Walk:
         self.queries = tensors["queries"][: config.activation_queries]
         self.moments = [tensors[f"moment{i}_FF"].double() for i in layers]
         self.bases = [tensors[f"basis{i}_FK"].double() for i in layers]
-        self.centers = [m[0] for m in layer_matrices(self.arch, tensors["center_P"][None])]
+        self.centers = [m[0] for m in self.arch.table.as_matrices(tensors["center_P"][None])]
         self.sizes = [len(c) * b.shape[1] for c, b in zip(self.centers, self.bases, strict=True)]
 
     def encode(self, theta_BP: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Walk:
         return torch.cat([self._encode(part) for part in parts])
 
     def _encode(self, theta_BP: Tensor) -> Tensor:
-        matrices, latents = layer_matrices(self.arch, theta_BP.to(self.queries)), []
+        matrices, latents = self.arch.table.as_matrices(theta_BP.to(self.queries)), []
 
         def project(i: int, basis: Tensor) -> Tensor:
             latents.append((matrices[i] - self.centers[i]) @ basis)
@@ -136,7 +136,7 @@ class Walk:
         return [z.unflatten(1, (len(center), -1)) for z, center in pieces]
 
     def _weights(self, z_BZ: Tensor, bases: Sequence[Tensor]) -> Tensor:
-        return from_layer_matrices([self._matrix(i, z, bases[i]) for i, z in enumerate(self._latents(z_BZ))])
+        return self.arch.table.of_matrices([self._matrix(i, z, bases[i]) for i, z in enumerate(self._latents(z_BZ))])
 
     def _bases(self, latent: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Each layer's components [B or 1, F, K], from `latent(index, components)` [B, O, K] of the layers below."""

@@ -64,7 +64,8 @@ class Fit(Protocol):
     def __call__(
         self, config: CoderConfig, arch: Architecture, theta_BP: Tensor, mean_P: Tensor, std_P: Tensor, queries: Tensor
     ) -> dict[str, Tensor]:
-        """Tensors by name, from models in canonical order and a few query inputs [Q, ...]."""
+        """Tensors by name, from models in canonical order, as `arch.to_logarithms` gives them, and a few query inputs
+        [Q, ...]."""
 
 
 class Coder(nn.Module, ABC):

@@ -66,7 +66,7 @@ def jacobian_rows(arch: Architecture, theta_BP: Tensor, inputs: Tensor, temperat
     theta_BP = theta_BP.detach().requires_grad_(True)
     rows = []
     for i in range(len(inputs)):
-        logits_BC = arch.forward(theta_BP, inputs[i : i + 1])[:, 0]
+        logits_BC = arch.forward(arch.from_logarithms(theta_BP), inputs[i : i + 1])[:, 0]
         p_BC = (logits_BC.detach() / temperature).softmax(1)
         weighted_BC = p_BC.sqrt() * (logits_BC - (p_BC * logits_BC).sum(1, keepdim=True))
         for c in range(arch.num_outputs):

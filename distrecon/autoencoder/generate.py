@@ -150,11 +150,15 @@ def finetuned(arch: Architecture, theta_MP: Tensor, images: ImageSet, epochs: in
 # -- baselines ---------------------------------------------------------------------------------------------------------
 
 
-def noisy(good_NP: Tensor, std_P: Tensor, scale: float, count: int, seed: int) -> Tensor:
-    """Good models drawn at random plus normal noise of `scale` deviations of each layer's weights: [count, P]."""
+def noisy(arch: Architecture, good_NP: Tensor, std_P: Tensor, scale: float, count: int, seed: int) -> Tensor:
+    """Good models drawn at random plus normal noise of `scale` deviations of each layer's weights: [count, P].
+
+    Of variances, the logarithms get the noise.
+    """
     draw = torch.Generator().manual_seed(seed)
     pick_M = torch.randint(len(good_NP), (count,), generator=draw)
-    return good_NP[pick_M] + scale * std_P * torch.randn(count, good_NP.shape[1], generator=draw)
+    step_MP = scale * std_P * torch.randn(count, good_NP.shape[1], generator=draw)
+    return arch.from_logarithms(arch.to_logarithms(good_NP[pick_M]) + step_MP)
 
 
 def averaged(arch: Architecture, good_NP: Tensor, count: int, seed: int, share: float = 0.5) -> Tensor:
@@ -172,7 +176,7 @@ def matched_noise(
     """The noise scale whose mean accuracy on validation images is nearest to `accuracy`, over the first few models."""
 
     def gap(scale: float) -> float:
-        noisy_MP = noisy(good_NP, std_P, scale, min(count, SEARCH_MODELS), seed)
+        noisy_MP = noisy(arch, good_NP, std_P, scale, min(count, SEARCH_MODELS), seed)
         scores = evaluate(arch, noisy_MP, images.validation.images, images.validation.labels_Q)
         return abs(float(scores.accuracy_B.mean()) - accuracy)
 
@@ -220,7 +224,7 @@ def generate(
     reached = float(evaluate(arch, headline, images.validation.images, images.validation.labels_Q).accuracy_B.mean())
     scale = matched_noise(arch, good_NP, std_P, reached, images, config.samples, seed)
     metrics["generate/baseline_noise/scale"] = scale
-    report("generate/baseline_noise", noisy(good_NP, std_P, scale, config.samples, seed))
+    report("generate/baseline_noise", noisy(arch, good_NP, std_P, scale, config.samples, seed))
     report("generate/baseline_average", averaged(arch, good_NP, config.samples, seed))
     if len(judge.heldout_BP) > 1:
         report("generate/baseline_heldout", judge.heldout_BP)

@@ -47,13 +47,17 @@ class Basis:
         return self._product(rows, transpose=True)
 
     def _product(self, rows: Tensor, transpose: bool) -> Tensor:
+        if not len(self.scales_K):
+            return rows
         flat = rows.reshape(-1, rows.shape[-1])
         turned = torch.ormqr(self.reflectors_DK, self.scales_K, flat, left=False, transpose=transpose)
         return turned.view(rows.shape)
 
 
 def eigenbasis(moment_DD: Tensor) -> Basis:
-    """Of a symmetric matrix, the largest eigenvalue first."""
+    """Of a symmetric matrix, the largest eigenvalue first; of a diagonal one, given as [D], the axes as they are."""
+    if moment_DD.ndim == 1:
+        return Basis(moment_DD, moment_DD.new_empty(len(moment_DD), 0), moment_DD.new_empty(0))
     values_D, vectors_DD = torch.linalg.eigh(moment_DD)
     return Basis(values_D.clamp_min(0).flip(0), *torch.geqrf(vectors_DD.flip(1)))
 

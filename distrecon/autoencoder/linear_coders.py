@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distrecon.autoencoder import fisher, kronecker_map
-from distrecon.autoencoder.coder import Coder, CoderConfig, chain
+from distrecon.autoencoder.coder import Coder, CoderConfig
 from distrecon.autoencoder.transformer import Block, Norm, Positions, Projection
-from distrecon.nets import Architecture
-from distrecon.nets.kronecker import factors, from_layer_matrices, layer_matrices
+from distrecon.nets import Architecture, ChainArchitecture, ModuleArchitecture, kronecker, traced_kronecker
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:
@@ -118,6 +117,13 @@ class FisherPCA(LinearCoder):
         return fisher.decode(self.fitted[zoo], z_BZ)
 
 
+def factors(arch: Architecture, theta_BP: Tensor, inputs: Tensor, temperature: float) -> list[kronecker.Factors]:
+    """Those of `kronecker.py`, by kernels of chains of layers or by the graph of a traced module."""
+    if isinstance(arch, ChainArchitecture):
+        return kronecker.factors(arch, theta_BP, inputs, temperature)
+    return traced_kronecker.factors(cast(ModuleArchitecture, arch), theta_BP, inputs, temperature)
+
+
 class KroneckerPCA(LinearCoder):
     """The map of `kronecker_map.py`."""
 
@@ -126,29 +132,27 @@ class KroneckerPCA(LinearCoder):
         config: CoderConfig, arch: Architecture, theta_BP: Tensor, mean_P: Tensor, std_P: Tensor, queries: Tensor
     ) -> dict[str, Tensor]:
         """The map's tensors (see `kronecker_map.fit`)."""
-        layers = chain(arch, config.kind)
         few = torch.linspace(0, len(theta_BP) - 1, min(config.fisher_models, len(theta_BP))).round().long()
-        found = factors(layers, theta_BP[few], queries[: config.fisher_queries].to(theta_BP), config.fisher_temperature)
+        few_BP, inputs = arch.from_logarithms(theta_BP[few]), queries[: config.fisher_queries].to(theta_BP)
         sides = [
             kronecker_map.Sides(*(kronecker_map.eigenbasis(m.mean(0).to(theta_BP)) for m in (f.outputs, f.inputs)))
-            for f in found
+            for f in factors(arch, few_BP, inputs, config.fisher_temperature)
         ]
         budget = config.latent * arch.num_tokens
-        return kronecker_map.fit(sides, layer_matrices(layers, theta_BP), budget, config.kronecker_damping)
+        return kronecker_map.fit(sides, arch.table.as_matrices(theta_BP), budget, config.kronecker_damping)
 
     def flat_noise(self, noise_BF: Tensor, zoo: int) -> Tensor:
         return kronecker_map.flattened(self.fitted[zoo], noise_BF.to(self.fitted[zoo]["scale_Z"])).to(noise_BF)
 
     def compress(self, x_BP: Tensor, zoo: int) -> Tensor:
         tensors = self.fitted[zoo]
-        layers = chain(self.architectures[zoo], "kronecker_pca")
-        matrices = layer_matrices(layers, x_BP * tensors["std_P"] + tensors["mean_P"])
+        matrices = self.architectures[zoo].table.as_matrices(x_BP * tensors["std_P"] + tensors["mean_P"])
         return kronecker_map.compress(tensors, kronecker_map.coordinates(tensors, matrices))
 
     def expand(self, z_BZ: Tensor, zoo: int) -> Tensor:
         tensors = self.fitted[zoo]
         matrices = kronecker_map.matrices(tensors, kronecker_map.expand(tensors, z_BZ))
-        return (from_layer_matrices(matrices) - tensors["mean_P"]) / tensors["std_P"]
+        return (self.architectures[zoo].table.of_matrices(matrices) - tensors["mean_P"]) / tensors["std_P"]
 
 
 class Corrected(LinearCoder):

@@ -1,8 +1,8 @@
 """The weight autoencoder as users see it: weights in, latents out, and back.
 
-It knows its architectures, how weights are standardised (one mean and deviation a layer, over a sample of the zoo), the
-reference that models are aligned to, and a few query inputs for refinement. The learned maps are those of a coder, one
-of `coders.CODERS`.
+It knows its architectures, how weights are standardised (one mean and deviation a layer, over a sample of the zoo;
+variances by their logarithms), the reference that models are aligned to, and a few query inputs for refinement. The
+learned maps are those of a coder, one of `coders.CODERS`.
 
 Legend: B models, P parameters, T tokens, Z latent size, Q queries, F features.
 """
@@ -57,10 +57,10 @@ def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
         raise UserError(f"an autoencoder of {arch.name} needs a sample of at least 2 models, not {len(sample_BP)}")
     check_finite(sample_BP, "the zoo's sample")
     reference_P = _reference(arch, sample_BP) if config.data.align else sample_BP[0]
-    set_P = arch.standardised_together_P
+    numbers_BP, set_P = arch.to_logarithms(sample_BP), arch.standardised_together_P
     mean_P, std_P = torch.empty_like(reference_P), torch.empty_like(reference_P)
     for i in range(int(set_P.max()) + 1):
-        values = sample_BP[:, set_P == i]
+        values = numbers_BP[:, set_P == i]
         mean_P[set_P == i], std_P[set_P == i] = values.mean(), values.std().clamp_min(1e-8)
     pool = query_pool("data", zoo.images, arch, REFINE_QUERIES, config.seed).to(sample_BP)
     tensors = {"reference_P": reference_P, "mean_P": mean_P, "std_P": std_P, "queries": pool}
@@ -68,7 +68,7 @@ def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
     if any(fits):
         canonical_BP = align(arch, sample_BP, reference_P) if config.data.align else sample_BP
         for fit in dict.fromkeys(f for f in fits if f is not None):  # the Fisher coders' is the loss's
-            tensors |= fit(config.model, arch, canonical_BP, mean_P, std_P, pool)
+            tensors |= fit(config.model, arch, arch.to_logarithms(canonical_BP), mean_P, std_P, pool)
     return tensors
 
 
@@ -191,10 +191,14 @@ class Autoencoder(nn.Module):
         return aligned_BP.to(theta_BP.device)
 
     def standardise(self, theta_BP: Tensor, zoo: int) -> Tensor:
-        return (theta_BP - self.fitted(zoo, "mean_P")) / self.fitted(zoo, "std_P")
+        """x[B, P]: weights, and of variances the logarithms, less their mean, over their deviation."""
+        numbers_BP = self.architectures[zoo].to_logarithms(theta_BP)
+        return (numbers_BP - self.fitted(zoo, "mean_P")) / self.fitted(zoo, "std_P")
 
     def unstandardise(self, x_BP: Tensor, zoo: int) -> Tensor:
-        return x_BP * self.fitted(zoo, "std_P") + self.fitted(zoo, "mean_P")
+        """The inverse of `standardise`; variances are never below zero."""
+        numbers_BP = x_BP * self.fitted(zoo, "std_P") + self.fitted(zoo, "mean_P")
+        return self.architectures[zoo].from_logarithms(numbers_BP)
 
     def encode(
         self, theta_BP: Tensor, refine: int = 0, zoo: int | Architecture | None = None, refiner: str = "gauss_newton"

@@ -84,8 +84,8 @@ def views(
     if kind == "noise":
         draw = generator(config.seed, batch.epoch, batch.step, 0)
         noise_GP = torch.randn(batch.global_size, arch.num_parameters, generator=draw)
-        noisy_BP = theta_BP + config.data.noise * std_P * noise_GP[b].to(theta_BP, non_blocking=True)
-        return torch.stack([theta_BP, noisy_BP])
+        step_BP = config.data.noise * std_P * noise_GP[b].to(theta_BP, non_blocking=True)
+        return torch.stack([theta_BP, arch.from_logarithms(arch.to_logarithms(theta_BP) + step_BP)])
     units = [group.units for group in arch.groups]
     if config.data.align:
         return torch.stack([theta_BP, permute(arch, theta_BP, list(order_2BU[1].split(units, dim=1)))])
@@ -402,11 +402,12 @@ class Training:
         kind, autoencoder = self.config.loss.structural, self.autoencoder
         if kind == "layer":
             return losses.structural(x_hat - x)
-        theta, difference = autoencoder.unstandardise(x, zoo), (x_hat - x) * autoencoder.fitted(zoo, "std_P")
+        std_P = autoencoder.fitted(zoo, "std_P")
+        numbers, difference = x * std_P + autoencoder.fitted(zoo, "mean_P"), (x_hat - x) * std_P
         if kind == "fisher":
             return fisher.weighted(autoencoder.coder.fitted[zoo], x_hat - x)
         if kind == "token":
-            return losses.structural_per_token(self.zoos[zoo].architecture, difference, theta)
+            return losses.structural_per_token(self.zoos[zoo].architecture, difference, numbers)
         return losses.structural(difference)
 
     def _targets(

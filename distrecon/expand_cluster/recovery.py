@@ -54,6 +54,7 @@ Start = Callable[[str, RecoveryConfig, str], Run]
 
 LEAST_GUESS = 4  # neurons that a black box is taken to have at first
 SCALE_ROUNDS = (1.0, 2.0, 0.5)  # of the probes in the rounds of students, in turn
+REACH = 100.0  # of the probes' deviations: where probes still learn more than slopes
 
 UNKNOWN = "unknown"
 BRIEF_STUDENTS, BRIEF_ITERATIONS = 3, 40  # of the trial fits with every activation
@@ -274,8 +275,8 @@ def _attempts(run: Run) -> Recovery:
         best, committee = better(outcome.recovery, best), outcome.committee
         if outcome.recovery.verified or run.out_of_time():
             break
-        if outcome.recovery.contradictions_QI is not None:
-            contradictions_QI = outcome.recovery.contradictions_QI
+        if (within_QI := _within_reach(outcome.recovery.contradictions_QI, coordinates)) is not None:
+            contradictions_QI = within_QI
             coordinates = _coordinates(run, contradictions_QI)
         loss = outcome.recovery.metrics["recover/student_loss_best"]
         if outcome.underfit and not run.config.students.width and (loss > UNDERFIT or attempt % 2 == 0):
@@ -284,6 +285,14 @@ def _attempts(run: Run) -> Recovery:
             patience *= 2
     assert best is not None
     return best
+
+
+def _within_reach(x_QI: Tensor | None, coordinates: Coordinates) -> Tensor | None:
+    """Those inputs from which probes learn more than slopes far out; None where there is none."""
+    if x_QI is None:
+        return None
+    distance_Q = (x_QI @ coordinates.to_RI.T).norm(dim=1) / coordinates.rank**0.5
+    return x_QI[distance_Q < REACH] if (distance_Q < REACH).any() else None
 
 
 def _students(run: Run, rank: int, guess: int) -> DenseNet:

@@ -144,7 +144,8 @@ def judge_network(
             left = f"{math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
             objection = f"the best fit leaves a relative error of {left}"
         if objection:
-            return Verdict(objection, certificate, _contradictions(comparison, x_QI) if exact else None)
+            contradictions_QI = _contradictions(comparison, x_QI) if train_loss <= floor else None
+            return Verdict(objection, certificate, contradictions_QI)
         relative_O = tolerance.unit_O / spread_O
         return Verdict(weakness(probes_QI, relative_O), certificate)
 

@@ -29,6 +29,7 @@ from distrecon.nets.layers import Chain, Layer, convolutions
 from distrecon.nets.table import Axis, Entry, Group, Rows, Table
 
 CHUNK_NUMBERS = 60_000_000  # intermediate numbers of a chunk in `plain.forward`: 240 MB in float32; fewer elsewhere
+SMALLEST_VARIANCE = 1e-5  # what normalisation commonly adds to a variance: smaller ones are as good as zero
 
 
 class Architecture(ABC):
@@ -84,6 +85,14 @@ class Architecture(ABC):
 
     def remeasured(self, theta_BP: Tensor, inputs: Tensor) -> Tensor:
         """theta with the normalisation statistics that these inputs give."""
+        return theta_BP
+
+    def to_logarithms(self, theta_BP: Tensor) -> Tensor:
+        """theta with logarithms in the places of variances: what can be added to and scaled freely."""
+        return theta_BP
+
+    def from_logarithms(self, theta_BP: Tensor) -> Tensor:
+        """The inverse of `to_logarithms`; no variance is below zero, whatever the numbers are."""
         return theta_BP
 
     def describe(self) -> str:
@@ -379,7 +388,7 @@ class ModuleArchitecture(Architecture):
             )
         return self.module
 
-    def _on(self, device: torch.device) -> nn.Module:
+    def running_on(self, device: torch.device) -> nn.Module:
         """The module with its constants on the device; left alone where they are, since transforms of autograd do not
         bear a module's being moved."""
         module = self.running
@@ -394,19 +403,36 @@ class ModuleArchitecture(Architecture):
         if not len(theta_BP) or not len(inputs):
             return theta_BP.new_zeros(len(theta_BP), len(inputs), self.num_outputs)
         chunk = max(1, functional.NUMBERS // (len(inputs) * self.widest))
-        module = self._on(theta_BP.device)
+        module = self.running_on(theta_BP.device)
         return functional.forward(module, self.table, theta_BP, inputs, chunk if chunk < len(theta_BP) else None)
 
     def train_step(self, theta_BP: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.has_statistics:
             return self.forward(theta_BP, inputs), None
-        return functional.train(self._on(theta_BP.device), self.table, theta_BP, inputs)
+        return functional.train(self.running_on(theta_BP.device), self.table, theta_BP, inputs)
 
     def remeasured(self, theta_BP: Tensor, inputs: Tensor) -> Tensor:
         if not self.has_statistics:
             return theta_BP
         chunk = max(1, functional.NUMBERS // (len(inputs) * self.widest))
-        return functional.remeasure(self._on(theta_BP.device), self.table, theta_BP, inputs, chunk)
+        return functional.remeasure(self.running_on(theta_BP.device), self.table, theta_BP, inputs, chunk)
+
+    @cached_property
+    def _variances(self) -> Tensor:
+        return self.table.places(("variance",))
+
+    def to_logarithms(self, theta_BP: Tensor) -> Tensor:
+        """Logarithms of variances and SMALLEST_VARIANCE; differentiable."""
+        return self._at_variances(theta_BP, lambda v: (v.clamp_min(0) + SMALLEST_VARIANCE).log())
+
+    def from_logarithms(self, theta_BP: Tensor) -> Tensor:
+        return self._at_variances(theta_BP, lambda v: (v.exp() - SMALLEST_VARIANCE).clamp_min(0))
+
+    def _at_variances(self, theta_BP: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        if not len(self._variances):
+            return theta_BP
+        places = self._variances.to(theta_BP.device)
+        return theta_BP.index_copy(-1, places, function(theta_BP.index_select(-1, places)))
 
     def with_module(self, module: nn.Module, make: Callable[[], nn.Module] | None = None) -> ModuleArchitecture:
         """The same, able to run; UserError that names the first entry in which the module differs."""

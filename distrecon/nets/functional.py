@@ -29,13 +29,13 @@ NUMBERS = 1 << 26  # intermediate numbers of a chunk's widest operation: 256 MB 
 
 def forward(module: nn.Module, table: Table, theta_BP: Tensor, inputs: Tensor, chunk: int | None) -> Tensor:
     """outputs[B, Q, C] of B models on shared inputs."""
-    state, dims = _state(table, theta_BP)
+    state, dims = states(table, theta_BP)
     return _mapped(module, dims, chunk)(state, _typed(inputs, theta_BP))
 
 
 def train(module: nn.Module, table: Table, theta_BP: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """outputs[B, Q, C] normalised by the batch, and theta with the running statistics moved as the module says."""
-    state, dims = _state(table, theta_BP)
+    state, dims = states(table, theta_BP)
     moved = [e.name for e in table.entries if e.role in ("mean", "variance")]
     state |= {name: state[name].detach().clone() for name in moved}
     with _measuring(module):
@@ -63,7 +63,7 @@ def _typed(inputs: Tensor, theta_BP: Tensor) -> Tensor:
     return inputs.to(theta_BP.dtype) if inputs.is_floating_point() else inputs
 
 
-def _state(table: Table, theta_BP: Tensor) -> tuple[dict[str, Tensor], dict[str, int | None]]:
+def states(table: Table, theta_BP: Tensor) -> tuple[dict[str, Tensor], dict[str, int | None]]:
     """The state dict of B models, [B, *shape] each, and which of its entries differ by model.
 
     A variance is never below zero, whatever numbers a decoder gave.
@@ -86,22 +86,21 @@ def _mapped(module: nn.Module, dims: Mapping[str, int | None], chunk: int | None
     mapped = torch.func.vmap(one, in_dims=(dims, None), chunk_size=chunk)
 
     def call(state: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        with _slow_paths(), _Differentiable():
+        with plain_attention(), _Differentiable():
             return mapped(state, inputs)
 
     return call
 
 
 class _Differentiable(TorchFunctionMode):
-    """Batch normalisation by running statistics as arithmetic: torch's own has no gradient with respect to them."""
+    """Normalisation by running statistics as arithmetic: torch's own has no gradient with respect to them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.batch_norm:
-            return func(*args, **(kwargs or {}))
-        return _batch_norm(*args, **(kwargs or {}))
+        own = {F.batch_norm: batch_norm, F.instance_norm: _instance_norm}.get(func, func)
+        return own(*args, **(kwargs or {}))
 
 
-def _batch_norm(
+def batch_norm(
     x: Tensor,
     mean: Tensor | None,
     variance: Tensor | None,
@@ -119,8 +118,23 @@ def _batch_norm(
     return torch.addcmul(shift.view(shape), x, scale.view(shape))
 
 
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if use_input_stats:
+        return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)  # the same by statistics
+
+
 @contextmanager
-def _slow_paths() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """Attention as operations that vmap knows, not as the fused kernel of a whole layer."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

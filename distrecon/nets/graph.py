@@ -10,7 +10,8 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from distrecon.errors import UserError
-from distrecon.nets import axes, rules, table
+from distrecon.nets import axes, calls, rules, table
 from distrecon.nets.axes import Atom, Label, Stack, fixed, free, parent, pin, settled
-from distrecon.nets.rules import Labels, flatten_labels
+from distrecon.nets.calls import Call, Labels, flatten_labels
 from distrecon.nets.table import Constant, Entry, Group, Rows, Table
 
 COUNTER = "num_batches_tracked"
@@ -35,6 +36,21 @@ NORMS = {  # operation -> roles of its parameters, from its second argument on
     "group_norm": (None, "scale", "shift"),
 }
 WEIGHTED = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """A linear map or a convolution by entries of the state dict."""
+
+    weight: str
+    bias: str | None
+    kernel: tuple[int, ...]  # () for linear maps
+    settings: tuple[Any, ...] = ()  # stride, padding, dilation of a convolution, as far as given
+    groups: int = 1
+
+    @property
+    def spatial(self) -> int:
+        return len(self.kernel)
 
 
 class Graph:
@@ -52,7 +68,7 @@ class Graph:
                     f"{name} cannot run for many models at once: the size of what {node.target} at {where(node)} gives "
                     "depends on numbers"
                 )
-        output = self._output(name)
+        output, self.output_place = self._output(name)
         self.num_outputs = output.meta["val"].shape[1]
         self.widest = max([1, *(v.numel() for node in self.exported.graph.nodes for v in _values(node))]) // max(
             1, len(inputs)
@@ -70,7 +86,7 @@ class Graph:
         for label in self.of[output]:
             pin(label)
 
-    def _output(self, name: str) -> Node:
+    def _output(self, name: str) -> tuple[Node, int]:
         (last,) = (node for node in self.exported.graph.nodes if node.op == "output")
         outputs = [o for o in last.args[0] if isinstance(o, Node)]
         specs = self.exported.graph_signature.output_specs
@@ -78,12 +94,39 @@ class Graph:
         if len(user) != 1 or user[0].meta["val"].ndim != 2:
             shapes = [tuple(o.meta["val"].shape) for o in user]
             raise UserError(f"{name} must give one tensor [inputs, outputs], not {shapes}")
-        return user[0]
+        return user[0], outputs.index(user[0])
 
     def _names(self) -> dict[str, str]:
         """Every name of the state dict -> the first name of the same tensor."""
         first: dict[int, str] = {}
         return {key: first.setdefault(id(tensor), key) for key, tensor in self.state.items()}
+
+    # -- running it ---------------------------------------------------------------------------------------------------
+
+    def arguments(self, state: Mapping[str, Tensor], inputs: Tensor) -> list[Tensor]:
+        """What the exported program reads, in order: entries of a state dict, tensors of its own, the inputs."""
+        own = self.exported.constants
+        targets = [spec.target for spec in self.exported.graph_signature.input_specs]
+        return [
+            inputs if target is None else state[target] if target in state else own[target].to(inputs.device)
+            for target in targets
+        ]
+
+    def weighted_sums(self) -> dict[Node, WeightedSum]:
+        """The nodes that are linear maps or convolutions (none transposed) by an entry whose role is a weight."""
+        found = {}
+        for node in self.exported.graph.nodes:
+            name = _operation(node) if node.op == "call_function" else ""
+            if name not in WEIGHTED or "transpose" in name:
+                continue
+            arguments = [*node.args, *node.kwargs.values()]
+            weight, bias = self._key(arguments[1]), self._key(arguments[2]) if len(arguments) > 2 else None
+            if weight is None or self.roles[weight] != "weight":
+                continue
+            kernel = tuple(self.state[weight].shape[2:])
+            groups = arguments[6] if len(arguments) > 6 else 1
+            found[node] = WeightedSum(weight, bias, kernel, tuple(arguments[3:6]), groups)
+        return found
 
     # -- nodes --------------------------------------------------------------------------------------------------------
 
@@ -91,7 +134,7 @@ class Graph:
         if node.op == "placeholder":
             return self._placeholder(node)
         if node.op == "get_attr":
-            return rules.Tensor(map(fixed, node.meta["val"].shape)) if "val" in node.meta else None
+            return calls.Tensor(map(fixed, node.meta["val"].shape)) if "val" in node.meta else None
         if node.op != "call_function":
             return None
         if node.target is operator.getitem:
@@ -103,7 +146,7 @@ class Graph:
         name = _operation(node)
         self._layers(node, name)
         values = _values(node)
-        call = rules.Call(args, kwargs, [tuple(v.shape) for v in values], _singly_read(node))
+        call = Call(args, kwargs, [tuple(v.shape) for v in values], _singly_read(node))
         found = rules.RULES[name](call) if name in rules.RULES else NotImplemented
         if found is NotImplemented:
             return self._without_rule(node, call)
@@ -115,18 +158,18 @@ class Graph:
             return None
         key = self.names.get(self.fqn.get(node.name, ""))
         if key is None or not value.is_floating_point() or not node.users:
-            return rules.Tensor(map(fixed, value.shape))
+            return calls.Tensor(map(fixed, value.shape))
         if key not in self.labels:
-            self.labels[key] = rules.Tensor(map(free, value.shape))
+            self.labels[key] = calls.Tensor(map(free, value.shape))
         return self.labels[key]
 
-    def _without_rule(self, node: Node, call: rules.Call) -> Any:
+    def _without_rule(self, node: Node, call: Call) -> Any:
         tensors = flatten_labels([*call.args, *call.kwargs.values()])
         if any(not a.pinned for t in tensors for label in t for s in settled(label) for a in s):
             self.notes.append(f"{node.target} at {where(node)} has no rule: the axes of what it reads keep their order")
         for label in (label for t in tensors for label in t):
             pin(label)
-        results = [rules.Tensor(map(fixed, shape)) for shape in call.shapes]
+        results = [calls.Tensor(map(fixed, shape)) for shape in call.shapes]
         return results[0] if isinstance(node.meta.get("val"), Tensor) else results
 
     # -- layers -------------------------------------------------------------------------------------------------------
@@ -278,7 +321,9 @@ def exported(module: nn.Module, inputs: Tensor, name: str) -> torch.export.Expor
             return torch.export.export(module, (inputs,), strict=False)
         except Exception as error:  # whatever the module itself raises, too
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            said = lines[0] if lines else repr(error)
+            at = [i for i, line in enumerate(lines) if line.startswith("The following call raised this error")]
+            code = lines[at[0] + 1 : at[0] + 3] if at else []  # the line of the module's own code
+            said = ": ".join([lines[0] if lines else repr(error), *code])
             raise UserError(f"{name} cannot be traced on inputs {tuple(inputs.shape)}: {said}") from error
 
 

@@ -1,9 +1,9 @@
 """What a layer reads and how its sums change the outputs: the two sides of its Kronecker-factored Gauss-Newton matrix.
 
-A layer's weights and biases are one matrix W [O, F], the bias its last column, which reads a constant one. With a what
-the layer reads at one position of one input, and g the gradient of an output with respect to the layer's sums there,
-the layer's block of the Gauss-Newton matrix is about the Kronecker product of (Martens and Grosse 2015, K-FAC;
-Grosse and Martens 2016 for convolutions)
+A layer's weights and biases are one matrix W [O, F] (`Table.matrices`), the bias its last column, which reads a
+constant one. With a what the layer reads at one position of one input, and g the gradient of an output with respect to
+the layer's sums there, the layer's block of the Gauss-Newton matrix is about the Kronecker product of (Martens and
+Grosse 2015, K-FAC; Grosse and Martens 2016 for convolutions)
 
     A = mean of a a^T over inputs and positions   [F, F]
     S = mean over inputs of the sum of g g^T over positions and outputs   [O, O]
@@ -12,7 +12,7 @@ Legend: B models, P parameters, Q inputs, C classes, O a layer's outputs, F its 
 positions) at which it reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,16 +24,6 @@ from distrecon.nets.layers import Chain
 
 PLACES = 4096  # at which a layer's second moment is taken: a sample of them, the same for all models
 READ_NUMBERS = 60_000_000  # of all that the widest layer reads, held at once: 240 MB in float32
-
-
-def layer_matrices(chain: Chain, theta_BP: Tensor) -> list[Tensor]:
-    """Each layer's weights and biases as one matrix [B, O, F], the bias last."""
-    return [torch.cat([w.flatten(2), b[:, :, None]], 2) for w, b in chain.weights_and_biases(theta_BP)]
-
-
-def from_layer_matrices(matrices: Sequence[Tensor]) -> Tensor:
-    """theta[B, P], the inverse of `layer_matrices`."""
-    return torch.cat([part for m in matrices for part in (m[:, :, :-1].flatten(1), m[:, :, -1])], dim=1)
 
 
 def models_at_once(chain: Chain, inputs: int) -> int:
@@ -72,7 +62,7 @@ def layer_by_layer(chain: Chain, inputs: Tensor, choose: Callable[[int, Tensor],
 
 @dataclass(frozen=True)
 class Factors:
-    """Of one layer, for each model: `inputs` A [B, F, F] and `outputs` S [B, O, O], float64."""
+    """Of one layer, for each model: `inputs` A [B, F, F] and `outputs` S [B, O, O], float64; [B, D] where diagonal."""
 
     inputs: Tensor
     outputs: Tensor

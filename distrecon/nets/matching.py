@@ -17,8 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from distrecon.nets.architectures import Architecture, ChainArchitecture
-from distrecon.nets.symmetries import permute
-from distrecon.nets.table import Entry, Table
+from distrecon.nets.table import Axis, Entry, Table
 
 SWEEPS = 10  # over the groups, at most: it ends when no assignment improves
 
@@ -32,46 +31,119 @@ def align(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
     if not arch.groups or not len(theta_BP):
         return theta_BP.clone()
     reference_P = reference_P.to(theta_BP)
-    swept_BP = _swept(arch, theta_BP, reference_P)
+    swept_BP = _swept(arch.table, theta_BP, reference_P)
     if isinstance(arch, ChainArchitecture):
         return swept_BP
-    other_BP = _swept(arch, _from_below(arch, theta_BP, reference_P), reference_P)
+    other_BP = _swept(arch.table, _from_below(arch.table, theta_BP, reference_P), reference_P)
     nearer_B = (other_BP - reference_P).norm(dim=1) < (swept_BP - reference_P).norm(dim=1)
     return torch.where(nearer_B[:, None], other_BP, swept_BP)
 
 
-def _swept(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
-    """Coordinate descent from the models as they are."""
-    aligned_BP, active = theta_BP.clone(), torch.arange(len(theta_BP))
-    reference = arch.table.tensors(reference_P[None])
-    everything = set(range(len(arch.groups)))
-    squared = [_squared(arch.table, members) for members in _families(arch.table)]
+def _swept(table: Table, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
+    """Coordinate descent from the models as they are.
+
+    A family is assigned again only where what it is assigned by has changed: an order of groups that share a tensor.
+    """
+    tensors = [tensor.clone() for tensor in table.tensors(theta_BP)]
+    reference, squares_B = table.tensors(reference_P[None]), theta_BP.square().sum(1)
+    families, everything = _families(table), set(range(len(table.groups)))
+    touched = [sorted({e for group in members for e in table.entries_of(group)}) for members in families]
+    twice = [_squared(table, members) for members in families]
+    shares_FF = torch.tensor([[not {*a}.isdisjoint(b) for b in touched] for a in touched])
+    shares_FF.diagonal().copy_(torch.tensor(twice))  # an order found is the best, unless it moved what found it
+    stale_BF = torch.ones(len(theta_BP), len(families), dtype=torch.bool)
     for _ in range(SWEEPS):
-        changed = torch.zeros(len(active), dtype=torch.bool)
-        for members, twice in zip(_families(arch.table), squared, strict=True):
-            orders, improved = _assigned(arch.table, aligned_BP[active], reference, members, everything)
-            moved_BP = _moved(arch, aligned_BP[active], members, orders, improved)
-            if twice:  # the assignment took the other axis of the same tensor as it was
-                gain_B = ((moved_BP - aligned_BP[active]) * reference_P).sum(1)
-                improved &= (gain_B > 1e-9 * aligned_BP[active].square().sum(1)).cpu()
-                moved_BP = torch.where(improved[:, None].to(moved_BP.device), moved_BP, aligned_BP[active])
-            changed |= improved
-            aligned_BP[active] = moved_BP
-        active = active[changed]
-        if not len(active):
+        for f, members in enumerate(families):
+            rows_b = stale_BF[:, f].nonzero()[:, 0]
+            if not len(rows_b):
+                continue
+            stale_BF[rows_b, f] = False
+            given = {e: _rows(tensors[e], rows_b) for e in touched[f]}
+            orders, improved_b = _assigned(table, given, reference, members, everything)
+            if not improved_b.any():
+                continue
+            moved = {e: _reordered(table, e, given[e], orders) for e in touched[f]}
+            if twice[f]:  # the assignment took the other axis of the same tensor as it was
+                gain_b = sum(((moved[e] - given[e]) * reference[e]).flatten(1).sum(1) for e in touched[f])
+                improved_b &= (gain_b > 1e-9 * squares_B[rows_b]).cpu()
+            rows_b = rows_b[improved_b]
+            for e in touched[f]:
+                tensors[e][rows_b] = _rows(moved[e], improved_b.nonzero()[:, 0])
+            stale_BF[rows_b] |= shares_FF[f]
+        if not stale_BF.any():
             break
-    return aligned_BP
+    return torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
 
 
-def _from_below(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
+def _from_below(table: Table, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
     """Each group ordered by those tensors alone whose other groups are ordered already."""
-    reference, known = arch.table.tensors(reference_P[None]), set[int]()
-    everyone = torch.ones(len(theta_BP), dtype=torch.bool)
-    for members in _families(arch.table):
-        orders, _ = _assigned(arch.table, theta_BP, reference, members, known)
-        theta_BP = _moved(arch, theta_BP, members, orders, everyone)
+    reference, known = table.tensors(reference_P[None]), set[int]()
+    tensors = dict(enumerate(table.tensors(theta_BP)))
+    for members in _families(table):
+        orders, _ = _assigned(table, tensors, reference, members, known)
+        for e in {e for group in members for e in table.entries_of(group)}:
+            tensors[e] = _reordered(table, e, tensors[e], orders)
         known |= set(members)
-    return theta_BP
+    return torch.cat([tensors[e].flatten(1) for e in range(len(tensors))], dim=1)
+
+
+def _rows(tensor: Tensor, rows_b: Tensor) -> Tensor:
+    return tensor if len(rows_b) == len(tensor) else tensor[rows_b]
+
+
+def _reordered(table: Table, number: int, t_BN: Tensor, orders: dict[int, Tensor]) -> Tensor:
+    """One entry of every model with these groups in these orders [B, units]."""
+    entry = table.entries[number]
+    indices = [_along(table, axis, orders) for axis in entry.axes]
+    if any(index_Bn is None for index_Bn in indices):
+        return _gathered(table, entry, t_BN, orders)
+    for a, index_Bn in enumerate(indices):
+        if index_Bn is not None and len(index_Bn):
+            index_Bn = index_Bn.to(t_BN.device)
+            if len(t_BN) == 1:
+                t_BN = t_BN.index_select(1 + a, index_Bn[0])
+            else:
+                shape = [len(t_BN), *[1] * a, -1, *[1] * (t_BN.ndim - a - 2)]
+                t_BN = t_BN.gather(1 + a, index_Bn.view(shape).expand_as(t_BN))
+    return t_BN
+
+
+def _along(table: Table, axis: Axis, orders: dict[int, Tensor]) -> Tensor | None:
+    """What each place of an axis reads, [B, n]; empty where nothing moves; None where that depends on other axes."""
+    if not any(group in orders for segment in axis for group, _ in segment):
+        return torch.empty(0)
+    count, parts, start = len(next(iter(orders.values()))), [], 0
+    for segment in axis:
+        size = inner = prod(n for _, n in segment)
+        index_Bn, units = torch.full((count, size), start), {}
+        for group, n in segment:
+            inner //= n
+            unit_n = torch.arange(size) // inner % n
+            if group is None or group not in orders:
+                index_Bn += unit_n * inner
+                continue
+            units[group], of = unit_n, table.groups[group]
+            if of.within is not None and of.within not in units:
+                return None
+            block_n = units[of.within] if of.within is not None else torch.zeros_like(unit_n)
+            index_Bn += orders[group][:, block_n * of.size + unit_n] * inner
+        parts.append(index_Bn)
+        start += size
+    return torch.cat(parts, dim=1)
+
+
+def _gathered(table: Table, entry: Entry, t_BN: Tensor, orders: dict[int, Tensor]) -> Tensor:
+    """`_reordered` for any entry, number by number."""
+    count = len(t_BN)
+    identity = [torch.arange(g.size).repeat(g.blocks).expand(count, -1) for g in table.groups]
+    order_BU = torch.cat([orders.get(i, order) for i, order in enumerate(identity)], dim=1)
+    index_BN = torch.arange(entry.size).expand(count, -1).clone()
+    for group, unit_N, step_N in table.factors_of(entry):
+        if group in orders:
+            has_N = step_N > 0
+            moved_Bn = order_BU[:, unit_N[has_N]] - torch.cat(identity, dim=1)[:, unit_N[has_N]]
+            index_BN[:, has_N] += moved_Bn * step_N[has_N]
+    return t_BN.flatten(1).gather(1, index_BN.to(t_BN.device)).view(t_BN.shape)
 
 
 def _families(table: Table) -> list[list[int]]:
@@ -83,22 +155,14 @@ def _families(table: Table) -> list[list[int]]:
     ]
 
 
-def _moved(arch: Architecture, theta_BP: Tensor, members: list[int], orders: list[Tensor], chosen_B: Tensor) -> Tensor:
-    """The chosen models with these groups in these orders."""
-    permutation = []
-    for i, group in enumerate(arch.groups):
-        identity = torch.arange(group.size).repeat(group.blocks).expand(len(theta_BP), -1)
-        own = orders[members.index(i)] if i in members else identity
-        permutation.append(torch.where(chosen_B[:, None], own, identity))
-    return permute(arch, theta_BP, permutation)
-
-
 def _assigned(
-    table: Table, theta_BP: Tensor, reference: list[Tensor], members: list[int], known: set[int]
-) -> tuple[list[Tensor], Tensor]:
-    """The best orders of a group and those within it, others staying, and which models they bring nearer."""
+    table: Table, tensors: dict[int, Tensor], reference: list[Tensor], members: list[int], known: set[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """The best orders of a group and those within it, others staying, and which models they bring nearer.
+
+    Of the models' tensors those that have one of these groups are read.
+    """
     group, *children = members
-    tensors = table.tensors(theta_BP)
     gain_BHH = _gains(table, tensors, reference, [group], children, known)[:, :, :, 0, 0].numpy()
     best: list[np.ndarray] = []
     stay_B = np.einsum("bhh->b", gain_BHH)
@@ -114,7 +178,8 @@ def _assigned(
     matched_B = np.take_along_axis(gain_BHH, order_BH[:, :, None], 2).sum((1, 2))
     inner = [np.take_along_axis(o, order_BH[:, :, None, None], 2)[:, :, 0] for o in best]  # of [B, H, H, D]: [B, H, D]
     improved_B = torch.from_numpy(matched_B > stay_B + 1e-9 * scale_B)
-    return [torch.from_numpy(order_BH), *(torch.from_numpy(o).flatten(1) for o in inner)], improved_B
+    found = [order_BH, *(order.reshape(len(order), -1) for order in inner)]
+    return {g: torch.from_numpy(order) for g, order in zip(members, found, strict=True)}, improved_B
 
 
 def _each_assigned(gain_BHHDD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,20 +191,26 @@ def _each_assigned(gain_BHHDD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _gains(
-    table: Table, tensors: list[Tensor], reference: list[Tensor], groups: list[int], without: list[int], known: set[int]
+    table: Table,
+    tensors: dict[int, Tensor],
+    reference: list[Tensor],
+    groups: list[int],
+    without: list[int],
+    known: set[int],
 ) -> Tensor:
     """Inner product [B, H, H, D, D] won by putting each model's unit (h', d') where the reference has unit (h, d).
 
     Of the tensors that have all of `groups` (D is 1 for a single one), none of `without`, and no others but known ones.
     """
     sizes = [table.groups[g].size for g in groups] + [1] * (2 - len(groups))
-    gain = torch.zeros(len(tensors[0]), sizes[0], sizes[0], sizes[1], sizes[1], dtype=torch.float64)
+    count = len(next(iter(tensors.values())))
+    gain = torch.zeros(count, sizes[0], sizes[0], sizes[1], sizes[1], dtype=torch.float64)
     for number in table.entries_of(groups[-1]):
         entry, present = table.entries[number], table.groups_of(number)
         if present & set(without) or not present <= {*known, *groups}:
             continue
         for places in _occurrences(entry, groups):
-            a_HDX, b_BHDX = (_units_first(t[number], entry, places, sizes) for t in (reference, tensors))
+            a_HDX, b_BHDX = (_units_first(t, entry, places, sizes) for t in (reference[number], tensors[number]))
             gain += torch.einsum("hdx,bkex->bhkde", a_HDX[0], b_BHDX).double().cpu()
     return gain
 

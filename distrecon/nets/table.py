@@ -10,7 +10,7 @@ Legend: B models, P parameters, U units of all groups, T tokens, D token size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
@@ -63,6 +63,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """Entries as one matrix [O, F]: a weight and, where it has one, its bias as last column; others as one row each."""
+
+    entries: tuple[int, ...]
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class Constant:
     """An entry of the state dict that holds whole numbers, the same in all models (counters of batches are zero)."""
 
@@ -104,8 +113,11 @@ class Table:
 
     def tensors(self, theta_BP: Tensor) -> list[Tensor]:
         """Views of theta: each entry as [B, *shape]."""
-        parts = theta_BP.split([entry.size for entry in self.entries], dim=1)
+        parts = self._parts(theta_BP)
         return [part.unflatten(1, e.shape or (1,)) for part, e in zip(parts, self.entries, strict=True)]
+
+    def _parts(self, theta_BP: Tensor) -> tuple[Tensor, ...]:
+        return theta_BP.split([entry.size for entry in self.entries], dim=1)
 
     def places(self, roles: tuple[str, ...]) -> Tensor:
         """The positions in theta of the entries with these roles."""
@@ -141,6 +153,34 @@ class Table:
 
     def _per_entry(self, values: list[int]) -> Tensor:
         return torch.repeat_interleave(torch.tensor(values), torch.tensor([entry.size for entry in self.entries]))
+
+    # -- matrices -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Every entry in one matrix, in the order of their first entries."""
+        found = []
+        for layer in self.layers:
+            roles = {self.entries[e].role: e for e in layer.entries}
+            both = tuple(roles[role] for role in ("weight", "bias") if role in roles and "weight" in roles)
+            for members in ([both] if both else []) + [(e,) for e in layer.entries if e not in both]:
+                rows = self.entries[members[0]].shape[0] if members == both else 1
+                found.append(Matrix(members, rows, sum(self.entries[e].size for e in members) // rows))
+        return tuple(sorted(found, key=lambda matrix: matrix.entries))
+
+    def as_matrices(self, theta_BP: Tensor) -> list[Tensor]:
+        """theta as `matrices`, [B, O, F] each."""
+        parts = self._parts(theta_BP)
+        each = ([parts[e].unflatten(1, (m.rows, -1)) for e in m.entries] for m in self.matrices)
+        return [torch.cat(columns, dim=2) if len(columns) > 1 else columns[0] for columns in each]
+
+    def of_matrices(self, matrices: Sequence[Tensor]) -> Tensor:
+        """theta[B, P], the inverse of `as_matrices`."""
+        parts: dict[int, Tensor] = {}
+        for matrix, value_BOF in zip(self.matrices, matrices, strict=True):
+            columns = value_BOF.split([self.entries[e].size // matrix.rows for e in matrix.entries], dim=2)
+            parts |= {e: part.flatten(1) for e, part in zip(matrix.entries, columns, strict=True)}
+        return torch.cat([parts[e] for e in self._numbers], dim=1)
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
@@ -184,7 +224,7 @@ class Table:
 
         `order` are the orders of all units and, at U, a zero. Each factor of a parameter's axes has its pair.
         """
-        slots: list[list[tuple[int, Tensor, Tensor]]] = [self._of_entry(entry) for entry in self.entries]
+        slots: list[list[tuple[int, Tensor, Tensor]]] = [self.factors_of(entry) for entry in self.entries]
         count, none = max([0, *map(len, slots)]), self.firsts[-1]
         units = torch.full((count, self.num_parameters), none)
         steps = torch.zeros(count, self.num_parameters, dtype=torch.long)
@@ -196,7 +236,7 @@ class Table:
         start_P = torch.arange(self.num_parameters) - (identity_U[units] * steps).sum(0)
         return start_P, list(zip(units, steps, strict=True))
 
-    def _of_entry(self, entry: Entry) -> list[tuple[int, Tensor, Tensor]]:
+    def factors_of(self, entry: Entry) -> list[tuple[int, Tensor, Tensor]]:
         """(group, unit of each number, step in theta) for each place that groups take in the entry's axes."""
         shape = entry.shape or (1,)
         local: dict[int, Tensor] = {}  # group -> which of its units each number belongs to, -1 for none

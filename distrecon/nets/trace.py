@@ -139,26 +139,18 @@ class _Naming(Interpreter):
 
 def _failing(found: graph.Graph, arch: ModuleArchitecture, theta_BP: Tensor, error: Exception) -> str:
     """The node of the graph that fails, or the error itself where the graph does not."""
-    state, dims = functional._state(arch.table, theta_BP)
+    state, dims = functional.states(arch.table, theta_BP)
     program = found.exported
-    names = [
-        program.graph_signature.inputs_to_parameters.get(n.name)
-        or program.graph_signature.inputs_to_buffers.get(n.name)
-        for n in program.graph.nodes
-        if n.op == "placeholder"
-    ]
-    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-    example = next(n.meta["val"] for n, name in zip(placeholders, names, strict=True) if name is None)
+    example = next(n.meta["val"] for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
     inputs = torch.zeros(example.shape, dtype=torch.float64 if example.is_floating_point() else example.dtype)
 
     def one(state: dict[str, Tensor]) -> object:
-        arguments = [state[name] if name in state else inputs for name in names]
-        return _Naming(program.graph_module).run(*arguments)
+        return _Naming(program.graph_module).run(*found.arguments(state, inputs))
 
     try:
         torch.func.vmap(one, in_dims=(dims,))(state)
     except UserError as named:
-        return str(named)
+        return str(named).splitlines()[0]
     except Exception:
         pass
     return str(error).splitlines()[0]

@@ -58,8 +58,8 @@ def test_the_components_are_those_of_what_each_decoded_layer_reads(small, others
     """What is left out of each layer is what the decoded layers below hardly show it: the least eigenvalues' share."""
     decoded = small.decode(small.encode(others))
     read = [layer.inputs for layer in kronecker.factors(ARCH, decoded, small.fitted(0, "queries")[:200])]
-    center = kronecker.layer_matrices(ARCH, small.fitted(0, "center_P")[None])
-    pairs = zip(kronecker.layer_matrices(ARCH, others), kronecker.layer_matrices(ARCH, decoded), strict=True)
+    center = ARCH.table.as_matrices(small.fitted(0, "center_P")[None])
+    pairs = zip(ARCH.table.as_matrices(others), ARCH.table.as_matrices(decoded), strict=True)
     for i, (full_BOF, kept_BOF) in enumerate(pairs):
         count = small.fitted(0, f"basis{i}_FK").shape[1]
         own_BFF = torch.lerp(read[i], small.fitted(0, f"moment{i}_FF"), small.config.model.activation_shared)

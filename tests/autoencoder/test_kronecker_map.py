@@ -6,7 +6,7 @@ import torch
 from distrecon.autoencoder import Training, ZooSample, kronecker_map
 from distrecon.autoencoder.kronecker_map import Sides, eigenbasis, eigenbasis_of_columns
 from distrecon.images import load
-from distrecon.nets import architecture, kronecker
+from distrecon.nets import architecture
 from tests.autoencoder.small import random_models, related_models, tiny
 
 ARCH = architecture("cnn_small")
@@ -132,10 +132,10 @@ def coder(kind="kronecker_pca", latent=10, models=24):
 def test_the_coder_is_the_map_in_weights():
     autoencoder, others = coder(), random_models(ARCH, 3, first_seed=500).double()
     tensors = autoencoder.statistics[0].tensors
-    z_BZ, back = rebuilt(tensors, kronecker.layer_matrices(ARCH, others))
+    z_BZ, back = rebuilt(tensors, ARCH.table.as_matrices(others))
     assert autoencoder.latent_shape() == (10 * ARCH.num_tokens,)
     torch.testing.assert_close(autoencoder.encode(others), z_BZ)
-    torch.testing.assert_close(autoencoder.decode(z_BZ), kronecker.from_layer_matrices(back))
+    torch.testing.assert_close(autoencoder.decode(z_BZ), ARCH.table.of_matrices(back))
 
 
 def test_the_coder_is_exact_at_full_size_with_a_sample_of_two():

@@ -1,5 +1,7 @@
 """Autoencoders of torch modules: pieces of rows, windows of tokens, statistics measured again, files."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -139,3 +141,59 @@ def test_permutation_views_of_modules_keep_functions(arch, images, theta_BP):
 def test_coders_of_chains_refuse_modules(arch, images, theta_BP):
     with pytest.raises(UserError, match="chains of layers"):
         Training(tiny(model__kind="activation_pca"), [ZooSample(arch, theta_BP[:16], images)], 1)
+
+
+@pytest.mark.parametrize("kind", ["kronecker_pca", "kronecker_residual"])
+def test_the_kronecker_coder_has_room_for_everything_or_what_matters(arch, images, theta_BP, kind, tmp_path):
+    """With a latent as large as the model nothing is lost; with a small one, the directions that matter are kept."""
+    config = tiny(model__kind=kind, model__latent=arch.token_size, data__align=False)
+    autoencoder = Training(config, [ZooSample(arch, theta_BP[:16], images)], 1).autoencoder
+    torch.testing.assert_close(
+        autoencoder.decode(autoencoder.encode(theta_BP[16:])), theta_BP[16:], rtol=1e-3, atol=1e-4
+    )
+    save_autoencoder(tmp_path, autoencoder)
+    z = autoencoder.encode(theta_BP[:2])
+    torch.testing.assert_close(load_autoencoder(tmp_path).decode(z), autoencoder.decode(z))
+    inputs, errors = images.train.images[:64], []
+    for small in (kind, "fisher_pca"):
+        settings = {"model__fisher_metric": "structural", "model__fisher_blocks": "layer"}
+        config = tiny(model__kind=small, model__latent=1, data__align=False, **settings)
+        autoencoder = Training(config, [ZooSample(arch, theta_BP[:16], images)], 1).autoencoder
+        back_BP = autoencoder.decode(autoencoder.encode(theta_BP[16:])).detach()
+        errors.append(float((arch.forward(back_BP, inputs) - arch.forward(theta_BP[16:], inputs)).square().mean()))
+        assert float(back_BP[:, arch.table.places(("variance",))].min()) >= 0
+    assert errors[0] < errors[1]
+
+
+def test_two_modules_train_together(images, arch, theta_BP):
+    """Each has its own tokens, tables and queries; a step reads models of one of them; weights find their own zoo."""
+    torch.manual_seed(1)
+    other = of_module(Pooled(), images.train.images[:4], make=Pooled)
+    others_BP = initialise(other, ["module"] * 16, range(16))
+    zoos = [ZooSample(arch, theta_BP[:16], images), ZooSample(other, others_BP, images)]
+    training = Training(tiny(model__token_size=10), zoos, 24)
+    losses = {0: [], 1: []}
+    for step in range(24):
+        zoo = step % 2
+        models = replace(batch(zoos[zoo].sample_BP, step), zoo=zoo)
+        losses[zoo].append(training.step(models)["loss/structural"])
+    for values in losses.values():
+        assert values[-1] < values[0]
+    autoencoder = training.autoencoder
+    for zoo, models_BP in enumerate((theta_BP[16:20], others_BP[:4])):
+        z = autoencoder.encode(models_BP)
+        assert autoencoder.decode(z).shape == models_BP.shape
+        assert z.shape[1:] == autoencoder.latent_shape(zoo)
+    with pytest.raises(UserError, match="fit no architecture"):
+        autoencoder.encode(theta_BP[:2, 1:])
+
+
+class Pooled(torch.nn.Module):
+    """Without batch normalisation: an average, a linear map on places, a layer norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = torch.nn.Conv2d(1, 5, 3), torch.nn.LayerNorm(5), torch.nn.Linear(5, 10)
+
+    def forward(self, x):
+        return self.fc(self.norm(torch.tanh(self.conv(x)).mean((2, 3))))

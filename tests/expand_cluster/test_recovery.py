@@ -18,6 +18,8 @@ from distrecon.expand_cluster import (
     score,
     synthetic_teacher,
 )
+from distrecon.expand_cluster.coordinates import Coordinates
+from distrecon.expand_cluster.recovery import _within_reach
 from distrecon.expand_cluster.teachers import synthetic_problem
 from distrecon.nets.activations import ACTIVATIONS
 
@@ -224,3 +226,15 @@ def test_configuration_round_trips():
     config = settings(students__count=7, clustering__gamma=0.5)
     assert configuration.replace(RecoveryConfig(), configuration.flatten(config)) == config
     assert dataclasses.is_dataclass(config)
+
+
+def test_contradictions_farther_out_than_probes_learn_from_are_left():
+    """At a hundred deviations and more only slopes show: probes drawn there would hide everything else."""
+    eye_II = torch.eye(2, dtype=torch.float64)
+    coordinates = Coordinates(eye_II, eye_II, torch.zeros_like(eye_II), 1.0, 0.0)
+    near_QI = torch.tensor([[30.0, 40.0]], dtype=torch.float64)
+    far_QI = torch.tensor([[3e6, 4e6]], dtype=torch.float64)
+    kept_QI = _within_reach(torch.cat([far_QI, near_QI]), coordinates)
+    assert torch.equal(kept_QI, near_QI)
+    assert _within_reach(far_QI, coordinates) is None
+    assert _within_reach(None, coordinates) is None

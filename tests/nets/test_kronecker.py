@@ -86,22 +86,22 @@ def test_the_product_is_the_gauss_newton_matrix_where_that_factors():
     metric_CC = torch.eye(4, dtype=torch.float64) / 4 - 1 / 16
     gauss_newton_PP = torch.einsum("qcp,cd,qdr->pr", jacobian_QCP, metric_CC, jacobian_QCP) / 6
     step_P = torch.randn(arch.num_parameters, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    step_OF = kron.layer_matrices(arch, step_P[None])[0][0]
+    step_OF = arch.table.as_matrices(step_P[None])[0][0]
     product = torch.einsum("of,fg,pg,op->", step_OF, layer.inputs[0], step_OF, layer.outputs[0])
     torch.testing.assert_close(product, step_P @ gauss_newton_PP @ step_P)
 
 
 def test_layer_matrices_and_back(case):
     theta_BP, _ = case
-    matrices = kron.layer_matrices(ARCH, theta_BP)
+    matrices = ARCH.table.as_matrices(theta_BP)
     assert [tuple(m.shape[1:]) for m in matrices] == [(3, 19), (4, 13), (5, 17)]
     assert torch.equal(matrices[1][:, :, -1], theta_BP[:, ARCH.offsets[2] - 4 : ARCH.offsets[2]])
-    assert torch.equal(kron.from_layer_matrices(matrices), theta_BP)
+    assert torch.equal(ARCH.table.of_matrices(matrices), theta_BP)
 
 
 def test_running_layer_by_layer_meets_what_each_layer_reads(case):
     theta_BP, inputs = case
-    matrices, moments = kron.layer_matrices(ARCH, theta_BP), []
+    matrices, moments = ARCH.table.as_matrices(theta_BP), []
 
     def choose(index, moment):
         moments.append(moment)

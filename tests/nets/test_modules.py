@@ -1,6 +1,7 @@
 """Any torch module as an architecture: its groups are those worked out by hand, and what rests on them holds."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from distrecon.errors import UserError
 from distrecon.nets import Architecture, ModuleArchitecture, align, architecture, permute, random_permutation
 from distrecon.nets.trace import of_module, random_models
-from tests.nets.module_networks import NETWORKS, ResNet20, TorchTransformer
+from tests.nets.module_networks import NETWORKS, ResNet18, ResNet20, TorchTransformer
 
 NAMES = [*NETWORKS, "transformer"]
 
@@ -336,6 +337,60 @@ def test_what_cannot_run_for_many_models_is_named() -> None:
     assert "nonzero" in str(error.value)
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(3, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.lstm(x)[0][:, -1])
+
+
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "named"),
+    [
+        (Recurrent(), torch.randn(2, 4, 3), "aten.lstm.input at lstm of lstm"),
+        (
+            Deciding(),
+            torch.randn(2, 3),
+            r"Deciding cannot be traced .*test_modules.py.*: return self.last\(x if x.sum\(\) > 0",
+        ),
+        (nn.Bilinear(3, 3, 2), torch.randn(2, 3), "missing a required argument: 'input2'"),
+    ],
+)
+def test_what_is_not_supported_is_said_in_one_line(module: nn.Module, inputs: Tensor, named: str) -> None:
+    with pytest.raises(UserError, match=named) as error:
+        of_module(module, inputs)
+    assert "\n" not in str(error.value)
+
+
+def test_normalisation_by_running_statistics_of_each_input_has_gradients_and_normed_weights_a_rule() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv1d(2, 4, 3),
+        nn.InstanceNorm1d(4, affine=True, track_running_stats=True),
+        nn.Flatten(),
+        nn.utils.parametrizations.weight_norm(nn.Linear(12, 5)),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+    ).eval()
+    inputs = torch.randn(2, 2, 5).double()
+    arch = of_module(module, inputs.float())
+    assert [group.size for group in arch.groups] == [4, 5]
+    assert arch.table.notes == ()
+    theta_BP = random_models(arch, 2).requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda theta: arch.forward(theta, inputs), theta_BP[:1].detach().requires_grad_())
+
+
 def test_outputs_must_be_a_matrix() -> None:
     with pytest.raises(UserError, match=r"one tensor \[inputs, outputs\]"):
         of_module(nn.Conv2d(1, 2, 3), torch.randn(2, 1, 5, 5))
@@ -389,22 +444,20 @@ def test_remeasured_statistics_are_those_of_the_inputs() -> None:
     assert moved == {"mean", "variance"}
 
 
-def resnet18() -> nn.Module:
-    """torchvision's, or the same network where torchvision cannot be loaded beside this torch."""
+def torchvision_resnet18() -> nn.Module:
     try:
-        from torchvision.models import resnet18 as published
-    except (ImportError, RuntimeError):
-        from tests.nets.module_networks import ResNet18
-
-        return ResNet18()
-    return published()
+        from torchvision.models import resnet18
+    except (ImportError, RuntimeError) as error:  # its operators are for one build of torch
+        pytest.skip(f"torchvision cannot be loaded beside torch {torch.__version__}: {error}")
+    return resnet18()
 
 
 @pytest.mark.slow
-def test_resnet18() -> None:
+@pytest.mark.parametrize("make", [ResNet18, torchvision_resnet18])
+def test_resnet18(make: Callable[[], nn.Module]) -> None:
     """Eight blocks have a group inside each, and four stages have one residual stream each."""
     torch.manual_seed(0)
-    module, inputs = resnet18().eval(), torch.randn(2, 3, 32, 32)
+    module, inputs = make().eval(), torch.randn(2, 3, 32, 32)
     arch = of_module(module, inputs)
     assert arch.num_parameters == 11_689_512 + 2 * 4800  # and the running statistics
     assert sorted(group.size for group in arch.groups) == sorted([64, 128, 256, 512] + 2 * [64, 128, 256, 512])
