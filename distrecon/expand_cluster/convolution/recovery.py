@@ -34,6 +34,9 @@ from distrecon.nets.activations import activation as find_activation
 
 STUDENTS = 2  # of a round, unless the settings say how many
 LEAST_GUESS = 4  # channels that a layer is taken to have at first
+NO_BETTER = (
+    0.1  # of the best loss of students half as wide: where wider ones leave more, the network is of another kind
+)
 SCALE_ROUNDS = (1.0, 1.0, 2.0, 2.0, 0.5, 0.5)  # of the probes in the rounds, in turn
 
 
@@ -63,7 +66,7 @@ def _rounds(run: Run, hypothesis: Hypothesis) -> Iterator[Recovery]:
         yield _from_kinks(run, hypothesis, coordinates)
         return
     guess, first_CK = run.config.students.width or LEAST_GUESS, None
-    count = run.config.students.count or STUDENTS
+    count, least = run.config.students.count or STUDENTS, math.inf
     for attempt in range(run.config.budget.attempts):
         used = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
         if attempt == (0 if deep else 1):
@@ -91,10 +94,12 @@ def _rounds(run: Run, hypothesis: Hypothesis) -> Iterator[Recovery]:
             "recover/width": wide,
         }
         yield conclude(run, problem, hypothesis, found, metrics)
-        if min(losses) > UNDERFIT_SOLVED and not run.config.students.width:
-            guess *= 2
         if deep and first_CK is None:
             break
+        if min(losses) > UNDERFIT_SOLVED and not run.config.students.width:
+            if min(losses) > NO_BETTER * least:
+                break
+            least, guess = min(losses), 2 * guess
 
 
 def _from_kinks(run: Run, hypothesis: Hypothesis, coordinates: Coordinates) -> Recovery:
