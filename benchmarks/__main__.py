@@ -61,6 +61,7 @@ PARTS = {
     "ablation": Entry("ablation", "Students and clusters: which does the work"),
     "boxes": Entry("boxes", "Black boxes as people have them"),
     "convolutions": Entry("conv_boxes", "Convolutional black boxes recovered"),
+    "placement": Entry("placement", "From a black box to its place in a zoo"),
     "reconstruction": Entry("autoencoder.reconstruction", "Reconstruction by kind of coder, amortised and refined"),
     "controls": Entry("autoencoder.reconstruction", "The same refinement without a learned space"),
     "losses": Entry("autoencoder.losses", "Five combinations of losses"),

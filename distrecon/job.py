@@ -37,7 +37,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "tune_spaces"  # beside the p
 DEFAULT_SPACES = tuple(f"tune_spaces/{name}.yaml" for name in ("loss_weights", "recommended_coder", "student_counts"))
 
 # Settings that say nothing of how an autoencoder is trained; with these alone `train` takes the recommended coder
-NOT_OF_TRAINING = ("model.latent", "data.align", "tasks.", "resources.", "seed")
+NOT_OF_TRAINING = ("model.latent", "data.align", "data.symmetries", "tasks.", "resources.", "seed")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import torch
 
 from distrecon import config as configuration
-from distrecon import console, recording
+from distrecon import console, placing, recording
+from distrecon.autoencoder.place import Place
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover_network, score, synthetic_teacher
 from distrecon.expand_cluster.convolution.hypothesis import UNKNOWN, read_request
 from distrecon.expand_cluster.examination import OUTPUTS
 from distrecon.expand_cluster.sources import Source, load_black_box
 from distrecon.kinds.expand_cluster import KIND, clustering_arrays
+from distrecon.placing import Placer
 from distrecon.record.artifacts import ARRAYS
 from distrecon.record.folder import RunFolder
 
@@ -27,6 +30,7 @@ EXAMPLES = """examples:
   python -m distrecon.recover --teacher net.safetensors --activation tanh
   python -m distrecon.recover --teacher my_module:my_network --input-size 16 --activation unknown
   python -m distrecon.recover --teacher conv.safetensors --input-size 1 8 8 --layers "conv3 linear" --activation tanh
+  python -m distrecon.recover --teacher net.safetensors --autoencoder runs/20260101-120000-train
 
 exit codes: 0 recovered and verified, 1 finished but not verified, 2 the request is wrong, 130 interrupted
 """
@@ -65,6 +69,10 @@ def parser() -> console.Parser:
     parser.add_argument("--answers", type=Path, metavar="FOLDER", help="keeps every answer; none is asked for twice")
     parser.add_argument("--students", type=int, metavar="N", help="a fixed number (default: as many as are needed)")
     parser.add_argument("--queries", type=int, metavar="Q", help="query budget (default: no limit)")
+    parser.add_argument(
+        "--autoencoder", metavar="RUN", help="place the recovered network among the models that it was trained on"
+    )
+    parser.add_argument("--zoo", help="their zoo (default: the run's)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a dotted setting")
     parser.add_argument("--resume", metavar="RUN", help="continue an interrupted recovery, with the same options")
     console.common_options(parser)
@@ -80,8 +88,12 @@ def run(args: argparse.Namespace) -> console.Answer:
     if size is None:
         raise UserError("--input-size is needed for a MODULE:CALLABLE teacher")
     data_QI = _data(args.data) if args.data else None
+    if args.zoo and not args.autoencoder:
+        raise UserError("--zoo is the zoo of --autoencoder RUN: name one")
+    placer = Placer.of(args) if args.autoencoder else None
     folder, teacher = _folder(args), args.teacher or "smoke"
     found: list[Recovery] = []
+    placed: list[str] = []  # lines
 
     def work(folder: RunFolder) -> recording.Result:
         stage = console.Progress("recover")
@@ -107,7 +119,16 @@ def run(args: argparse.Namespace) -> console.Answer:
             metrics = recovery.metrics | score(recovery, source.weights, data_QI)
             recovery = dataclasses.replace(recovery, metrics=metrics)
         found.append(recovery)
-        return recording.Result(recovery.metrics, {"teacher": teacher, **_write(folder, config, args.seed, recovery)})
+        arrays, summary = clustering_arrays(recovery), {}
+        if placer is not None:
+            place, reason = _place(placer, recovery)
+            if place is not None:
+                recovery.metrics |= placing.metrics(place)
+                arrays |= placer.arrays(place)
+            placed.extend([f"not placed   {reason}"] if place is None else placer.lines(place))
+            summary["place"] = {"reason": reason} if place is None else placer.summary(place)
+        summary |= _write(folder, config, args.seed, recovery, arrays)
+        return recording.Result(recovery.metrics, {"teacher": teacher, **summary})
 
     try:
         outcome = recording.record(
@@ -125,17 +146,31 @@ def run(args: argparse.Namespace) -> console.Answer:
         hint = f"continue with the same options and --resume {console.short(folder.path)}"
         raise KeyboardInterrupt(hint) from None
     (recovery,) = found
-    text = f"{recovery.report()}\n\nnetwork  {console.short(folder.models / NETWORK)}"
+    text = "\n".join([recovery.report(), *placed]) + f"\n\nnetwork  {console.short(folder.models / NETWORK)}"
     code = console.DONE if recovery.verified else console.SOME_FAILED
     return recording.answer(outcome, args, "recover", text, code)
 
 
-def _write(folder: RunFolder, config: RecoveryConfig, seed: int, recovery: Recovery) -> dict[str, Any]:
+def _place(placer: Placer, recovery: Recovery) -> tuple[Place | None, str]:
+    """The recovered network's place, or None with the reason: it has none, and the recovery stands without."""
+    if not recovery.verified:
+        return None, "the recovery is not verified"
+    if recovery.odds is not None:
+        return None, "answers that are probabilities leave open what all scores have in common"
+    try:
+        return placer.layers(recovery.weights, recovery.activation), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _write(
+    folder: RunFolder, config: RecoveryConfig, seed: int, recovery: Recovery, arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
     """Writes the network and the figures' arrays; returns the recovery's own keys of summary.json."""
     network = folder.models / NETWORK
     network.unlink(missing_ok=True)  # of an earlier start that broke off after it
     recovery.save(network)
-    np.savez_compressed(folder.models / ARRAYS, allow_pickle=False, **clustering_arrays(recovery))
+    np.savez_compressed(folder.models / ARRAYS, allow_pickle=False, **arrays)  # type: ignore[arg-type]
     return {
         "activation": recovery.activation,
         "verified": recovery.verified,

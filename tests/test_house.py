@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cluster", "report"),
     ("kinds",),
     ("served",),
-    ("recording",),
+    ("recording", "placing"),
     ("job",),
     ("launch",),
     ("evaluate", "generate", "recover", "train", "tune", "zoo"),

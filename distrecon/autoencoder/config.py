@@ -14,6 +14,7 @@ from distrecon.autoencoder.refine import REFINERS
 from distrecon.autoencoder.samplers import SAMPLERS
 from distrecon.config import check, setting
 from distrecon.errors import UserError, nearest
+from distrecon.nets import SYMMETRIES
 
 TERMS = {"C": "contrastive", "S": "structural", "B": "behavioral"}
 
@@ -103,6 +104,12 @@ class DataConfig:
         0.0, "share of the models replaced by a random point between them and another training model", least=0, most=1
     )
     align: bool = setting(True, "weight matching of every model to one reference, before encoding")
+    symmetries: str = setting(
+        "order",
+        "what the matching undoes: the order of units, or all that leaves the function as it is (signs of tanh and "
+        "sigmoid, scales of relu)",
+        choices=SYMMETRIES,
+    )
     shards: int = setting(16, "virtual shards of the stream of models, whatever the number of workers", least=1)
     target_precision: str = setting(
         "float16", "of the originals' outputs kept", choices=("float16", "float32", "float64")
@@ -113,6 +120,8 @@ class DataConfig:
         check(self, "data")
         if self.mix and not self.align:
             raise UserError("data.mix joins models whose units correspond: it needs data.align")
+        if self.symmetries != "order" and not self.align:
+            raise UserError("data.symmetries are undone by matching models to a reference: it needs data.align")
         if self.queries > self.query_pool:
             raise UserError(f"data.queries ({self.queries}) cannot exceed data.query_pool ({self.query_pool})")
 

@@ -7,7 +7,7 @@ learned maps are those of a coder, one of `coders.CODERS`.
 Legend: B models, P parameters, T tokens, Z latent size, Q queries, F features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distrecon.autoencoder import fisher
-from distrecon.autoencoder.coder import Coder
+from distrecon.autoencoder.coder import Coder, Fit
 from distrecon.autoencoder.coders import CODERS
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.goal import Goal
@@ -56,23 +56,31 @@ def statistics(config: AutoencoderConfig, zoo: ZooSample) -> dict[str, Tensor]:
     if len(sample_BP) < 2:
         raise UserError(f"an autoencoder of {arch.name} needs a sample of at least 2 models, not {len(sample_BP)}")
     check_finite(sample_BP, "the zoo's sample")
-    reference_P = _reference(arch, sample_BP) if config.data.align else sample_BP[0]
-    numbers_BP, set_P = arch.to_logarithms(sample_BP), arch.standardised_together_P
+    aligned, fits = partial(align, arch, symmetries=config.data.symmetries), _fits(config)
+    reference_P = _reference(aligned, sample_BP) if config.data.align else sample_BP[0]
+    rescaled = config.data.symmetries != "order"  # the order of units changes no layer's mean and deviation
+    canonical_BP = aligned(sample_BP, reference_P) if config.data.align and (fits or rescaled) else sample_BP
+    numbers_BP = arch.to_logarithms(canonical_BP if rescaled else sample_BP)
+    set_P = arch.standardised_together_P
     mean_P, std_P = torch.empty_like(reference_P), torch.empty_like(reference_P)
     for i in range(int(set_P.max()) + 1):
         values = numbers_BP[:, set_P == i]
         mean_P[set_P == i], std_P[set_P == i] = values.mean(), values.std().clamp_min(1e-8)
     pool = query_pool("data", zoo.images, arch, REFINE_QUERIES, config.seed).to(sample_BP)
     tensors = {"reference_P": reference_P, "mean_P": mean_P, "std_P": std_P, "queries": pool}
-    fits = [CODERS[config.model.kind].fit, fisher.fit if config.loss.structural == "fisher" else None]
-    if any(fits):
-        canonical_BP = align(arch, sample_BP, reference_P) if config.data.align else sample_BP
-        for fit in dict.fromkeys(f for f in fits if f is not None):  # the Fisher coders' is the loss's
-            tensors |= fit(config.model, arch, arch.to_logarithms(canonical_BP), mean_P, std_P, pool)
+    for fit in fits:
+        tensors |= fit(config.model, arch, arch.to_logarithms(canonical_BP), mean_P, std_P, pool)
     return tensors
 
 
-def _reference(arch: Architecture, sample_BP: Tensor) -> Tensor:
+def _fits(config: AutoencoderConfig) -> list[Fit]:
+    """What fits tensors to a sample of models in canonical order: the coder, and the loss, which shares the Fisher
+    coders' fit."""
+    fits = [CODERS[config.model.kind].fit, fisher.fit if config.loss.structural == "fisher" else None]
+    return [*dict.fromkeys(fit for fit in fits if fit is not None)]
+
+
+def _reference(aligned: Callable[[Tensor, Tensor], Tensor], sample_BP: Tensor) -> Tensor:
     """What models are aligned to: the mean of models aligned to it, found by alternating from a typical model.
 
     The models then vary less than when they are aligned to one of them, so the same latent holds more of them.
@@ -81,7 +89,7 @@ def _reference(arch: Architecture, sample_BP: Tensor) -> Tensor:
     norm_B = few_BP.norm(dim=1)
     reference_P = few_BP[(norm_B - norm_B.mean()).abs().argmin()]
     for _ in range(REFERENCE_ROUNDS):
-        few_BP = align(arch, few_BP, reference_P)
+        few_BP = aligned(few_BP, reference_P)
         reference_P = few_BP.mean(0)
     return reference_P.to(sample_BP)
 
@@ -183,11 +191,12 @@ class Autoencoder(nn.Module):
         return self.coder.latent_shape(zoo)
 
     def canonical(self, theta_BP: Tensor, zoo: int) -> Tensor:
-        """The models in the order of units that the autoencoder sees: aligned where `data.align` says so."""
+        """The models as the autoencoder sees them: aligned where `data.align` says so, by `data.symmetries`."""
         if not self.config.data.align or not len(theta_BP):
             return theta_BP
         reference_P = self.fitted(zoo, "reference_P")
-        aligned_BP = align(self.architectures[zoo], theta_BP.cpu(), reference_P.cpu())
+        symmetries = self.config.data.symmetries
+        aligned_BP = align(self.architectures[zoo], theta_BP.cpu(), reference_P.cpu(), symmetries)
         return aligned_BP.to(theta_BP.device)
 
     def standardise(self, theta_BP: Tensor, zoo: int) -> Tensor:

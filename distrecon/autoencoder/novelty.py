@@ -13,21 +13,41 @@ from torch import Tensor
 from distrecon.nets import Architecture, align
 
 
-def nearest_aligned(
-    arch: Architecture, theta_MP: Tensor, train_NP: Tensor, reference_P: Tensor, candidates: int = 8
-) -> Tensor:
-    """Aligned L2 distance [M] from each model to the nearest training model.
+def neighbours(
+    arch: Architecture,
+    theta_MP: Tensor,
+    train_NP: Tensor,
+    reference_P: Tensor,
+    candidates: int = 8,
+    symmetries: str = "order",
+) -> tuple[Tensor, Tensor]:
+    """Aligned L2 distances [M, K] of each model from the K training models nearest to it, in order, and their rows.
 
     Matching every pair would cost M * N assignments; the `candidates` training models that are nearest after aligning
     all models to one reference are matched to the model itself. `train_NP` must be aligned to `reference_P` already.
+    `symmetries` are those of `align`.
     """
-    aligned_MP = align(arch, theta_MP, reference_P)
+    aligned_MP = align(arch, theta_MP, reference_P, symmetries)
     near_MK = torch.cdist(aligned_MP, train_NP).topk(min(candidates, len(train_NP)), largest=False).indices
-    distance = []
+    distances, rows = [], []
     for model_P, near_K in zip(aligned_MP, near_MK, strict=True):
-        matched_KP = align(arch, train_NP[near_K], model_P)
-        distance.append((matched_KP - model_P).norm(dim=1).amin())
-    return torch.stack(distance)
+        matched_KP = align(arch, train_NP[near_K], model_P, symmetries)
+        distance_K, order_K = (matched_KP - model_P).norm(dim=1).sort()
+        distances.append(distance_K)
+        rows.append(near_K[order_K])
+    return torch.stack(distances), torch.stack(rows)
+
+
+def nearest_aligned(
+    arch: Architecture,
+    theta_MP: Tensor,
+    train_NP: Tensor,
+    reference_P: Tensor,
+    candidates: int = 8,
+    symmetries: str = "order",
+) -> Tensor:
+    """Aligned L2 distance [M] from each model to the nearest training model (see `neighbours`)."""
+    return neighbours(arch, theta_MP, train_NP, reference_P, candidates, symmetries)[0][:, 0]
 
 
 def aligned_pairwise(arch: Architecture, theta_MP: Tensor) -> Tensor:

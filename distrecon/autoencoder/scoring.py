@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import Autoencoder
+from distrecon.autoencoder.probes import save_probes
 from distrecon.autoencoder.store import save_autoencoder
 from distrecon.autoencoder.tasks import Show, run_tasks
 from distrecon.autoencoder.training import products
@@ -63,6 +64,7 @@ def score(
     with products(torch.device(device), "float32"):
         results = run_tasks(autoencoder.to(device), train, validation, test, images, config, index, show)
     save_autoencoder(folder, autoencoder)
+    save_probes(folder, results.probes)
     save_file({"theta": results.generated_theta_BP.contiguous()}, folder / "generated.safetensors")
     layers = np.array(zoo.architecture.layer_names)
     np.savez_compressed(folder / "arrays.npz", allow_pickle=False, layers=layers, **results.arrays)  # type: ignore[arg-type]

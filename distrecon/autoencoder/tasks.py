@@ -15,6 +15,7 @@ from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.generate import generate
 from distrecon.autoencoder.model import Autoencoder, decode_latents, encode_models
 from distrecon.autoencoder.predict import predict
+from distrecon.autoencoder.probes import Probes
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, LabelledImages
@@ -28,11 +29,12 @@ Show = Callable[[str, int, int], None]  # called when a stage begins, with its n
 
 @dataclass(frozen=True)
 class TaskResults:
-    """Metrics by DESIGN's names, arrays for figures by the same names, and the generated models [M, P]."""
+    """Metrics by DESIGN's names, arrays for figures by the same names, the generated models [M, P], the probes."""
 
     metrics: dict[str, float]
     arrays: dict[str, np.ndarray]
     generated_theta_BP: Tensor
+    probes: Probes
 
 
 def _gradients(
@@ -102,7 +104,8 @@ def run_tasks(
         arrays.update(made)
 
     begin("predict")
-    add(*predict(autoencoder, splits, latents, zoo))
+    found, made, probes = predict(autoencoder, splits, latents, zoo)
+    add(found, made)
     begin("reconstruct")
     originals_BP = autoencoder.canonical(test.theta_BP, zoo)
     rebuilt_BP = decode_latents(autoencoder, latents[2], zoo)
@@ -119,4 +122,4 @@ def run_tasks(
     begin("generate")
     found, made, theta_MP = generate(autoencoder, train, test, latents[0], images, config.tasks, config.seed, zoo)
     add(found, made)
-    return TaskResults(metrics, arrays, theta_MP)
+    return TaskResults(metrics, arrays, theta_MP, probes)

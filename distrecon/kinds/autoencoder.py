@@ -14,6 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from distrecon.autoencoder.model import Autoencoder
+from distrecon.autoencoder.predict import PROPERTIES, predicted
+from distrecon.autoencoder.probes import JSON as PROBES
+from distrecon.autoencoder.probes import Probes, load_probes
 from distrecon.autoencoder.store import load_autoencoder as load_folder
 from distrecon.cluster.scoring import score_autoencoder
 from distrecon.cluster.training import AutoencoderRun, train_autoencoder
@@ -22,7 +25,7 @@ from distrecon.nets import Architecture, outputs
 from distrecon.record.folder import RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.record.kind import Arrays, Drawing, Kind, Metric, Needs, Served, Trial, percent, two_digits
-from distrecon.report import tables
+from distrecon.report import place, tables
 
 DRIVER_CPUS = 0.01  # what a trial's own process takes; Ray Train reserves its workers' CPUs and GPUs itself
 MLFLOW_RUN = "runs:/"
@@ -52,24 +55,26 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     """An autoencoder, on the CPU: of a run folder (the best trial's), of a folder that `save_autoencoder` wrote, or of
     an MLflow run, `runs:/RUN_ID` (a sweep's run gives its best trial's; the store is MLFLOW_TRACKING_URI, or mlflow.db
     here). Raises UserError when there is none."""
-    if str(path).startswith(MLFLOW_RUN):
-        from distrecon.record.tracking import model_folder
-
-        return load_folder(model_folder(str(path).removeprefix(MLFLOW_RUN)))
-    return load_folder(autoencoder_folder(Path(path)))
+    return load_folder(autoencoder_folder(path))
 
 
-def autoencoder_folder(path: Path) -> Path:
-    """Where the autoencoder of a run lies: the folder itself, or the best trial's of its first autoencoder sweep.
+def autoencoder_folder(path: str | Path) -> Path:
+    """Where the autoencoder of a run lies: the folder itself, or the best trial's of its first autoencoder sweep; of an
+    MLflow run a copy of it.
 
     Raises UserError when there is none.
     """
+    if str(path).startswith(MLFLOW_RUN):
+        from distrecon.record.tracking import model_folder
+
+        return model_folder(str(path).removeprefix(MLFLOW_RUN))
+    path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a run of distrecon.train or distrecon.tune")
     folder = RunFolder(path)
-    for place in (path, folder.models):
-        if (place / "autoencoder.json").exists():
-            return place
+    for home in (path, folder.models):
+        if (home / "autoencoder.json").exists():
+            return home
     for sweep in folder.read_summary().get("sweeps", ()):
         if sweep["kind"] == KIND.name and sweep["best"]:
             best = folder.models / sweep["name"] / sweep["best"]
@@ -92,13 +97,18 @@ def zoo_folder(path: str) -> str:
 def serve(folder: Path) -> Served | None:
     """The autoencoder of a trial's files, or the networks that `distrecon.generate` made."""
     if (folder / "autoencoder.json").exists():
-        return _serve_autoencoder(load_folder(folder))
+        probes = load_probes(folder) if (folder / PROBES).exists() else None
+        return _serve_autoencoder(load_folder(folder), probes)
     networks = sorted(folder.glob("[0-9]*.safetensors"))
     return _serve_networks(networks) if networks else None
 
 
-def _serve_autoencoder(autoencoder: Autoencoder) -> Served:
-    """Weights [B, P] to latents [B, Z] (`task` encode), back (decode), or to their reconstructions (reconstruct)."""
+def _serve_autoencoder(autoencoder: Autoencoder, probes: Probes | None) -> Served:
+    """Weights [B, P] to latents [B, Z] (`task` encode), back (decode), or to their reconstructions (reconstruct).
+
+    Or to what the probes say of them (predict): [B, 3], test accuracy, generalisation gap and epoch, NaN where the zoo
+    it was scored on has no such probe.
+    """
 
     @torch.no_grad()
     def call(array: np.ndarray, task: str = "reconstruct", zoo: int = 0) -> np.ndarray:
@@ -110,7 +120,12 @@ def _serve_autoencoder(autoencoder: Autoencoder) -> Served:
             return autoencoder.decode(rows.view(len(rows), *shape), zoo).numpy()
         if task == "reconstruct":
             return autoencoder.decode(autoencoder.encode(rows, zoo), zoo).numpy()
-        raise UserError(f"task is encode, decode or reconstruct, not {task!r}")
+        if task == "predict":
+            if probes is None or probes.zoo != zoo:
+                raise UserError(f"there are no probes of zoo {zoo}: the autoencoder was not scored on it")
+            found = predicted(autoencoder, probes, rows)
+            return np.stack([found.get(name, np.full(len(rows), np.nan)) for name in PROPERTIES], axis=1)
+        raise UserError(f"task is encode, decode, reconstruct or predict, not {task!r}")
 
     example = autoencoder.fitted(0, "reference_P")[None].float().numpy()
     return Served(autoencoder, call, example, {"task": "reconstruct", "zoo": 0})
@@ -176,6 +191,8 @@ def accuracies(sweep: SweepRecord, arrays: Arrays) -> Drawing | None:
 
     groups: dict[str, dict[str, np.ndarray]] = {}
     for trial, values in arrays.items():
+        if "generate/accuracy" not in values:
+            continue
         sets = groups[tables.label(sweep.trials[trial].config)] = {}
         if "reconstruct/accuracy" in values:
             sets["original"], sets["reconstructed"] = values["reconstruct/accuracy"]
@@ -288,6 +305,7 @@ METRICS = (
         "reconstruct/output_mse", "", two_digits, "mean squared difference of reconstructions' and originals' outputs"
     ),
     Metric("loss/total", "", two_digits, "the training loss, mean of an epoch", every_epoch=True),
+    *place.METRICS,
 )
 
 KIND = Kind(
@@ -309,7 +327,7 @@ KIND = Kind(
         "data.queries": 32,
         "tasks.samples": 4,
     },
-    figures=(losses, accuracies, novelty, gradients, agreement),
+    figures=(losses, accuracies, novelty, gradients, agreement, place.in_the_zoo),
     needs=needs,
     epochs=lambda config: config.epochs,
     reports_itself=True,

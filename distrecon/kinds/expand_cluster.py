@@ -39,7 +39,7 @@ from distrecon.record.kind import (
     whole,
     yes_or_no,
 )
-from distrecon.report import tables
+from distrecon.report import place, tables
 
 SYNTHETIC = "synthetic"  # in the place of an image set's name
 
@@ -245,6 +245,7 @@ METRICS = (
     Metric("recover/hidden_share", "", percent, "% of the inputs drawn that may hide something", objective=False),
     Metric("recover/queries", "queries", str, "inputs the teacher was asked about"),
     Metric("time/seconds", "s", whole, "seconds, teacher's training included"),
+    *place.METRICS,
 )
 
 KIND = Kind(
@@ -255,7 +256,7 @@ KIND = Kind(
     objective="recover/size_overhead",
     mode="min",
     smoke={"teacher.hidden": [3], "budget.attempts": 1, "warm_start.steps": 100},
-    figures=(recovered_sizes, dendrogram, similarity),
+    figures=(recovered_sizes, dendrogram, similarity, place.in_the_zoo),
     needs=needs,
     serve=serve,
 )

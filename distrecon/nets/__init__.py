@@ -7,7 +7,7 @@ from distrecon.nets.fit import OPTIMIZERS, Epoch, cross_entropy, fit
 from distrecon.nets.initialise import INITIALISATIONS, initialise
 from distrecon.nets.known import ARCHITECTURES, architecture
 from distrecon.nets.layers import Layer
-from distrecon.nets.matching import align
+from distrecon.nets.matching import SYMMETRIES, align
 from distrecon.nets.symmetries import permute, random_permutation, rescale
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ARCHITECTURES",
     "INITIALISATIONS",
     "OPTIMIZERS",
+    "SYMMETRIES",
     "Activation",
     "Architecture",
     "ChainArchitecture",

@@ -5,10 +5,14 @@ that lie within it are assigned together: the best order within each pair of hea
 starts from the given order and, where a network is more than a chain, also from orders found from the inputs upwards,
 each by what is matched already: the better of the two is taken.
 
+Where all symmetries are to be undone, weights are first brought to a scale of their own, units may change their signs,
+and the descent of every chain starts from the inputs upwards, so that whichever of the weights with one function it is
+given, it ends at the same.
+
 Legend: B models, P parameters, X the numbers that belong to a unit, H outer units, D units within each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import numpy as np
@@ -17,20 +21,26 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from distrecon.nets.architectures import Architecture, ChainArchitecture
+from distrecon.nets.symmetries import balanced, centred, sign_flips
 from distrecon.nets.table import Axis, Entry, Table
 
 SWEEPS = 10  # over the groups, at most: it ends when no assignment improves
+SYMMETRIES = ("order", "all")  # that `align` undoes
 
 
-def align(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
+def align(arch: Architecture, theta_BP: Tensor, reference_P: Tensor, symmetries: str = "order") -> Tensor:
     """Each model's units reordered towards the reference; a fixed point of group-wise assignment.
 
-    The aligned squared distance to the reference never exceeds the given one.
+    The aligned squared distance to the reference never exceeds the given one. With `symmetries` "all", what else the
+    activation of a chain of layers allows is undone too: signs of tanh and sigmoid, positive scales of relu and
+    leaky_relu. All weights of one function that these symmetries make of each other are then aligned to the same.
     """
     arch.check(theta_BP)
     if not arch.groups or not len(theta_BP):
         return theta_BP.clone()
     reference_P = reference_P.to(theta_BP)
+    if symmetries == "all" and isinstance(arch, ChainArchitecture):
+        return _representative(arch, theta_BP, reference_P)
     swept_BP = _swept(arch.table, theta_BP, reference_P)
     if isinstance(arch, ChainArchitecture):
         return swept_BP
@@ -39,8 +49,16 @@ def align(arch: Architecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
     return torch.where(nearer_B[:, None], other_BP, swept_BP)
 
 
-def _swept(table: Table, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
-    """Coordinate descent from the models as they are.
+def _representative(arch: ChainArchitecture, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
+    """Of the weights with each model's function those that the descent from the inputs upwards finds."""
+    theta_BP, reference_P = centred(arch, balanced(arch, theta_BP)), centred(arch, reference_P[None])[0]
+    flips = sign_flips(arch)
+    started_BP = _from_below(arch.table, theta_BP, reference_P, flips)
+    return centred(arch, _swept(arch.table, started_BP, reference_P, flips), back=True)
+
+
+def _swept(table: Table, theta_BP: Tensor, reference_P: Tensor, flips: Sequence[bool] = ()) -> Tensor:
+    """Coordinate descent from the models as they are; `flips` are the groups whose units may change their signs.
 
     A family is assigned again only where what it is assigned by has changed: an order of groups that share a tensor.
     """
@@ -59,10 +77,12 @@ def _swept(table: Table, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
                 continue
             stale_BF[rows_b, f] = False
             given = {e: _rows(tensors[e], rows_b) for e in touched[f]}
-            orders, improved_b = _assigned(table, given, reference, members, everything)
+            orders, signs_bH, improved_b = _assigned(table, given, reference, members, everything, flips)
             if not improved_b.any():
                 continue
             moved = {e: _reordered(table, e, given[e], orders) for e in touched[f]}
+            if signs_bH is not None:
+                moved = {e: _signed(table, e, moved[e], members[0], signs_bH) for e in touched[f]}
             if twice[f]:  # the assignment took the other axis of the same tensor as it was
                 gain_b = sum(((moved[e] - given[e]) * reference[e]).flatten(1).sum(1) for e in touched[f])
                 improved_b &= (gain_b > 1e-9 * squares_B[rows_b]).cpu()
@@ -75,14 +95,16 @@ def _swept(table: Table, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
     return torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
 
 
-def _from_below(table: Table, theta_BP: Tensor, reference_P: Tensor) -> Tensor:
+def _from_below(table: Table, theta_BP: Tensor, reference_P: Tensor, flips: Sequence[bool] = ()) -> Tensor:
     """Each group ordered by those tensors alone whose other groups are ordered already."""
     reference, known = table.tensors(reference_P[None]), set[int]()
     tensors = dict(enumerate(table.tensors(theta_BP)))
     for members in _families(table):
-        orders, _ = _assigned(table, tensors, reference, members, known)
+        orders, signs_BH, _ = _assigned(table, tensors, reference, members, known, flips)
         for e in {e for group in members for e in table.entries_of(group)}:
             tensors[e] = _reordered(table, e, tensors[e], orders)
+            if signs_BH is not None:
+                tensors[e] = _signed(table, e, tensors[e], members[0], signs_BH)
         known |= set(members)
     return torch.cat([tensors[e].flatten(1) for e in range(len(tensors))], dim=1)
 
@@ -155,10 +177,35 @@ def _families(table: Table) -> list[list[int]]:
     ]
 
 
+def _signed(table: Table, number: int, t_BN: Tensor, group: int, signs_BH: Tensor) -> Tensor:
+    """One entry of every model with the units of a group at these signs, in every axis that has them."""
+    for a, axis in enumerate(table.entries[number].axes):
+        if not any(g == group for segment in axis for g, _ in segment):
+            continue
+        parts = []
+        for segment in axis:
+            size = inner = prod(n for _, n in segment)
+            sign_Bn = signs_BH.new_ones(len(signs_BH), size)
+            for g, n in segment:
+                inner //= n
+                if g == group:
+                    sign_Bn = sign_Bn * signs_BH[:, torch.arange(size) // inner % n]
+            parts.append(sign_Bn)
+        sign_Bn = torch.cat(parts, dim=1).to(t_BN)
+        t_BN = t_BN * sign_Bn.view(len(sign_Bn), *[1] * a, -1, *[1] * (t_BN.ndim - a - 2))
+    return t_BN
+
+
 def _assigned(
-    table: Table, tensors: dict[int, Tensor], reference: list[Tensor], members: list[int], known: set[int]
-) -> tuple[dict[int, Tensor], Tensor]:
-    """The best orders of a group and those within it, others staying, and which models they bring nearer.
+    table: Table,
+    tensors: dict[int, Tensor],
+    reference: list[Tensor],
+    members: list[int],
+    known: set[int],
+    flips: Sequence[bool] = (),
+) -> tuple[dict[int, Tensor], Tensor | None, Tensor]:
+    """The best orders of a group and those within it, others staying; the signs of the reordered units of a group that
+    may flip them (one that has none within it); which models they bring nearer.
 
     Of the models' tensors those that have one of these groups are read.
     """
@@ -174,12 +221,20 @@ def _assigned(
         best.append(order)
         gain_BHH = gain_BHH + won_BHH
         scale_B = np.maximum(scale_B, np.abs(gain_BHHDD).max((1, 2, 3, 4)))
+    signed_BHH = None
+    if flips and flips[group]:
+        signed_BHH, gain_BHH = gain_BHH, np.abs(gain_BHH)
     order_BH = np.stack([linear_sum_assignment(gain, maximize=True)[1] for gain in gain_BHH])
     matched_B = np.take_along_axis(gain_BHH, order_BH[:, :, None], 2).sum((1, 2))
     inner = [np.take_along_axis(o, order_BH[:, :, None, None], 2)[:, :, 0] for o in best]  # of [B, H, H, D]: [B, H, D]
     improved_B = torch.from_numpy(matched_B > stay_B + 1e-9 * scale_B)
+    signs_BH = None
+    if signed_BHH is not None:
+        signs_BH = torch.from_numpy(
+            np.where(np.take_along_axis(signed_BHH, order_BH[:, :, None], 2)[:, :, 0] < 0, -1.0, 1.0)
+        )
     found = [order_BH, *(order.reshape(len(order), -1) for order in inner)]
-    return {g: torch.from_numpy(order) for g, order in zip(members, found, strict=True)}, improved_B
+    return {g: torch.from_numpy(order) for g, order in zip(members, found, strict=True)}, signs_BH, improved_B
 
 
 def _each_assigned(gain_BHHDD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

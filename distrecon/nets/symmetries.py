@@ -109,6 +109,11 @@ def rescale(arch: Architecture, theta_BP: Tensor, scales: list[Tensor]) -> Tenso
         signs = kind == "odd" and bool((scale_BH.abs() == 1).all())
         if not (positive or signs):
             raise UserError(f"{arch.activation} allows {_ALLOWED[kind]}")
+    return scaled(arch, theta_BP, scales)
+
+
+def scaled(arch: ChainArchitecture, theta_BP: Tensor, scales: list[Tensor]) -> Tensor:
+    """`rescale` of every chain, whether or not the function stays the same."""
     factors = []
     below_BF: Tensor | None = None
     for i, layer in enumerate(arch.layers):
@@ -120,6 +125,73 @@ def rescale(arch: Architecture, theta_BP: Tensor, scales: list[Tensor]) -> Tenso
         factors += [factor_BOF.flatten(1), own_BO]
         below_BF = own_BO
     return theta_BP * torch.cat(factors, dim=1)
+
+
+def sign_flips(arch: Architecture) -> list[bool]:
+    """For each group of units, whether a unit's sign may flip: all its numbers change sign, the function does not.
+
+    Those of sigmoid are so in the coordinates of `centred` and not before zero padding, which stands for another value
+    than the function's middle; none passes through max pooling.
+    """
+    if not isinstance(arch, ChainArchitecture):
+        return [False] * len(arch.groups)
+    kind = activation(arch.activation).symmetry
+    return [
+        layer.pool == 1 and (kind == "odd" or (kind == "odd_constant" and not after.padding))
+        for layer, after in zip(arch.layers, arch.layers[1:], strict=False)
+    ]
+
+
+def centred(arch: Architecture, theta_BP: Tensor, back: bool = False) -> Tensor:
+    """Weights in which a sigmoid counts from its middle, f - 1/2, an odd function; others as they are.
+
+    Each bias takes up half of the weights that read units whose signs may flip; `back` is the inverse.
+    """
+    if not isinstance(arch, ChainArchitecture) or activation(arch.activation).symmetry != "odd_constant":
+        return theta_BP
+    theta_BP = theta_BP.clone()
+    flips = sign_flips(arch)
+    for i, (weight, bias_BO) in enumerate(arch.weights_and_biases(theta_BP)):
+        if i and flips[i - 1]:
+            bias_BO += (-0.5 if back else 0.5) * weight.flatten(2).sum(2)
+    return theta_BP
+
+
+BALANCING_SWEEPS, BALANCED = 1000, 1e-13  # at most; largest logarithm of a scale that counts as 1
+
+
+def balanced(arch: Architecture, theta_BP: Tensor) -> Tensor:
+    """Of all positive rescalings that keep the function, the one with the least norm; others as they are.
+
+    There each unit's incoming weights and bias have the norm of the weights that read it. The squared norm is convex in
+    the scales' logarithms, so that every rescaling leads to the same weights (Stock et al., Equi-normalization of
+    neural networks, ICLR 2019). A unit that nothing reads, or that reads nothing, keeps its scale.
+    """
+    if not isinstance(arch, ChainArchitecture) or activation(arch.activation).symmetry != "scaled" or not arch.groups:
+        return theta_BP
+    layers = [(weight.double().flatten(2), bias.double()) for weight, bias in arch.weights_and_biases(theta_BP)]
+    into = [weight_BOF.square().sum(2) + bias_BO.square() for weight_BOF, bias_BO in layers[:1]]
+    biases = [bias_BO.square() for _, bias_BO in layers]
+    below = [layer.out_features for layer in arch.layers[:-1]]
+    between = [w.square().unflatten(2, (units, -1)).sum(3) for (w, _), units in zip(layers[1:], below, strict=True)]
+    logs = [torch.zeros_like(bias_BO) for bias_BO in biases[:-1]]
+    for _ in range(BALANCING_SWEEPS):
+        largest = 0.0
+        for i in range(len(logs)):
+            if i:
+                reading = (between[i - 1] * (-2 * logs[i - 1])[:, None, :].exp()).sum(2)
+                incoming_BH = reading + biases[i]
+            else:
+                incoming_BH = into[0]
+            after_BO1 = (2 * logs[i + 1])[:, :, None].exp() if i + 1 < len(logs) else 1.0
+            outgoing_BH = (between[i] * after_BO1).sum(1)
+            found_BH = (outgoing_BH / incoming_BH).log() / 4
+            found_BH = torch.where((incoming_BH > 0) & (outgoing_BH > 0), found_BH, logs[i])
+            largest = max(largest, float((found_BH - logs[i]).abs().amax()))
+            logs[i] = found_BH
+        if largest < BALANCED:
+            break
+    return scaled(arch, theta_BP, [log_BH.exp() for log_BH in logs])
 
 
 _ALLOWED = {

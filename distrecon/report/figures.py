@@ -89,6 +89,18 @@ def accuracy_novelty(points: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
     return figure
 
 
+def place(distance_N: np.ndarray, accuracy_N: np.ndarray, predicted: float, error: float) -> Figure:
+    """Training models by their distance from a network and their accuracy, and the network's predicted one."""
+    figure, (axis,) = _figure()
+    axis.plot(distance_N, accuracy_N, ".", color=_colour(0), markersize=3, alpha=0.5, label="training models")
+    axis.errorbar([0.0], [predicted], [error], fmt="D", color=_colour(1), markersize=7, capsize=4, label="the network")
+    axis.set_xlim(left=-0.03 * float(distance_N.max()))
+    axis.set_xlabel("distance of the weights", color=INK)
+    axis.set_ylabel("test accuracy", color=INK)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
 def gradients(layers: Sequence[str], shares: Mapping[str, np.ndarray], cosines: Mapping[str, np.ndarray]) -> Figure:
     """Per layer: each loss's share of its gradient's norm, and cosines between gradients; one line a name."""
     figure, axes = _figure(7.2, 3.4, 2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distrecon.autoencoder import Training, ZooSample, generate, novelty, predict, run_tasks, samplers, tasks
+from distrecon.autoencoder.probes import LINKS, Probe, Probes, PropertyProbe, load_probes, save_probes
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import LabelledImages
@@ -90,12 +91,12 @@ def test_ridge_finds_a_linear_relation_and_regularises_noise():
     features = [rng.normal(size=(n, 30)) * 5 + 2 for n in (200, 60, 60)]
     weights = rng.normal(size=30)
     values = [f @ weights for f in features]
-    score, predicted = predict.Ridge(*features).best(values[0], values[1])
+    score, probe = predict.Ridge(*features[:2]).best(values[0], values[1])
     assert score > 0.999
-    assert predict.r2(predicted, values[2]) > 0.999
+    assert predict.r2(probe(features[2]), values[2]) > 0.999
     noise = [rng.normal(size=n) for n in (200, 60, 60)]
-    _, predicted = predict.Ridge(*features).best(noise[0], noise[1])
-    assert predict.r2(predicted, noise[2]) > -0.1  # unregularised it would be about -.2
+    _, probe = predict.Ridge(*features[:2]).best(noise[0], noise[1])
+    assert predict.r2(probe(features[2]), noise[2]) > -0.1  # unregularised it would be about -.2
 
 
 def test_features_are_chosen_on_validation_models_not_on_test(splits):
@@ -104,15 +105,18 @@ def test_features_are_chosen_on_validation_models_not_on_test(splits):
     rng = np.random.default_rng(0)
     honest = [v + 0.01 * rng.normal(size=v.shape) for v in values]
     tempting = [values[0], rng.normal(size=values[1].shape), values[2]]
-    metrics, arrays = predict._probe({"honest": honest, "tempting": tempting}, splits, "p")
-    only, _ = predict._probe({"honest": honest}, splits, "p")
+    metrics, arrays, probes = predict._probe({"honest": honest, "tempting": tempting}, splits, "p")
+    assert probes["test_accuracy"].features == "honest"
+    only, _, _ = predict._probe({"honest": honest}, splits, "p")
     assert metrics["p/test_accuracy_r2"] == only["p/test_accuracy_r2"] < 1
     np.testing.assert_allclose(arrays["p/test_accuracy"][0], values[2][:, 0])
 
 
 def test_an_embedding_that_says_nothing_leaves_the_statistics(autoencoder, arch, splits, monkeypatch):
     monkeypatch.setattr(predict, "decode_latents", lambda _, z, zoo: torch.zeros(len(z), arch.num_parameters))
-    metrics, _ = predict.predict(autoencoder, splits, [torch.zeros(len(part), arch.num_tokens, 3) for part in splits])
+    metrics, _, _ = predict.predict(
+        autoencoder, splits, [torch.zeros(len(part), arch.num_tokens, 3) for part in splits]
+    )
     for name in ("epoch", "test_accuracy"):
         expected = metrics[f"predict/baseline_statistics/{name}_r2"]
         assert metrics[f"predict/{name}_r2"] == pytest.approx(expected, abs=1e-6)
@@ -121,8 +125,49 @@ def test_an_embedding_that_says_nothing_leaves_the_statistics(autoencoder, arch,
 def test_a_property_that_does_not_vary_has_no_r2(splits):
     same = [replace(s, epoch_B=torch.full((len(s),), 5)) for s in splits]
     features = {"f": [s.theta_BP[:, :20].double().numpy() for s in same]}
-    metrics, _ = predict._probe(features, same, "p")
+    metrics, _, probes = predict._probe(features, same, "p")
+    assert set(probes) == {"test_accuracy", "generalization_gap"}
     assert set(metrics) == {"p/test_accuracy_r2", "p/generalization_gap_r2"}
+
+
+def test_saved_probes_predict_what_the_scoring_run_did(autoencoder, splits, images, tmp_path):
+    scored = run_tasks(autoencoder, *splits, images, tiny())
+    save_probes(tmp_path, scored.probes)
+    loaded = load_probes(tmp_path)
+    assert loaded.of.keys() == {"test_accuracy", "generalization_gap", "epoch"}
+    found = predict.predicted(autoencoder, loaded, splits[2].theta_BP)
+    for name, values_B in found.items():
+        actual_B, predicted_B = scored.arrays[f"predict/{name}"]
+        np.testing.assert_allclose(values_B, predicted_B, rtol=1e-5, atol=1e-6)
+        assert loaded.of[name].r2 == scored.metrics[f"predict/{name}_r2"]
+        assert loaded.of[name].error == pytest.approx(np.sqrt(np.mean((predicted_B - actual_B) ** 2)))
+
+
+def test_a_probe_by_hand():
+    probe = Probe(np.array([1.0, 2.0]), np.array([2.0, 1.0]), np.array([10.0, 3.0]), 0.5)
+    np.testing.assert_allclose(probe(np.array([[1.0, 2.0], [3.0, 0.0]])), [0.5, 0.5 + 10 - 6])
+    share = replace(probe, link="logit", intercept=0.0)(np.array([[1.0, 2.0], [1.0, 2.0 + np.log(3) / 3]]))
+    np.testing.assert_allclose(share, [0.5, (0.75 - 0.0005) / 0.999])
+    for link in LINKS.values():
+        np.testing.assert_allclose(link.back(link.forward(np.array([0.0, 0.3, 1.0]))), [0.0, 0.3, 1.0], atol=1e-12)
+
+
+def test_a_share_that_saturates_is_predicted_by_its_logit():
+    rng = np.random.default_rng(0)
+    features = [rng.normal(size=(n, 3)) for n in (200, 60)]
+    values = [1 / (1 + np.exp(-3 * f[:, 0])) for f in features]
+    ridge = predict.Ridge(*features)
+    assert ridge.best(*values, "identity")[0] < 0.95
+    assert ridge.best(*values, "logit")[0] > 0.999
+
+
+def test_missing_and_damaged_probes_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds no probes"):
+        load_probes(tmp_path)
+    save_probes(tmp_path, Probes(0, {"epoch": PropertyProbe(Probe(*np.ones((3, 2)), 0.0), "whole", 0.9, 0.1)}))
+    (tmp_path / "probes.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_probes(tmp_path)
 
 
 def test_weight_statistics_by_hand():

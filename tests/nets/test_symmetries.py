@@ -122,3 +122,81 @@ def test_permute_refuses_a_permutation_of_another_depth() -> None:
     arch = mlp((3, 4, 4, 2))
     with pytest.raises(UserError, match="2 hidden layers"):
         permute(arch, models(arch, 1, 0), [torch.arange(4)[None]])
+
+
+# -- alignment that undoes signs and scales, too -----------------------------------------------------------------------
+
+
+def disguised(arch: Architecture, theta_BP: torch.Tensor, seed: int) -> torch.Tensor:
+    """Other weights of the same functions: units in random order, with random signs or scales where they may."""
+    generator = torch.Generator().manual_seed(seed)
+    theta_BP = permute(arch, theta_BP, random_permutation(arch, generator, len(theta_BP)))
+    shapes = [(len(theta_BP), layer.out_features) for layer in arch.layers[:-1]]
+    signs = [torch.where(torch.rand(shape, generator=generator) < 0.5, -1.0, 1.0) for shape in shapes]
+    if arch.activation == "sigmoid":  # f(-u) = 1 - f(u), written out layer by layer
+        changed = theta_BP.clone()
+        layers = arch.weights_and_biases(changed)
+        for (weight, bias), (after, after_bias), sign in zip(layers, layers[1:], signs, strict=False):
+            flips = sign < 0
+            after_bias += (after * flips[:, None, :]).sum(2)
+            weight *= sign[:, :, None]
+            bias *= sign
+            after *= sign[:, None, :]
+        return changed
+    if arch.activation == "tanh":
+        return rescale(arch, theta_BP, signs)
+    scales = [torch.rand(shape, generator=generator) * 3 + 0.2 for shape in shapes]
+    return rescale(arch, theta_BP, scales) if arch.activation in ("relu", "leaky_relu") else theta_BP
+
+
+ALL = [
+    ("mlp", activation, sizes)
+    for activation in ("tanh", "relu", "sigmoid", "gelu")
+    for sizes in ((4, 6, 3), (4, 6, 5, 3))
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "activation", "sizes"), [*ALL, ("cnn_small", "relu", None), ("mlp", "leaky_relu", (4, 6, 3))]
+)
+def test_whichever_weights_of_a_function_align_to_the_same(name, activation, sizes) -> None:
+    arch = architecture(name, activation=activation, **({"sizes": sizes} if sizes else {}))
+    theta_BP, reference_P, x = models(arch, 5, 1), models(arch, 1, 77)[0], inputs(arch)
+    other_BP = disguised(arch, theta_BP, 3)
+    wanted = arch.forward(theta_BP, x)
+    torch.testing.assert_close(arch.forward(other_BP, x), wanted, rtol=1e-9, atol=1e-9)
+    aligned_BP, again_BP = (align(arch, t, reference_P, "all") for t in (theta_BP, other_BP))
+    torch.testing.assert_close(again_BP, aligned_BP, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(arch.forward(aligned_BP, x), wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(align(arch, aligned_BP, reference_P, "all"), aligned_BP, rtol=1e-9, atol=1e-10)
+    if activation != "gelu" and name == "mlp":  # which the order alone would not do
+        assert (align(arch, other_BP, reference_P) - align(arch, theta_BP, reference_P)).abs().max() > 0.1
+
+
+def test_alignment_of_signs_by_hand() -> None:
+    """Two tanh units: the first of the model is the second of the reference with all its signs turned."""
+    arch = mlp((1, 2, 1), "tanh")  # theta: w1 w2, b1 b2, a1 a2, c
+    reference_P = torch.tensor([1.0, 2.0, 0.5, -1.0, 3.0, 4.0, 0.1])
+    model_P = torch.tensor([-2.0, 1.0, 1.0, 0.5, -4.0, 3.0, 0.7])
+    expected_P = torch.tensor([1.0, 2.0, 0.5, -1.0, 3.0, 4.0, 0.7])
+    torch.testing.assert_close(align(arch, model_P[None], reference_P, "all")[0], expected_P)
+
+
+def test_balanced_scales_by_hand() -> None:
+    """Incoming (3, 4) has norm 5, what reads it 20: twice the one and half the other are 10 and 10."""
+    arch = mlp((1, 1, 1), "relu")
+    balanced_P = align(arch, torch.tensor([[3.0, 4.0, 20.0, 7.0]]), torch.ones(4), "all")[0]
+    torch.testing.assert_close(balanced_P, torch.tensor([6.0, 8.0, 10.0, 7.0]))
+    dead_P = torch.tensor([[3.0, 4.0, 0.0, 7.0]])
+    assert torch.equal(align(arch, dead_P, torch.ones(4), "all"), dead_P)
+
+
+def test_no_sign_flips_where_it_would_change_the_function() -> None:
+    """Before max pooling, and sigmoid before zero padding."""
+    x = inputs(architecture("cnn_small"))
+    for activation in ("tanh", "sigmoid"):
+        arch = architecture("cnn_small", activation=activation)
+        theta_BP = models(arch, 4, 1)
+        aligned_BP = align(arch, theta_BP, -models(arch, 1, 5)[0], "all")
+        torch.testing.assert_close(arch.forward(aligned_BP, x), arch.forward(theta_BP, x), rtol=1e-9, atol=1e-9)
+        assert (aligned_BP - theta_BP).abs().max() > 0.1
