@@ -157,6 +157,8 @@ def _place(placer: Placer, recovery: Recovery) -> tuple[Place | None, str]:
         return None, "the recovery is not verified"
     if recovery.odds is not None:
         return None, "answers that are probabilities leave open what all scores have in common"
+    if recovery.hypothesis is not None:
+        return None, "the place of convolutional networks is not looked for yet"
     try:
         return placer.layers(recovery.weights, recovery.activation), ""
     except UserError as error:
