@@ -60,6 +60,7 @@ PARTS = {
     "recovery": Entry("recovery", "Teachers recovered: synthetic, digits, from files"),
     "ablation": Entry("ablation", "Students and clusters: which does the work"),
     "boxes": Entry("boxes", "Black boxes as people have them"),
+    "convolutions": Entry("conv_boxes", "Convolutional black boxes recovered"),
     "placement": Entry("placement", "From a black box to its place in a zoo"),
     "reconstruction": Entry("autoencoder.reconstruction", "Reconstruction by kind of coder, amortised and refined"),
     "controls": Entry("autoencoder.reconstruction", "The same refinement without a learned space"),

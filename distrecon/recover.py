@@ -15,6 +15,7 @@ from distrecon import console, placing, recording
 from distrecon.autoencoder.place import Place
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover_network, score, synthetic_teacher
+from distrecon.expand_cluster.convolution.hypothesis import UNKNOWN, read_request
 from distrecon.expand_cluster.examination import OUTPUTS
 from distrecon.expand_cluster.sources import Source, load_black_box
 from distrecon.kinds.expand_cluster import KIND, picture_arrays
@@ -29,6 +30,7 @@ EXAMPLES = """examples:
   python -m distrecon.recover --smoke                                            a small built-in teacher
   python -m distrecon.recover --teacher net.safetensors --activation tanh
   python -m distrecon.recover --teacher my_module:my_network --input-size 16 --activation unknown
+  python -m distrecon.recover --teacher conv.safetensors --input-size 1 8 8 --layers "conv3 linear" --activation tanh
   python -m distrecon.recover --teacher net.safetensors --autoencoder runs/20260101-120000-train
 
 exit codes: 0 recovered and verified, 1 finished but not verified, 2 the request is wrong, 130 interrupted
@@ -48,7 +50,14 @@ def parser() -> console.Parser:
         "--activation", default="tanh", help="of the hidden layers; 'unknown' tries all (default: tanh)"
     )
     parser.add_argument("--hidden-layers", type=int, default=1, metavar="L", help="how many it has (default: 1)")
-    parser.add_argument("--input-size", type=int, metavar="I", help="needed for MODULE:CALLABLE")
+    parser.add_argument(
+        "--layers",
+        metavar="TEXT",
+        help="of a convolutional network, such as 'conv3p1 pool2 conv3 linear'; 'unknown' tries the usual ones",
+    )
+    parser.add_argument(
+        "--input-size", type=int, nargs="+", metavar="I", help="I, or C H W; needed for MODULE:CALLABLE and --layers"
+    )
     parser.add_argument("--data", type=Path, metavar="FILE.npy", help="inputs of interest [Q, I]; verified there too")
     parser.add_argument(
         "--domain", type=float, nargs=2, metavar=("LOW", "HIGH"), help="no query leaves it (default: no limits)"
@@ -76,7 +85,7 @@ def run(args: argparse.Namespace) -> console.Answer:
     torch.set_num_threads(1)  # many small matrices: more threads spin and lose
     args.seed = args.seed or 0
     config, source = _config(args), _source(args)
-    size = source.input_size or args.input_size
+    size = source.input_size or _size(args)
     if size is None:
         raise UserError("--input-size is needed for a MODULE:CALLABLE teacher")
     data_QI = _data(args.data) if args.data else None
@@ -101,6 +110,7 @@ def run(args: argparse.Namespace) -> console.Answer:
             args.max_rows,
             args.retries,
             args.answers,
+            layers=args.layers,
             config=config,
             progress=lambda part, value: stage.show(f"{part} {value:.3g}"),
             stages=folder.stages,
@@ -152,6 +162,8 @@ def _place(placer: Placer, recovery: Recovery) -> tuple[Place | None, str]:
         return None, "the recovery is not verified"
     if recovery.odds is not None:
         return None, "answers that are probabilities leave open what all scores have in common"
+    if recovery.hypothesis is not None:
+        return None, "the place of convolutional networks is not looked for yet"
     try:
         return placer.layers(recovery.weights, recovery.activation), ""
     except UserError as error:
@@ -200,7 +212,16 @@ def _source(args: argparse.Namespace) -> Source:
         return Source(network(weights, "tanh"), 6, weights)
     if not args.teacher:
         raise UserError("--teacher FILE|MODULE:CALLABLE is needed (or --smoke)")
-    return load_black_box(args.teacher, args.activation)
+    if args.layers in (None, UNKNOWN) or Path(args.teacher).suffix != ".safetensors":
+        return load_black_box(args.teacher, args.activation)
+    _, (hypothesis,) = read_request(_size(args) or 0, args.layers)
+    return load_black_box(args.teacher, args.activation, hypothesis)
+
+
+def _size(args: argparse.Namespace) -> int | list[int] | None:
+    """--input-size as one number, or as those of an image."""
+    sizes = args.input_size
+    return sizes[0] if sizes and len(sizes) == 1 else sizes
 
 
 def _data(path: Path) -> torch.Tensor:

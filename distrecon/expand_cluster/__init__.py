@@ -8,6 +8,7 @@ Needs torch, numpy and scipy only. In the order in which a recovery passes throu
 - neurons, tree                     which neurons most students share: the clusters
 - outgoing, collapse, peel          one network from the clusters: of one hidden layer, of several
 - bends, hyperplanes, from_bends    relu and leaky_relu without students, from where the answers bend
+- convolution/                      the same for convolutional networks: hypotheses, filters, students, kinks
 - verdict, result, scores           whether to believe it; what is returned; how near a known teacher it is
 - recovery                          all of it, round by round; run and stages are what the rounds share and keep
 - networks, least_squares, weights  groups of dense networks, their solver, their weights

@@ -40,7 +40,8 @@ class Answers:
     """The black box as a function of x[Q, I] that gives y[Q, O], both float64 tensors.
 
     At most `max_rows` rows a call; a call that raises is repeated up to `retries` times after 1, 2, 4, ... seconds (60
-    at most). `dtype` is the format of the answers' own numbers.
+    at most). `dtype` is the format of the answers' own numbers. The black box sees queries as [Q, *input_shape], where
+    that is given.
 
     Raises UserError, which repeats what the black box said, when it raises to the end, or gives anything but one row of
     finite numbers for each query.
@@ -53,6 +54,7 @@ class Answers:
         max_rows: int | None = None,
         retries: int = 0,
         sleep: Callable[[float], None] = time.sleep,
+        input_shape: tuple[int, ...] | None = None,
     ) -> None:
         for name, value, least in (("input_size", input_size, 1), ("max_rows", max_rows, 1), ("retries", retries, 0)):
             if value is not None and value < least:
@@ -60,6 +62,7 @@ class Answers:
         self.inputs, self.outputs, self.dtype = input_size, 0, torch.float64
         self.max_rows, self.retries, self.repeated = max_rows, retries, 0
         self._calls, self._sleep = calls_of(black_box), sleep
+        self._shape = input_shape or (input_size,)
 
     def parts(self, x_QI: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Queries and answers of one call after the other, so that each can be kept before the next is made."""
@@ -79,7 +82,7 @@ class Answers:
                     raise
                 if attempt == self.retries:
                     again = f" ({self.retries} repetitions did not help)" if self.retries else ""
-                    shape = f"{list(x_QI.shape)} (input_size={self.inputs})"
+                    shape = f"{[len(x_QI), *self._shape]} (input_size={self.inputs})"
                     raise UserError(
                         f"the black box raised at queries of shape {shape}: {said(error)}{again}"
                     ) from error
@@ -95,7 +98,8 @@ class Answers:
         for call in self._calls:
             try:
                 with torch.no_grad():
-                    answer = call(x_QI.clone())  # a copy: what the black box does to it is not seen here
+                    copy = x_QI.clone()  # what the black box does to it is not seen here
+                    answer = call(copy.unflatten(1, self._shape))
             except MISFIT as error:
                 first = first or error
                 continue

@@ -10,14 +10,14 @@ Legend: Q queries, I inputs, O outputs.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.standard import Standard
 from distrecon.expand_cluster.thresholds import AGREEMENT, AGREEMENT_WORST
-from distrecon.expand_cluster.weights import Weights
+from distrecon.expand_cluster.weights import Weights, network
 from distrecon.nets.activations import activation as find_activation
 
 NUMBERS_AT_ONCE = 4_000_000  # of one layer's values, when many answers are compared
@@ -158,14 +158,43 @@ def outputs_and_terms(weights: Weights, activation: str, x_QI: Tensor) -> tuple[
     return torch.addmm(b, hidden, w.T), torch.addmm(b.abs(), hidden.abs() + size, w.abs().T)
 
 
-def compare(weights: Weights, activation: str, x_QI: Tensor, y_QO: Tensor, tolerance: Tolerance) -> Comparison:
+class Network(Protocol):
+    """What can be compared with answers."""
+
+    @property
+    def widest(self) -> int:
+        """Numbers of its largest intermediate result for one query."""
+
+    def outputs_and_terms(self, x_QI: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs y[Q, O] and the size of their terms [Q, O] (see `outputs_and_terms`)."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A network of dense layers."""
+
+    weights: Weights
+    activation: str
+
+    @property
+    def widest(self) -> int:
+        return max(len(b) for _, b in self.weights)
+
+    def __call__(self, x_QI: Tensor) -> Tensor:
+        return network(self.weights, self.activation)(x_QI)
+
+    def outputs_and_terms(self, x_QI: Tensor) -> tuple[Tensor, Tensor]:
+        return outputs_and_terms(self.weights, self.activation, x_QI)
+
+
+def compare(found: Network, x_QI: Tensor, y_QO: Tensor, tolerance: Tolerance) -> Comparison:
     """The network beside the answers y[Q, O], in parts of bounded memory."""
-    rows = max(1, NUMBERS_AT_ONCE // max(len(b) for _, b in weights))
+    rows = max(1, NUMBERS_AT_ONCE // found.widest)
     outputs = y_QO.shape[1]
     largest_O, ratio_O, sum_O = torch.zeros(3, outputs, dtype=torch.float64)
     ratios = []
     for x, y in zip(x_QI.split(rows), y_QO.split(rows), strict=True):
-        out_QO, terms_QO = outputs_and_terms(weights, activation, x)
+        out_QO, terms_QO = found.outputs_and_terms(x)
         error_QO = (out_QO - y).abs().nan_to_num(torch.inf)
         ratio_QO = (error_QO / tolerance.at(terms_QO, y)).nan_to_num(torch.inf)
         largest_O = torch.maximum(largest_O, error_QO.amax(0))

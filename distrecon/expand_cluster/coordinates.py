@@ -176,6 +176,12 @@ def _inputs_themselves(inputs: int) -> Coordinates:
     return Coordinates(eye_II, eye_II, torch.zeros_like(eye_II), 1.0, 0.0)
 
 
+def isotropic(box: BlackBox, generator: torch.Generator) -> Coordinates:
+    """The inputs themselves, all on the scale that shows the nonlinearity."""
+    eye_II = torch.eye(box.inputs, dtype=torch.float64)
+    return _scaled(box, eye_II, torch.ones(box.inputs, dtype=torch.float64), 0.0, generator)
+
+
 def _scaled(
     box: BlackBox, basis_RI: Tensor, strength_R: Tensor, error: float, generator: torch.Generator
 ) -> Coordinates:

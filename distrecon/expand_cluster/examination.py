@@ -77,19 +77,23 @@ def examine(
     answers: str | Path | None,
     budget: int,
     generator: torch.Generator,
+    image: tuple[int, ...] | None = None,
 ) -> Examined:
     """All that can be told of a black box before its recovery. The arguments are `recover_network`'s.
+
+    Where it reads images [Q, *image], all inputs have one scale, and their centre is 0.
 
     Raises UserError for a wrong request, or when the black box raises or gives no numbers.
     """
     if outputs not in OUTPUTS:
         raise UserError(f"unknown outputs {outputs!r}{nearest(outputs, OUTPUTS)}")
-    ask_again = Answers(black_box, input_size, max_rows, retries)
+    ask_again = Answers(black_box, input_size, max_rows, retries, input_shape=image)
     low_I, high_I = read_domain(domain, input_size)
     if data is not None:
         around = from_data(data, low_I, high_I)
     else:
         around = from_domain(low_I, high_I)
+    around = around.uniform() if image and around.bounded | (data is not None) else around
     asked = _keeping(ask_again, answers, input_size) if answers is not None else ask_again
     raw = Memory(asked, budget)
     sample = Sample.draw(around.asked(raw), around, generator)
@@ -101,7 +105,8 @@ def examine(
     if not _stopped(findings) and thorough and data is None and domain is None:
         if ask_again.dtype != torch.float16:  # which overflows soon
             findings += [*normalised(sample, raw), *clamped(sample)]
-        around = around if _stopped(findings) else _elsewhere(ask, ask_again.dtype, sample, findings, raw.left())
+        if not _stopped(findings):
+            around = _elsewhere(ask, ask_again.dtype, sample, findings, raw.left(), image is not None)
     if _stopped(findings):
         return _examined(findings, sample, raw, None)
     if odds is not None:
@@ -130,12 +135,17 @@ def _named(findings: list[Finding], name: str) -> Finding | None:
     return next((found for found in findings if found.name == name), None)
 
 
-def _elsewhere(ask: Function, dtype: torch.dtype, sample: Sample, findings: list[Finding], left: float) -> Surroundings:
+def _elsewhere(
+    ask: Function, dtype: torch.dtype, sample: Sample, findings: list[Finding], left: float, uniform: bool
+) -> Surroundings:
     """Surroundings of a black box of which nothing is said: inside its limits, or by asking."""
     limits = _named(findings, "clamped inputs")
     if limits is not None:
-        return from_domain(limits.values["low"], limits.values["high"])
+        around = from_domain(limits.values["low"], limits.values["high"])
+        return around.uniform() if uniform else around
     around = sample.around
+    if uniform:
+        return around
     if dtype == torch.float16:
         largest_I = torch.full_like(around.scale_I, torch.finfo(dtype).max ** 0.5)
         around = Surroundings(around.centre_I, around.scale_I, -largest_I, largest_I)

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster.blackbox import BlackBox, OutOfQueries
 from distrecon.expand_cluster.collapse import collapse, takes_skip
 from distrecon.expand_cluster.config import RecoveryConfig
+from distrecon.expand_cluster.convolution.hypothesis import Hypothesis, read_request
+from distrecon.expand_cluster.convolution.recovery import nothing, recover_layers
 from distrecon.expand_cluster.coordinates import Coordinates, find_coordinates
 from distrecon.expand_cluster.examination import Examined, examine
 from distrecon.expand_cluster.from_bends import recover_from_bends
@@ -36,7 +38,7 @@ from distrecon.expand_cluster.neurons import pool_neurons
 from distrecon.expand_cluster.peel import peel
 from distrecon.expand_cluster.probes import Committee, Probes
 from distrecon.expand_cluster.problem import Found, Problem
-from distrecon.expand_cluster.result import Recovery
+from distrecon.expand_cluster.result import Recovery, better
 from distrecon.expand_cluster.run import Progress, Run
 from distrecon.expand_cluster.scores import compare
 from distrecon.expand_cluster.stages import Stages
@@ -61,7 +63,7 @@ CANDIDATES = 2  # activations that get a full recovery after the trial
 
 def recover_network(
     black_box: Any,
-    input_size: int,
+    input_size: int | Sequence[int],
     activation: str = UNKNOWN,
     hidden_layers: int = 1,
     seed: int = 0,
@@ -72,6 +74,7 @@ def recover_network(
     retries: int = 0,
     answers: str | Path | None = None,
     *,
+    layers: str | None = None,
     config: RecoveryConfig | None = None,
     progress: Progress | None = None,
     stages: Path | None = None,
@@ -82,6 +85,9 @@ def recover_network(
     or a method of a scikit-learn estimator. `activation` "unknown" tries those that fit what the black box shows and
     goes on with the best two.
 
+    - `layers`: what a convolutional network is taken to be, such as "conv3p1 pool2 conv3 linear" (see
+      convolution/hypothesis.py), or "unknown", which tries the usual ones. Its `input_size` is [C, H, W], and it is
+      asked [Q, C, H, W];
     - `data` [Q, I]: inputs of interest, which set the centre and the scale of the queries and are asked, too;
     - `domain` (low, high), numbers or [I]: no query leaves it;
     - `outputs` "probabilities": rows that add up to 1, or one column of a sigmoid's. The weights then give log-odds
@@ -102,13 +108,19 @@ def recover_network(
     names = list(ACTIVATIONS) if activation == UNKNOWN else [find_activation(activation).name]
     if hidden_layers < 1:
         raise UserError(f"hidden_layers must be at least 1, not {hidden_layers}")
+    image, hypotheses = read_request(input_size, layers)
+    input_size = input_size if isinstance(input_size, int) else math.prod(input_size)
     own_QI = None if data is None else _rows(data, input_size)
     started = time.monotonic()
     seeded = config.seed * 1_000_003 + seed
     generator = torch.Generator().manual_seed(seeded)
     budget = config.budget.queries
-    examined = examine(black_box, input_size, own_QI, domain, outputs, max_rows, retries, answers, budget, generator)
-    request = [input_size, hidden_layers, seed, flatten(config)]
+    examined = examine(
+        black_box, input_size, own_QI, domain, outputs, max_rows, retries, answers, budget, generator, image
+    )
+    request = [input_size, layers or hidden_layers, seed, flatten(config)]
+    if examined.stopped is not None and hypotheses:
+        return _finish(examined, nothing(examined.box, names[0], hypotheses[0], str(examined.stopped)), own_QI)
     if examined.stopped is not None:
         return _finish(examined, _empty(examined.box, names[0], hidden_layers, str(examined.stopped)), own_QI)
 
@@ -127,7 +139,9 @@ def recover_network(
             seconds={"examination": time.monotonic() - started},
         )
 
-    if activation == UNKNOWN:
+    if hypotheses:
+        recovery = _try_layers(start, hypotheses, _possible(examined, names), config)
+    elif activation == UNKNOWN:
         recovery = _try_all(start, _possible(examined, names), config)
     else:
         recovery = _recover(start(activation, config, ""))
@@ -136,6 +150,7 @@ def recover_network(
 
 def _rows(data: Rows, input_size: int) -> Tensor:
     rows_QI = torch.as_tensor(data)
+    rows_QI = rows_QI.flatten(1) if rows_QI.ndim > 2 else rows_QI
     if rows_QI.ndim != 2 or rows_QI.shape[1] != input_size or not len(rows_QI):
         raise UserError(f"data has shape {list(rows_QI.shape)}, not [Q, {input_size}]")
     if not torch.isfinite(rows_QI).all():
@@ -157,7 +172,7 @@ def _recover(run: Run) -> Recovery:
     except OutOfQueries as error:
         best: Recovery | None = None
         for candidate in run.candidates:
-            best = _better(candidate, best)
+            best = better(candidate, best)
         if best is None:
             recovery = _empty(run.box, run.activation.name, run.hidden_layers, str(error))
         else:
@@ -175,31 +190,45 @@ def _empty(box: BlackBox, activation: str, hidden_layers: int, reason: str) -> R
     return Recovery(weights, activation, False, reason, [], {"recover/train_loss": 1.0, "recover/students": 0})
 
 
-def _try_all(start: Start, names: list[str], config: RecoveryConfig) -> Recovery:
-    """A few students a short fit with every activation, then all rounds with the best of them, best first."""
-    brief = dataclasses.replace(
+def _brief(config: RecoveryConfig, students: int) -> RecoveryConfig:
+    """A few students a short fit, in one round."""
+    return dataclasses.replace(
         config,
-        students=dataclasses.replace(config.students, count=BRIEF_STUDENTS),
+        students=dataclasses.replace(config.students, count=students),
         solver=dataclasses.replace(config.solver, iterations=BRIEF_ITERATIONS),
         budget=dataclasses.replace(config.budget, attempts=1),
     )
-    trials = {name: _recover(start(name, brief, f"{name}-brief")) for name in names}
+
+
+def _best_first(trials: dict[Any, Recovery], recover: Callable[[Any], Recovery]) -> Recovery:
+    """All rounds with the best of what was tried, best first."""
     best: Recovery | None = None
-    for name in sorted(trials, key=lambda name: trials[name].metrics["recover/train_loss"])[:CANDIDATES]:
-        best = _better(_recover(start(name, config, name)), best)
+    for key in sorted(trials, key=lambda key: trials[key].metrics["recover/train_loss"])[:CANDIDATES]:
+        best = better(recover(key), best)
         if best.verified:
             break
     assert best is not None
     return best
 
 
-def _better(new: Recovery, old: Recovery | None) -> Recovery:
-    """Verified beats unverified; then the later of two verified ones, or the lower loss."""
-    if old is None:
-        return new
-    if new.verified or old.verified:
-        return new if new.verified else old
-    return new if new.metrics["recover/train_loss"] < old.metrics["recover/train_loss"] else old
+def _try_all(start: Start, names: list[str], config: RecoveryConfig) -> Recovery:
+    """A few students a short fit with every activation, then all rounds with the best of them, best first."""
+    brief = _brief(config, BRIEF_STUDENTS)
+    trials = {name: _recover(start(name, brief, f"{name}-brief")) for name in names}
+    return _best_first(trials, lambda name: _recover(start(name, config, name)))
+
+
+def _try_layers(start: Start, hypotheses: list[Hypothesis], names: list[str], config: RecoveryConfig) -> Recovery:
+    """One student a short fit with every hypothesis and activation, the cheapest hypotheses first, until one is
+    verified; else all rounds with the best of them."""
+    pairs, trials = list(itertools.product(hypotheses, names)), dict[tuple[Hypothesis, str], Recovery]()
+    if len(pairs) == 1:
+        return recover_layers(start(names[0], config, ""), hypotheses[0])
+    for hypothesis, name in pairs:
+        trials[hypothesis, name] = recover_layers(start(name, _brief(config, 1), ""), hypothesis)
+        if trials[hypothesis, name].verified:
+            return trials[hypothesis, name]
+    return _best_first(trials, lambda pair: recover_layers(start(pair[1], config, ""), pair[0]))
 
 
 def _coordinates(run: Run, contradictions_QI: Tensor | None = None) -> Coordinates:
@@ -234,16 +263,16 @@ def _attempts(run: Run) -> Recovery:
         recovery = recover_from_saturation(run, coordinates)
         if recovery is not None and recovery.verified:
             return recovery
-        best = _better(recovery, best) if recovery is not None else best
+        best = better(recovery, best) if recovery is not None else best
     for attempt in range(run.config.budget.attempts):
         if derivatives and (attempt or not solved(run, _students(run, coordinates.rank, guess))):
             recovery, derivatives = recover_from_derivatives(run, coordinates), False
-            best = _better(recovery, best) if recovery is not None else best
+            best = better(recovery, best) if recovery is not None else best
             if best is not None and best.verified:
                 break
         used = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
         outcome = _round(run, Probes(used, contradictions_QI, committee), guess, patience, attempt)
-        best, committee = _better(outcome.recovery, best), outcome.committee
+        best, committee = better(outcome.recovery, best), outcome.committee
         if outcome.recovery.verified or run.out_of_time():
             break
         if (within_QI := _within_reach(outcome.recovery.contradictions_QI, coordinates)) is not None:
@@ -300,7 +329,7 @@ def _round(run: Run, probes: Probes, guess: int, patience: int, attempt: int) ->
         new_NP = run.stages.keep(kept, run.generator, compute) if run.stages else compute()
         theta_NP = torch.cat([theta_NP, new_NP])
         recovery = _collapse(run, problem, net, theta_NP)
-        best = _better(recovery, best)
+        best = better(recovery, best)
         if recovery.verified:
             verified.append(recovery.layer_sizes[0])
         underfit = not recovery.verified and recovery.metrics["recover/student_loss_best"] > limit

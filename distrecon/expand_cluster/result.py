@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distrecon.expand_cluster.certificate import Certificate
+from distrecon.expand_cluster.certificate import Certificate, Dense
+from distrecon.expand_cluster.convolution.files import write_chain
+from distrecon.expand_cluster.convolution.hypothesis import Hypothesis
+from distrecon.expand_cluster.convolution.network import Chain
 from distrecon.expand_cluster.diagnosis import Finding
 from distrecon.expand_cluster.neurons import LayerClustering
 from distrecon.expand_cluster.odds import Odds
-from distrecon.expand_cluster.weights import Weights, layer_sizes, network, write_weights
+from distrecon.expand_cluster.weights import Weights, layer_sizes, write_weights
+from distrecon.nets.activations import activation as find_activation
 
 
 @dataclass
@@ -23,7 +27,8 @@ class Recovery:
     inputs at which the black box's answers contradict a fit that was exact elsewhere. `findings` say what the black box
     was found to be. Where its answers are probabilities, `odds` tells how scores, which the weights give, become
     probabilities. `linkage` has the LayerClustering of every hidden layer that was clustered. `metrics` are named as in
-    summary.json; `history` has the students' loss curves as (stage, step, [losses]).
+    summary.json; `history` has the students' loss curves as (stage, step, [losses]). Of a convolutional network
+    `hypothesis` says which layers it has, and the weights of convolutions are [out, in, kernel, kernel].
     """
 
     weights: Weights
@@ -38,21 +43,33 @@ class Recovery:
     odds: Odds | None = None
     certificate: Certificate | None = None
     contradictions_QI: Tensor | None = None
+    hypothesis: Hypothesis | None = None
+
+    @property
+    def function(self) -> Dense | Chain:
+        """The network that gives scores of inputs that come flat."""
+        if self.hypothesis is None:
+            return Dense(self.weights, self.activation)
+        return Chain(self.hypothesis, self.weights, find_activation(self.activation))
 
     @property
     def layer_sizes(self) -> list[int]:
-        """Sizes of the hidden layers, first to last."""
+        """Sizes of the hidden layers, first to last: channels, of convolutions."""
         return [len(b) for _, b in self.weights[:-1]]
 
     def __call__(self, inputs_QI: Tensor) -> Tensor:
-        """What the black box answers, y[Q, O] in float64: outputs, or probabilities where it gives those."""
-        scores_QO = network(self.weights, self.activation)(inputs_QI.double())
+        """What the black box answers, y[Q, O] in float64: outputs, or probabilities where it gives those.
+
+        Images may come as [Q, C, H, W] or flat.
+        """
+        scores_QO = self.function(inputs_QI.double().flatten(1))
         return scores_QO if self.odds is None else self.odds.of_classes(scores_QO)
 
     def report(self) -> str:
         """A few lines of text: sizes, verdict, precision, cost."""
         lines = [
-            f"network      {'-'.join(map(str, layer_sizes(self.weights)))} {self.activation}",
+            f"network      {'-'.join(map(str, layer_sizes(self.weights)))} {self.activation}"
+            + (f" ({self.hypothesis.text})" if self.hypothesis else ""),
             f"verdict      {'verified' if self.verified else 'UNVERIFIED'}: {self.reason}",
         ]
         lines += [f"found        {finding}" for finding in self.findings]
@@ -75,14 +92,30 @@ class Recovery:
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Write the network as safetensors: layer<i>.weight, layer<i>.bias, and what it is as metadata."""
+        """Write the network as safetensors: layer<i>.weight, layer<i>.bias, and what it is as metadata.
+
+        Of a convolutional network the state dict of `function.module()`.
+        """
         metadata = {
             "activation": self.activation,
             "sizes": "-".join(map(str, layer_sizes(self.weights))),
             "verified": str(self.verified),
             "reason": self.reason,
         }
-        write_weights(Path(path), self.weights, metadata)
+        network = self.function
+        if isinstance(network, Chain):
+            write_chain(Path(path), network, metadata)
+        else:
+            write_weights(Path(path), self.weights, metadata)
+
+
+def better(new: Recovery, old: Recovery | None) -> Recovery:
+    """Verified beats unverified; then the later of two verified ones, or the lower loss."""
+    if old is None:
+        return new
+    if new.verified or old.verified:
+        return new if new.verified else old
+    return new if new.metrics["recover/train_loss"] < old.metrics["recover/train_loss"] else old
 
 
 def relative_rmse(answers_QO: Tensor, outputs_QO: Tensor) -> float:

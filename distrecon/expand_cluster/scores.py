@@ -30,12 +30,15 @@ def cosine_distances(a_NK: Tensor, b_MK: Tensor) -> Tensor:
 def score(recovery: Recovery, teacher_weights: Weights, inputs_QI: Tensor | None = None) -> dict[str, Any]:
     """Metrics of a recovery against the teacher's true weights [(W, b), ...]; with inputs also RMSE and agreement.
 
+    Channels of convolutions are neurons, whose incoming weights are their kernels. Of convolutional networks RMSE and
+    agreement are not computed.
+
     Raises UserError when the two networks differ in depth, inputs or outputs.
     """
     if len(teacher_weights) != len(recovery.weights):
         raise UserError(f"the teacher has {len(teacher_weights)} layers, the recovered network {len(recovery.weights)}")
-    truth = [(w.double(), b.double()) for w, b in teacher_weights]
-    found = [(w.clone(), b.clone()) for w, b in recovery.weights]
+    truth = [(w.double().flatten(1), b.double()) for w, b in teacher_weights]
+    found = [(w.flatten(1).clone(), b.clone()) for w, b in recovery.weights]
     ends = [(n[0][0].shape[1], len(n[-1][1])) for n in (truth, found)]
     if ends[0] != ends[1]:
         raise UserError(f"the teacher has (inputs, outputs) {ends[0]}, the recovered network {ends[1]}")
@@ -58,7 +61,7 @@ def score(recovery: Recovery, teacher_weights: Weights, inputs_QI: Tensor | None
         "recover/missing": missing,
         "recover/excess": excess,
     }
-    if inputs_QI is not None:
+    if inputs_QI is not None and recovery.hypothesis is None:
         metrics |= compare(recovery, network(truth, recovery.activation)(inputs_QI), inputs_QI)
     return metrics
 
@@ -93,19 +96,20 @@ def _align(found: Weights, truth: Weights, layer: int, name: str) -> Tensor:
     """
     (w_true, b_true), (next_true, _) = truth[layer], truth[layer + 1]
     (w, b), (w_next, b_next) = found[layer], found[layer + 1]
+    next_true, w_next = next_true.unflatten(1, (len(b_true), -1)), w_next.unflatten(1, (len(b), -1))  # [out, H, each]
     into_TK, into_HK = torch.cat([w_true, b_true[:, None]], 1), torch.cat([w, b[:, None]], 1)
     row_T, column_T, flips, sign = _match(into_TK, into_HK, name)
     if find_activation(name).symmetry == "odd_constant":  # f(u) = 1 - f(-u): what the flipped neurons gave at once
-        b_next = b_next + w_next[:, column_T] @ flips.double()  # moves to the next bias
-    incoming, outgoing = sign[:, None] * into_HK[column_T], w_next[:, column_T] / sign
+        b_next = b_next + w_next.sum(2)[:, column_T] @ flips.double()  # moves to the next bias
+    incoming, outgoing = sign[:, None] * into_HK[column_T], w_next[:, column_T] / sign[:, None]
     found[layer] = incoming[:, :-1], incoming[:, -1]
-    placed = w_next.new_zeros(len(w_next), len(b_true))  # a missing neuron leaves a zero column
+    placed = w_next.new_zeros(len(w_next), len(b_true), w_next.shape[2])  # a missing neuron leaves a zero column
     placed[:, row_T] = outgoing
     if layer + 2 < len(truth):
-        found[layer + 1] = placed, b_next
+        found[layer + 1] = placed.flatten(1), b_next
         return cosine_distances(into_TK[row_T], incoming).diagonal()
     into = cosine_distances(into_TK[row_T], incoming).diagonal()
-    out = cosine_distances(next_true[:, row_T].T, placed[:, row_T].T).diagonal()
+    out = cosine_distances(*(w[:, row_T].transpose(0, 1).flatten(1) for w in (next_true, placed))).diagonal()
     return torch.maximum(into, out)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distrecon.errors import UserError
+from distrecon.expand_cluster.convolution.files import read_chain
+from distrecon.expand_cluster.convolution.hypothesis import Hypothesis
 from distrecon.expand_cluster.weights import Weights, network, read_weights
 
 
@@ -23,13 +25,18 @@ class Source:
     weights: Weights | None
 
 
-def load_black_box(spec: str, activation: str) -> Source:
+def load_black_box(spec: str, activation: str, hypothesis: Hypothesis | None = None) -> Source:
     """The black box named by `spec`: a .safetensors file of dense layers, or MODULE:CALLABLE.
+
+    With a hypothesis the file is a state dict of such a network.
 
     CALLABLE may be a method, such as classifier.predict_proba. The answers keep the file's own precision. Raises
     UserError that says what cannot be read.
     """
     if Path(spec).suffix == ".safetensors":
+        if hypothesis is not None:
+            chain = read_chain(Path(spec), hypothesis, activation)
+            return Source(chain.module().requires_grad_(False), None, chain.weights)
         weights = read_weights(Path(spec))
         return Source(network(weights, activation), weights[0][0].shape[1], weights)
     module_name, colon, name = spec.partition(":")

@@ -46,10 +46,16 @@ class Standard:
         return torch.ones(len(y_QC), dtype=torch.bool) if self.odds is None else self.odds.known(y_QC)
 
     def own(self, weights: Weights) -> Weights:
-        """Weights for standard inputs and scores as weights for the black box's own: one output for every class."""
+        """Weights for standard inputs and scores as weights for the black box's own: one output for every class.
+
+        Those of convolutions need inputs of one scale and centre 0 (`Surroundings.uniform`).
+        """
         (w, b), *rest = weights
-        w = w / self.around.scale_I
-        *hidden, (last_w, last_b) = [(w, b - w @ self.around.centre_I), *rest]
+        if w.ndim > 2:
+            *hidden, (last_w, last_b) = [(w / self.around.scale_I[0], b), *rest]
+        else:
+            w = w / self.around.scale_I
+            *hidden, (last_w, last_b) = [(w, b - w @ self.around.centre_I), *rest]
         last_w, last_b = self.scale_O[:, None] * last_w, self.scale_O * last_b + self.mean_O
         if self.odds is not None:
             last_w, last_b = self.odds.all_classes(last_w.T).T, self.odds.all_classes(last_b[None])[0]

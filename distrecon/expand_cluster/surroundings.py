@@ -65,6 +65,11 @@ class Surroundings:
         """[Q]: which u lie inside the domain."""
         return ((u_QI >= self.standard(self.low_I)) & (u_QI <= self.standard(self.high_I))).all(1)
 
+    def uniform(self) -> "Surroundings":
+        """The same domain with centre 0 and one scale, that of all inputs, which is what convolutions can bear."""
+        scale = (self.centre_I.square() + self.scale_I.square()).mean().sqrt()
+        return Surroundings(torch.zeros_like(self.centre_I), scale.expand_as(self.scale_I), self.low_I, self.high_I)
+
     def asked(self, ask: Ask) -> Ask:
         """A function of x as one of u."""
         return lambda u_QI: ask(self.inputs(u_QI))

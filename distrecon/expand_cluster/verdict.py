@@ -12,13 +12,15 @@ Legend: Q queries, I inputs, R relevant input directions, H hidden, O outputs.
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.blackbox import BlackBox
-from distrecon.expand_cluster.certificate import Certificate, Comparison, Tolerance, certify, compare, outputs_and_terms
+from distrecon.expand_cluster.certificate import Certificate, Comparison, Dense, Network, Tolerance, certify, compare
 from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.outgoing import drop_costs, features, solve_outgoing
@@ -68,7 +70,7 @@ def conclude(run: Run, problem: Problem, found: Found | None, metrics: dict[str,
     run.progress("size", sum(found.net.sizes[1:-1]))
     verdict = judge(run, problem, weights, polished, loss)
     metrics = {**metrics, **verdict.certificate.metrics(), "recover/train_loss": found.loss}
-    reasons = [verdict.objection or _agreement(verdict.certificate), found.objection, found.note]
+    reasons = [verdict.objection or agreement(verdict.certificate), found.objection, found.note]
     return Recovery(
         weights,
         run.activation.name,
@@ -105,20 +107,37 @@ class Verdict:
 
 
 def judge(run: Run, problem: Problem, weights: Weights, polished: bool, train_loss: float) -> Verdict:
-    """Whether all of the rule holds for a network fitted to the problem's data, with this relative loss."""
+    """Whether all of the rule holds for a dense network fitted to the problem's data, with this relative loss."""
+    weakness = partial(_weakness, run, problem, weights)
+    return judge_network(run, problem, Dense(weights, run.activation.name), weakness, polished, train_loss)
+
+
+def judge_network(
+    run: Run,
+    problem: Problem,
+    network: Network,
+    weakness: Callable[[Tensor, Tensor], str],
+    polished: bool,
+    train_loss: float,
+) -> Verdict:
+    """The same for any network.
+
+    `weakness` says what queries x[Q, I] do not determine of it ("" if nothing), where each output may be off by a share
+    [O] of its deviation.
+    """
     floor = problem.polished_floor if polished else problem.floor
     with run.timed("queries"):
         probes_QI, fresh_QI = _fresh(run, problem.probes)
         answers_QO = run.box(fresh_QI)
     with run.timed("verdict"):
-        tolerance, spread_O = _tolerance(run, problem, weights, polished)
+        tolerance, spread_O = _tolerance(run, problem, network, polished)
         x_QI, y_QO = fresh_QI, answers_QO
-        comparison = compare(weights, run.activation.name, x_QI, y_QO, tolerance)
+        comparison = compare(network, x_QI, y_QO, tolerance)
         objection = _disagreement(comparison, "fresh")
         exact = train_loss <= AGREEMENT**2 * floor
         if exact:
             x_QI, y_QO = run.box.asked()
-            comparison = compare(weights, run.activation.name, x_QI, y_QO, tolerance)
+            comparison = compare(network, x_QI, y_QO, tolerance)
             objection = objection or _disagreement(comparison, "of the run's")
         certificate = certify(comparison, tolerance, x_QI, len(fresh_QI), run.box.noise_O, spread_O, run.box.untold)
         if objection and train_loss > floor:
@@ -128,7 +147,7 @@ def judge(run: Run, problem: Problem, weights: Weights, polished: bool, train_lo
             contradictions_QI = _contradictions(comparison, x_QI) if train_loss <= floor else None
             return Verdict(objection, certificate, contradictions_QI)
         relative_O = tolerance.unit_O / spread_O
-        return Verdict(_weakness(run, problem, weights, probes_QI, relative_O), certificate)
+        return Verdict(weakness(probes_QI, relative_O), certificate)
 
 
 def confirm(box: BlackBox, recovery: Recovery) -> Recovery:
@@ -139,20 +158,21 @@ def confirm(box: BlackBox, recovery: Recovery) -> Recovery:
     unit_O = torch.tensor(certificate.allowed, dtype=torch.float64) / AGREEMENT_WORST
     tolerance = Tolerance(unit_O, torch.tensor(certificate.terms, dtype=torch.float64), box.error)
     x_QI, y_QO = box.asked()
-    comparison = compare(recovery.weights, recovery.activation, x_QI, y_QO, tolerance)
+    comparison = compare(recovery.function, x_QI, y_QO, tolerance)
     spread_O = torch.tensor(certificate.spread, dtype=torch.float64)
     certificate = certify(comparison, tolerance, x_QI, certificate.fresh, box.noise_O, spread_O, box.untold)
     objection = _disagreement(comparison, "of the run's")
     return dataclasses.replace(
         recovery,
         verified=not objection,
-        reason=objection or _agreement(certificate),
+        reason=objection or agreement(certificate),
         metrics={**recovery.metrics, **certificate.metrics()},
         certificate=certificate,
     )
 
 
-def _agreement(certificate: Certificate) -> str:
+def agreement(certificate: Certificate) -> str:
+    """Why a network is verified."""
     return (
         f"{certificate.given} answers of the run and {certificate.fresh} fresh ones agree "
         f"(at most {100 * max(certificate.worst_share):.2g} % of what is allowed) and every neuron is needed"
@@ -216,7 +236,7 @@ def beyond(asked_QI: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.cat([(middle_I + half_I * unit_QI)[:2], inner_QI[2:]])
 
 
-def _tolerance(run: Run, problem: Problem, weights: Weights, polished: bool) -> tuple[Tolerance, Tensor]:
+def _tolerance(run: Run, problem: Problem, network: Network, polished: bool) -> tuple[Tolerance, Tensor]:
     """What disagreement is due, and the answers' standard deviation per output (1 where it is 0), [O].
 
     The fit's own error relative to the spread, or the noise, which was measured elsewhere and is carried over in
@@ -226,7 +246,7 @@ def _tolerance(run: Run, problem: Problem, weights: Weights, polished: bool) -> 
     spread_O = data.scale * data.y_QO.std(0)
     spread_O = torch.where(spread_O > 0, spread_O, torch.ones_like(spread_O))
     here_O, there_O = (
-        outputs_and_terms(weights, run.activation.name, x_QI)[1].square().mean(0).sqrt().clamp(min=1e-300)
+        network.outputs_and_terms(x_QI)[1].square().mean(0).sqrt().clamp(min=1e-300)
         for x_QI in (data.x_QI, run.box.noise_QI)
     )
     fit = math.sqrt(run.config.solver.floor)

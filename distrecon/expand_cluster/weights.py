@@ -79,7 +79,7 @@ def read_weights(path: Path) -> Weights:
         tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
-    names = sorted((n for n in tensors if n.endswith(".weight")), key=_natural)
+    names = sorted((n for n in tensors if n.endswith(".weight")), key=natural)
     weights: Weights = []
     for name in names:
         bias = name.removesuffix("weight") + "bias"
@@ -93,6 +93,6 @@ def read_weights(path: Path) -> Weights:
     return weights
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layer10 after layer9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

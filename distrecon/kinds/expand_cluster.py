@@ -3,7 +3,7 @@
 `run` and its configuration, the metrics, and the report's figures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from distrecon.config import check, setting
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, network, recover_network, score
 from distrecon.expand_cluster.config import RecoveryConfig
+from distrecon.expand_cluster.convolution.files import stored_chain
 from distrecon.expand_cluster.shown import shown
 from distrecon.expand_cluster.teachers import synthetic_problem, train_teacher
 from distrecon.expand_cluster.weights import Weights, read_weights
@@ -130,17 +131,22 @@ def needs(config: RecoveryRun) -> Needs:
 
 
 def serve(folder: Path) -> Served:
-    """The recovered network of a trial's files: inputs [Q, I] to outputs [Q, O], in float64."""
+    """The recovered network of a trial's files: inputs [Q, I] (or images) to outputs [Q, O], in float64."""
     (file,) = folder.glob("*.safetensors")
     with safe_open(file, "pt") as opened:
         activation = opened.metadata()["activation"]
-    weights = read_weights(file)
-    model = network(weights, activation)
+    chain = stored_chain(file)
+    model: Callable[[Tensor], Tensor] = chain.module().requires_grad_(False) if chain else _dense(file, activation)
+    inputs = chain.hypothesis.input_shape if chain else (read_weights(file)[0][0].shape[1],)
 
     def call(array: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))).numpy()
 
-    return Served(model, call, np.zeros((1, weights[0][0].shape[1])))
+    return Served(model, call, np.zeros((1, *inputs)))
+
+
+def _dense(file: Path, activation: str) -> Callable[[Tensor], Tensor]:
+    return network(read_weights(file), activation)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

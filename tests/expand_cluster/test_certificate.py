@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distrecon.expand_cluster import BlackBox, network, recover_network, synthetic_teacher
-from distrecon.expand_cluster.certificate import Tolerance, certify, compare, outputs_and_terms
+from distrecon.expand_cluster.certificate import Dense, Tolerance, certify, compare, outputs_and_terms
 from distrecon.expand_cluster.odds import Odds
 from distrecon.expand_cluster.standard import Standard
 from distrecon.expand_cluster.surroundings import Surroundings
@@ -58,7 +58,7 @@ def test_a_comparison_counts_in_units_of_what_is_due(monkeypatch):
     assert torch.equal(outputs_and_terms(weights, "relu", x_QI)[1], tensor([4.0, 40.0], [8.0, 80.0], [16.0, 160.0]))
     tolerance = Tolerance(unit_O=tensor(0.1, 1.0), terms_O=tensor(8.0, 80.0))
     y_QO = torch.cat([x_QI, 10 * x_QI], dim=1) + tensor([0.2, 0.0], [0.0, -3.0], [0.6, 0.0])
-    found = compare(weights, "relu", x_QI, y_QO, tolerance)
+    found = compare(Dense(weights, "relu"), x_QI, y_QO, tolerance)
     torch.testing.assert_close(found.largest_O, tensor(0.6, 3.0))
     torch.testing.assert_close(found.ratio_Q, tensor(2.0, 3.0, 3.0))  # the last: due is twice as much
     torch.testing.assert_close(found.ratio_O, tensor(3.0, 3.0))
@@ -71,9 +71,9 @@ def test_what_is_not_finite_never_agrees():
     x_QI = torch.ones(2, 2, dtype=torch.float64)
     y_QO = network(weights, "tanh")(x_QI)
     tolerance = Tolerance(tensor(1e-12), tensor(1.0))
-    assert compare(weights, "tanh", x_QI, y_QO, tolerance).agrees_O.all()
+    assert compare(Dense(weights, "tanh"), x_QI, y_QO, tolerance).agrees_O.all()
     weights[1][1][0] = math.nan
-    found = compare(weights, "tanh", x_QI, y_QO, tolerance)
+    found = compare(Dense(weights, "tanh"), x_QI, y_QO, tolerance)
     assert not found.agrees_O.any()
     assert found.contradicted_Q.all()
     assert found.largest_O.isinf().all()
@@ -83,7 +83,7 @@ def test_what_is_not_finite_never_agrees():
 def test_agreement_on_the_whole(errors, agrees):
     weights = [(tensor([1.0]), tensor(0.0)), (tensor([1.0]), tensor(0.0))]
     x_QI = tensor([1.0], [1.0])
-    found = compare(weights, "relu", x_QI, x_QI + 1e-3 * tensor(errors).T, Tolerance(tensor(1e-3), tensor(4.0)))
+    found = compare(Dense(weights, "relu"), x_QI, x_QI + 1e-3 * tensor(errors).T, Tolerance(tensor(1e-3), tensor(4.0)))
     assert bool(found.agrees_O.all()) == agrees
     assert not found.contradicted_Q.any()
 
@@ -93,7 +93,7 @@ def test_one_bad_answer_among_many_good_ones_is_enough(error, agrees):
     weights = [(tensor([1.0]), tensor(0.0)), (tensor([1.0]), tensor(0.0))]
     y_QO = torch.ones(1000, 1, dtype=torch.float64)
     y_QO[500] += 1e-3 * error
-    found = compare(weights, "relu", torch.ones(1000, 1).double(), y_QO, Tolerance(tensor(1e-3), tensor(4.0)))
+    found = compare(Dense(weights, "relu"), torch.ones(1000, 1).double(), y_QO, Tolerance(tensor(1e-3), tensor(4.0)))
     assert float(found.mean_ratio_O) < AGREEMENT < AGREEMENT_WORST
     assert bool(found.agrees_O.all()) == agrees
 
@@ -104,7 +104,13 @@ def test_a_certificate_is_plain_numbers():
     y_QO = x_QI[:, :1] + tensor([0.0, 0.0], [0.0, 0.02], [0.0, 0.0])
     tolerance = Tolerance(tensor(1e-3, 1e-3), tensor(100.0, 100.0))
     found = certify(
-        compare(weights, "relu", x_QI, y_QO, tolerance), tolerance, x_QI, 1, tensor(0.0, 1e-5), tensor(1.0, 4.0), 7
+        compare(Dense(weights, "relu"), x_QI, y_QO, tolerance),
+        tolerance,
+        x_QI,
+        1,
+        tensor(0.0, 1e-5),
+        tensor(1.0, 4.0),
+        7,
     )
     assert (found.lowest, found.highest, found.farthest) == ([0.5, -4.0], [3.0, 2.0], 5.0)
     assert (found.given, found.fresh, found.hidden_share) == (2, 1, 1.0)

@@ -126,3 +126,21 @@ def test_files_that_are_no_dense_network_are_refused(tmp_path, capsys):
     for name, message in (("conv", "not a dense layer"), ("text", "not a safetensors file")):
         assert main(["--teacher", str(tmp_path / f"{name}.safetensors")]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_convolutional_teacher_from_a_file_is_recovered_and_loads_in_torch(tmp_path, capsys):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(18, 3))
+    save_file(net.double().state_dict(), tmp_path / "conv.safetensors")
+    arguments = ["--teacher", str(tmp_path / "conv.safetensors"), "--layers", "conv3 linear", "--activation", "tanh"]
+    assert main([*arguments, "--input-size", "25", "--out", str(tmp_path / "none")]) == 2
+    assert "needs input_size=[channels, height, width]" in capsys.readouterr().err
+    out = tmp_path / "run"
+    assert main([*arguments, "--input-size", "1", "5", "5", "--out", str(out), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics["recover/layer_sizes"] == [2]
+    assert metrics["recover/max_cosine_distance"] < 1e-20
+    x = torch.randn(4, 1, 5, 5, dtype=torch.float64)
+    before = net(x)
+    net.load_state_dict(load_file(out / "models" / "recovered.safetensors"))
+    torch.testing.assert_close(net(x), before, rtol=0, atol=1e-11)
