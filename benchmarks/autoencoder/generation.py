@@ -48,17 +48,16 @@ class Maker:
         self.zoo, self.seed = zoo, seed
         self.autoencoder, _ = zoo.autoencoder(values, seed)
         self.tasks = self.autoencoder.config.tasks
-        best_N = generate.best_states(zoo.arch, zoo.train, zoo.images)
-        good_N = generate.top(best_N, self.tasks.good)
-        self.good_NP, self.z_NZ = zoo.train.theta_BP[good_N], encode_models(self.autoencoder, zoo.train)[good_N]
-        self.judge = generate.Judge.make(zoo.arch, zoo.train, best_N, zoo.test, zoo.images, self.tasks)
+        z = encode_models(self.autoencoder, zoo.train)
+        self.sources = generate.Sources.make(zoo.arch, zoo.train, z, zoo.images, self.tasks.good)
+        self.judge = generate.Judge.make(zoo.arch, self.sources, zoo.test, zoo.images, self.tasks)
         self.rows: list[Row] = []
 
     def trained_and_baselines(self) -> list[Row]:
         """A trained coder by every sampler and budget, and what one could do without it."""
         for method, name, settings, sampler in _samplers(self.tasks):
             self._drawn(method, name, settings, sampler)
-        arch, good_NP, count, seed = self.zoo.arch, self.good_NP, self.tasks.samples, self.seed
+        arch, good_NP, count, seed = self.zoo.arch, self.sources.good_NP, self.tasks.samples, self.seed
         std_P = self.autoencoder.fitted(0, "std_P")
         for scale in (0.1, 0.2, 0.3, 0.4, 0.5):
             name = f"weight noise {scale:g}"
@@ -91,8 +90,9 @@ class Maker:
 
     def _drawn(self, method: str, name: str, settings: TasksConfig, sampler: str) -> None:
         def make() -> Tensor:
-            source, images = (self.autoencoder, self.good_NP, self.z_NZ), self.zoo.images
-            return generate.generate_models(*source, images, settings, sampler, self.seed)[0]
+            return generate.generate_models(
+                self.autoencoder, self.sources, self.zoo.images, settings, sampler, self.seed
+            )[0]
 
         self._report(method, name, make)
 
@@ -102,7 +102,7 @@ class Maker:
         first = plain.standardise(self.zoo.fresh(count, 1_000_000 + 1000 * self.seed), 0)
 
         def make() -> Tensor:
-            targets_MQC = generate.teacher_targets(plain, self.good_NP, count, TEACHERS, self.seed, 0)
+            targets_MQC = generate.teacher_targets(plain, self.sources.good_NP, count, TEACHERS, self.seed, 0)
             return decode_latents(plain, plain.refine(first, targets_MQC, steps, 0, "adam", self.seed, rate))
 
         return make

@@ -85,29 +85,76 @@ def test_reconstruction_metrics_by_hand(arch, images):
 # -- prediction --------------------------------------------------------------------------------------------------------
 
 
+def test_features_of_several_kinds_count_the_same():
+    narrow, wide = np.array([[1.0], [3.0], [9.0]]), np.array([[0.0, 10, 5, 7], [4.0, 30, 5, 7], [2.0, 20, 5, 8]])
+    found = predict.balanced([narrow, wide], 2)
+    np.testing.assert_allclose(found * 2**0.5, [[-1, -(0.5**0.5), -(0.5**0.5)], [1, 0.5**0.5, 0.5**0.5], [7, 0, 0]])
+    np.testing.assert_allclose((found[:2] ** 2).sum(1), 1)
+    np.testing.assert_allclose(predict.balanced([narrow, np.ones((3, 4))], 2), predict.balanced([narrow], 2))
+    assert not predict.balanced([np.ones((3, 4))], 2).any()
+
+
+@pytest.mark.parametrize("features", (3, 40))
+def test_models_left_out_against_probes_fitted_without_them(features):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, features)) + 1, rng.normal(size=(12, 2))
+    x = x - x[:12].mean(0)
+    groups, alpha = [np.array([0, 4, 7]), np.array([1, 2, 3, 5, 6]), np.array([8]), np.array([9, 10, 11])], 0.1
+    ridge = predict.Ridge(x, 12)
+
+    def slow(rows, asked):
+        """Normal equations with an intercept that is not penalised."""
+        z = np.concatenate([x, np.ones((20, 1))], 1)
+        penalty = alpha * 12 * np.eye(features + 1)
+        penalty[-1, -1] = 0
+        return z[asked] @ np.linalg.solve(z[rows].T @ z[rows] + penalty, z[rows].T @ y[rows])
+
+    np.testing.assert_allclose(ridge.predictions(y, alpha), slow(np.arange(12), np.arange(12, 20)), atol=1e-10)
+    left_out = ridge.left_out(y, groups, alpha)
+    for rows in groups:
+        others = np.setdiff1d(np.arange(12), rows)
+        np.testing.assert_allclose(left_out[rows], y[rows] - slow(others, rows), atol=1e-10)
+
+
 def test_ridge_finds_a_linear_relation_and_regularises_noise():
     rng = np.random.default_rng(0)
-    features = [rng.normal(size=(n, 30)) * 5 + 2 for n in (200, 60, 60)]
-    weights = rng.normal(size=30)
-    values = [f @ weights for f in features]
-    score, predicted = predict.Ridge(*features).best(values[0], values[1])
-    assert score > 0.999
-    assert predict.r2(predicted, values[2]) > 0.999
-    noise = [rng.normal(size=n) for n in (200, 60, 60)]
-    _, predicted = predict.Ridge(*features).best(noise[0], noise[1])
-    assert predict.r2(predicted, noise[2]) > -0.1  # unregularised it would be about -.2
+    features, ids = rng.normal(size=(320, 30)), [f"m{i // 4}" for i in range(260)]
+    values = np.stack([features @ rng.normal(size=30) + 5, rng.normal(size=320)], 1)
+    found = predict.probe(features - features[:260].mean(0), values[:260], ids)
+    assert predict.r2(found.predicted_BY[:, 0], values[260:, 0]) > 0.999
+    assert predict.r2(found.predicted_BY[:, 1], values[260:, 1]) > -0.1  # unregularised it would be about -.2
+    assert (found.error_NY**2).mean(0)[0] < 1e-3
 
 
-def test_features_are_chosen_on_validation_models_not_on_test(splits):
-    """The features that would win on the test models lose, because validation models prefer others."""
+def _r2(candidates, splits, counted=slice(None)):
+    candidates = {name: [np.concatenate(parts)] for name, parts in candidates.items()}
+    return predict.best_probes(candidates, splits, counted, next(iter(candidates)))
+
+
+def test_features_are_not_chosen_on_test_models(splits):
+    """The features that would win on the test models lose, because the others prefer another."""
     values = [s.test_accuracy_B.double().numpy()[:, None] for s in splits]
     rng = np.random.default_rng(0)
-    honest = [v + 0.01 * rng.normal(size=v.shape) for v in values]
-    tempting = [values[0], rng.normal(size=values[1].shape), values[2]]
-    metrics, arrays = predict._probe({"honest": honest, "tempting": tempting}, splits, "p")
-    only, _ = predict._probe({"honest": honest}, splits, "p")
-    assert metrics["p/test_accuracy_r2"] == only["p/test_accuracy_r2"] < 1
-    np.testing.assert_allclose(arrays["p/test_accuracy"][0], values[2][:, 0])
+    honest = [v + 0.003 * rng.normal(size=v.shape) for v in values]
+    tempting = [*(rng.normal(size=v.shape) for v in values[:2]), values[2]]
+    metrics, arrays = _r2({"tempting": tempting, "honest": honest}, splits)
+    only, _ = _r2({"honest": honest}, splits)
+    assert metrics["predict/test_accuracy_r2"] == only["predict/test_accuracy_r2"] < 1
+    assert metrics["predict/baseline_tempting/test_accuracy_r2"] < 0.5
+    np.testing.assert_allclose(arrays["predict/test_accuracy"][0], values[2][:, 0])
+
+
+def test_only_counted_models_choose(splits):
+    """What a coder has learned by heart, true of training models and of no other, is not taken where others count."""
+    values = [s.test_accuracy_B.double().numpy()[:, None] for s in splits]
+    rng = np.random.default_rng(0)
+    honest = [v + 1.2 * v.std() * rng.normal(size=v.shape) for v in values]
+    by_heart = [values[0], *(values[0].mean() + values[0].std() * rng.normal(size=v.shape) for v in values[1:])]
+    of_all, _ = _r2({"honest": honest, "by heart": by_heart}, splits)
+    of_some, _ = _r2({"honest": honest, "by heart": by_heart}, splits, slice(len(splits[0]), None))
+    only, _ = _r2({"honest": honest}, splits)
+    assert of_some["predict/test_accuracy_r2"] == only["predict/test_accuracy_r2"]
+    assert of_all["predict/test_accuracy_r2"] < of_some["predict/test_accuracy_r2"]
 
 
 def test_an_embedding_that_says_nothing_leaves_the_statistics(autoencoder, arch, splits, monkeypatch):
@@ -120,9 +167,9 @@ def test_an_embedding_that_says_nothing_leaves_the_statistics(autoencoder, arch,
 
 def test_a_property_that_does_not_vary_has_no_r2(splits):
     same = [replace(s, epoch_B=torch.full((len(s),), 5)) for s in splits]
-    features = {"f": [s.theta_BP[:, :20].double().numpy() for s in same]}
-    metrics, _ = predict._probe(features, same, "p")
-    assert set(metrics) == {"p/test_accuracy_r2", "p/generalization_gap_r2"}
+    metrics, _ = _r2({"f": [s.theta_BP[:, :20].double().numpy() for s in same]}, same)
+    names = ("test_accuracy_r2", "generalization_gap_r2")
+    assert set(metrics) == {f"predict/{n}" for n in names} | {f"predict/baseline_f/{n}" for n in names}
 
 
 def test_weight_statistics_by_hand():
@@ -281,9 +328,12 @@ def test_generation_never_sees_test_images(autoencoder, splits, images):
 def test_best_states_are_one_a_model_and_in_order(arch, splits, images):
     train = splits[0]
     ids = [f"m{i // 3}" for i in range(len(train))]
-    best = generate.best_states(arch, replace(train, model_id=ids), images)
-    assert sorted(ids[i] for i in best) == sorted(set(ids))
     accuracy_B = evaluate(arch, train.theta_BP, images.validation.images, images.validation.labels_Q).accuracy_B
+    sources = generate.Sources.make(arch, replace(train, model_id=ids), torch.zeros(len(train), 2), images, 0.5)
+    best = sources.best_N
+    assert torch.equal(sources.accuracy_A, accuracy_B)
+    assert torch.equal(sources.good_N, best[:4])
+    assert sorted(ids[i] for i in best) == sorted(set(ids))
     assert (accuracy_B[best].diff() <= 0).all()
     for i in best.tolist():
         siblings = [j for j, name in enumerate(ids) if name == ids[i]]
@@ -293,11 +343,11 @@ def test_best_states_are_one_a_model_and_in_order(arch, splits, images):
 def test_selection_on_validation_images_and_fine_tuning_help(autoencoder, arch, splits, images):
     train = splits[0]
     with torch.no_grad():
-        z = autoencoder.encode(train.theta_BP)
+        sources = generate.Sources.make(arch, train, autoencoder.encode(train.theta_BP), images, 1.0)
 
     def mean_accuracy(part, **values):
         settings = tiny(**values).tasks
-        theta_MP, _ = generate.generate_models(autoencoder, train.theta_BP, z, images, settings, "gaussian")
+        theta_MP, _ = generate.generate_models(autoencoder, sources, images, settings, "gaussian")
         return float(evaluate(arch, theta_MP, part.images, part.labels_Q).accuracy_B.mean())
 
     assert mean_accuracy(images.validation, tasks__select=8) > mean_accuracy(images.validation)
