@@ -192,19 +192,24 @@ def averaged(arch: Architecture, good_NP: Tensor, count: int, seed: int, share: 
 
 
 def matched_noise(
-    arch: Architecture, good_NP: Tensor, std_P: Tensor, accuracy: float, images: ImageSet, count: int, seed: int
+    arch: Architecture, good_NP: Tensor, std_P: Tensor, wanted_MP: Tensor, images: ImageSet, seed: int
 ) -> float:
-    """The noise scale whose mean accuracy on validation images is nearest to `accuracy`, over few models and images.
+    """The noise scale whose mean accuracy is nearest to that of the wanted models, by few models and validation images.
 
     Accuracy falls with the scale, so bisection finds the two scales between which it passes the one wanted.
     """
-    inputs, labels_Q = images.validation.images[:SEARCH_IMAGES], images.validation.labels_Q[:SEARCH_IMAGES]
     found: dict[int, float] = {}
+
+    def accuracy(theta_MP: Tensor) -> float:
+        few = images.validation.images[:SEARCH_IMAGES], images.validation.labels_Q[:SEARCH_IMAGES]
+        return float(evaluate(arch, theta_MP, *few).accuracy_B.mean())
+
+    wanted = accuracy(wanted_MP)
 
     def excess(i: int) -> float:
         if i not in found:
-            noisy_MP = noisy(good_NP, std_P, NOISE_SCALES[i], min(count, SEARCH_MODELS), seed)
-            found[i] = float(evaluate(arch, noisy_MP, inputs, labels_Q).accuracy_B.mean()) - accuracy
+            noisy_MP = noisy(good_NP, std_P, NOISE_SCALES[i], min(len(wanted_MP), SEARCH_MODELS), seed)
+            found[i] = accuracy(noisy_MP) - wanted
         return found[i]
 
     low, high = 0, len(NOISE_SCALES) - 1
@@ -248,8 +253,7 @@ def generate(
         few = inputs_for(arch, images.train.images[: config.remeasure])
         report("generate/remeasured", arch.remeasured(headline, few))
     std_P = autoencoder.fitted(zoo, "std_P").float().cpu()
-    reached = float(evaluate(arch, headline, images.validation.images, images.validation.labels_Q).accuracy_B.mean())
-    scale = matched_noise(arch, good_NP, std_P, reached, images, config.samples, seed)
+    scale = matched_noise(arch, good_NP, std_P, headline, images, seed)
     metrics["generate/baseline_noise/scale"] = scale
     report("generate/baseline_noise", noisy(good_NP, std_P, scale, config.samples, seed))
     report("generate/baseline_average", averaged(arch, good_NP, config.samples, seed))
