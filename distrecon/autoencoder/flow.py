@@ -1,8 +1,8 @@
 """Flow matching on latents: a velocity field, conditioned on accuracy, that carries normal noise to latents of models.
 
 Conditional flow matching (Lipman et al., ICLR 2023, arXiv 2210.02747) on straight paths: with x_0 normal and x_1 a
-latent, x_t = (1 - t) x_0 + t x_1, and v(x_t, t, c) is fitted to x_1 - x_0 by least squares, c the accuracy of the model.
-A sample is the end at t = 1 of dx/dt = v(x, t, c), by Heun's method.
+latent, x_t = (1 - t) x_0 + t x_1, and v(x_t, t, c) is fitted to x_1 - x_0 by least squares, c the model's accuracy. A
+sample is the end at t = 1 of dx/dt = v(x, t, c), by Heun's method.
 
 Latents have more numbers than there are models. The flow lives in the span of the models' latents: their coordinates in
 its principal directions, divided by the root of their mean variance, so that neither the span nor the ratios of the

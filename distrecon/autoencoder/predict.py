@@ -129,7 +129,8 @@ def best_probes(
     Each candidate is a list of kinds of features, of training, validation and test models in this order. The candidate
     with the smallest errors of left-out models on the `counted` rows is taken; `baseline` names one of them.
     """
-    metrics, arrays = {}, {}
+    metrics: dict[str, float] = {}
+    arrays: dict[str, np.ndarray] = {}
     names = [name for name, attribute in PROPERTIES.items() if _varies(name, attribute, splits)]
     if not names:  # nothing to explain
         return metrics, arrays
@@ -138,7 +139,7 @@ def best_probes(
     ids = [*splits[0].model_id, *splits[1].model_id]
     probed = {name: probe(balanced(kinds, known), values_BY[:known], ids) for name, kinds in candidates.items()}
     for y, name in enumerate(names):
-        best = min(probed.values(), key=lambda found: float((found.error_NY[counted, y] ** 2).sum()))  # noqa: B023
+        best = min(probed.values(), key=lambda found: float((found.error_NY[counted, y] ** 2).sum()))
         for prefix, found in (("predict", best), (f"predict/baseline_{baseline}", probed[baseline])):
             metrics[f"{prefix}/{name}_r2"] = r2(found.predicted_BY[:, y], values_BY[known:, y])
         arrays[f"predict/{name}"] = np.stack([values_BY[known:, y], best.predicted_BY[:, y]])

@@ -1,8 +1,8 @@
 """Training of one weight autoencoder, one step at a time; who feeds it, shows its losses and saves it is the caller.
 
 - One step reads a global batch of models of one zoo, of which this worker holds the rows [offset, offset + b).
-- Everything random (views, queries) is drawn for the global batch (`draws.py`): any number of workers, with any split of
-  the batch, gives the same losses and gradients up to rounding.
+- Everything random (views, queries) is drawn for the global batch (`draws.py`): any number of workers, with any split
+  of the batch, gives the same losses and gradients up to rounding.
 - Contrastive negatives span the global batch (`distributed.global_rows`); gradients are summed during the backward
   pass (`reduction.py`).
 - On the CPU the originals' outputs on the query pool are computed once a row: a permutation of units never changes
@@ -223,7 +223,7 @@ class Training:
         return Losses(batch, detached, on_host_N, copied)
 
     def _factors(self, mean_N: Tensor, names: tuple[str, ...], zoo: int) -> Tensor:
-        """What each loss is multiplied by [N]: its weight over its value at its first step on the zoo, never read here."""
+        """What each loss is multiplied by [N]: its weight over its value at its first step on a zoo, never read here."""
         known = self.factors[zoo]
         if names not in known:
             which = [[*self.config.loss.weights].index(name) for name in names]

@@ -94,7 +94,7 @@ def test_features_of_several_kinds_count_the_same():
     assert not predict.balanced([np.ones((3, 4))], 2).any()
 
 
-@pytest.mark.parametrize("features", (3, 40))
+@pytest.mark.parametrize("features", [3, 40])
 def test_models_left_out_against_probes_fitted_without_them(features):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, features)) + 1, rng.normal(size=(12, 2))

@@ -7,8 +7,8 @@ import torch
 
 from distrecon.autoencoder import PAPER, AutoencoderConfig, Batch, Training, ZooSample
 from distrecon.autoencoder import rows as rows_of_zoo
-from distrecon.autoencoder.rows import RowCache
 from distrecon.autoencoder.draws import generator, random_orders, views
+from distrecon.autoencoder.rows import RowCache
 from distrecon.autoencoder.training import learning_rate
 from distrecon.config import replace
 from distrecon.errors import UserError
