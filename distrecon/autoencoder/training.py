@@ -223,7 +223,7 @@ class Training:
         return Losses(batch, detached, on_host_N, copied)
 
     def _factors(self, mean_N: Tensor, names: tuple[str, ...], zoo: int) -> Tensor:
-        """What each loss is multiplied by [N]: its weight over its value at its first step on a zoo, never read here."""
+        """What each loss is multiplied by [N]: its weight over its value at a zoo's first step, never read here."""
         known = self.factors[zoo]
         if names not in known:
             which = [[*self.config.loss.weights].index(name) for name in names]
