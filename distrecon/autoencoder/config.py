@@ -127,7 +127,7 @@ class TasksConfig:
     """How the trained autoencoder is judged."""
 
     samples: int = setting(100, "generated models", least=2)
-    images: int = setting(2000, "validation and as many test images that judge, where a set has more", least=1)
+    images: int = setting(1000, "validation and as many test images that judge, where a set has more", least=1)
     samplers: tuple[str, ...] = setting(
         ("joint_kde",), "of latents; the first gives the headline numbers", choices=SAMPLERS, filled=True
     )
