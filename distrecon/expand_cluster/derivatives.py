@@ -8,6 +8,8 @@ resource efficient identification of shallow neural networks by fewest samples, 
 Legend: S points, R relevant input directions, O outputs, D directions, T points of a stencil.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ SECOND = ((16 / 12, 16 / 12, -1 / 12, -1 / 12, -30 / 12), 2)
 ERROR = 4  # power of h
 MULTIPLES = (1.0, -1.0, 2.0, -2.0)
 AT_ONCE = 20_000  # queries
+
+Ask = Callable[[Tensor], Tensor]
 
 
 class Derivatives:
@@ -65,3 +69,16 @@ class Derivatives:
             sum_SDO = torch.einsum("t,stdo->sdo", torch.tensor(weights[:4], dtype=torch.float64), y_STDO)
             found.append((sum_SDO + weights[4] * center_SO[:, None]) / step**order)
         return torch.cat(found)
+
+
+def jacobians(ask: Ask, z_SR: Tensor, step_S: Tensor) -> Tensor:
+    """d y / d z of a function of z[Q, R], [S, O, R], by five-point differences of these steps: 4 R queries a point."""
+    rank = z_SR.shape[1]
+    moves_DR = torch.cat([multiple * torch.eye(rank, dtype=torch.float64) for multiple in MULTIPLES])
+    points, parts = max(1, AT_ONCE // len(moves_DR)), []
+    for z_PR, step_P in zip(z_SR.split(points), step_S.split(points), strict=True):
+        moved_PDR = z_PR[:, None] + step_P[:, None, None] * moves_DR
+        y_PTRO = ask(moved_PDR.flatten(0, 1)).unflatten(0, (len(z_PR), len(MULTIPLES), rank))
+        weights_T = torch.tensor(FIRST[0][:4], dtype=torch.float64)
+        parts.append(torch.einsum("t,ptro->por", weights_T, y_PTRO) / step_P[:, None, None])
+    return torch.cat(parts)

@@ -92,8 +92,8 @@ def examine(
         around = from_domain(low_I, high_I)
     asked = _keeping(ask_again, answers, input_size) if answers is not None else ask_again
     raw = Memory(asked, budget)
-    sample = Sample.draw(lambda u_QI: raw(around.inputs(u_QI)), around, generator)
-    findings = diagnose_answers(sample, lambda u_QI: ask_again(around.inputs(u_QI)))
+    sample = Sample.draw(around.asked(raw), around, generator)
+    findings = diagnose_answers(sample, around.asked(ask_again))
     odds, thorough = None, raw.left() > THOROUGH
     if not _stopped(findings) and (outputs == "probabilities" or _named(findings, "probabilities")):
         odds = Odds.of(sample.y_QO, ask_again.dtype, float(sample.quantum_O.max()))
@@ -107,13 +107,19 @@ def examine(
     if odds is not None:
         around = _where_known(raw, odds, around, generator)
     if around is not sample.around:
-        sample = Sample.draw(lambda u_QI: ask(around.inputs(u_QI)), around, generator)
-    if not (sample.y_QO != sample.y_QO[:1]).any():
+        moved = Sample.draw(around.asked(ask), around, generator)
+        if odds is not None or _varies(moved):  # else it is somewhere between: where it was asked first
+            sample = moved
+    if not _varies(sample):
         evidence = f"{len(sample.y_QO)} queries gave one answer"
         findings.append(Finding("constant", evidence, "data= may show where it is not", True))
     elif thorough:
         findings += diagnose_function(sample)
     return _examined(findings, sample, raw, odds)
+
+
+def _varies(sample: Sample) -> bool:
+    return bool((sample.y_QO != sample.y_QO[:1]).any())
 
 
 def _stopped(findings: list[Finding]) -> bool:

@@ -23,6 +23,7 @@ from distrecon.expand_cluster.result import Recovery
 from distrecon.expand_cluster.run import Run
 from distrecon.expand_cluster.thresholds import RESPONDS
 from distrecon.expand_cluster.verdict import conclude, polishable
+from distrecon.nets.activations import Activation
 
 FIRST_POINTS = 48  # beside one for each relevant direction; then twice as many, until the rank shows
 ROUNDS = 4
@@ -60,24 +61,32 @@ def recover_from_derivatives(run: Run, coordinates: Coordinates) -> Recovery | N
 def neurons(run: Run, coordinates: Coordinates, order: int) -> Tensor | None:
     """[w, b] of all neurons [H, K] from derivatives of an order; None where these do not show them.
 
-    The rank of the sample does not show where derivatives are too noisy; and of more than (A - 1)(R - 1) neurons the
-    terms are not the only rank-one matrices of their span.
+    The rank of the sample does not show where derivatives are too noisy.
     """
     sampled = _sampled(run, coordinates, order)
     if sampled is None:
         return None
     z_SR, samples_SAR = sampled
-    hidden = numerical_rank(samples_SAR.flatten(1))
-    if hidden > (samples_SAR.shape[1] - 1) * (coordinates.rank - 1):
+    return from_samples(z_SR, samples_SAR, numerical_rank(samples_SAR.flatten(1)), run.activation, order, run.generator)
+
+
+def from_samples(
+    z_SR: Tensor, samples_SAR: Tensor, hidden: int, activation: Activation, order: int, generator: torch.Generator
+) -> Tensor | None:
+    """[w, b] of `hidden` neurons [H, K] from derivatives of an order at points z; None where they do not show them.
+
+    Of more than (A - 1)(R - 1) neurons the terms are not the only rank-one matrices of their span.
+    """
+    if hidden > (samples_SAR.shape[1] - 1) * (z_SR.shape[1] - 1):
         return None
-    left_HA, right_HR = rank_one_terms(span(samples_SAR, hidden), run.generator)
+    left_HA, right_HR = rank_one_terms(span(samples_SAR, hidden), generator)
     if len(right_HR) < hidden:
         return None
     terms_FH = (left_HA[:, :, None] * right_HR[:, None, :]).flatten(1).T
     sizes_HS = torch.linalg.lstsq(terms_FH, samples_SAR.flatten(1).T).solution
     found = []
     for w_R, size_S in zip(right_HR, sizes_HS, strict=True):
-        alpha, beta, loss = fit_profile(run.activation, order, z_SR @ w_R, size_S)
+        alpha, beta, loss = fit_profile(activation, order, z_SR @ w_R, size_S)
         if loss < RESPONDS:
             found.append(torch.cat([alpha * w_R, w_R.new_tensor([beta])]))
     return torch.stack(found) if found else None

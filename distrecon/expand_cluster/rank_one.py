@@ -69,7 +69,7 @@ def _isotropic(basis_KAB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for rows in (True, False):
             gram = torch.einsum("kab,kcb->ac" if rows else "kab,kac->bc", scaled_KAB, scaled_KAB)
             values, vectors = torch.linalg.eigh(gram * len(gram) / gram.trace())
-            inverse_root = vectors * values.clamp(min=LEAST_SHARE).rsqrt() @ vectors.T
+            inverse_root = vectors * torch.where(values < LEAST_SHARE, 1.0, values).rsqrt() @ vectors.T
             if rows:
                 left_AA, scaled_KAB = inverse_root @ left_AA, inverse_root @ scaled_KAB
             else:

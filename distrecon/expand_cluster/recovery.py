@@ -30,6 +30,7 @@ from distrecon.expand_cluster.coordinates import Coordinates, find_coordinates
 from distrecon.expand_cluster.examination import Examined, examine
 from distrecon.expand_cluster.from_bends import recover_from_bends
 from distrecon.expand_cluster.from_derivatives import recover_from_derivatives
+from distrecon.expand_cluster.from_saturation import recover_from_saturation
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import pool_neurons
 from distrecon.expand_cluster.peel import peel
@@ -228,6 +229,11 @@ def _attempts(run: Run) -> Recovery:
     best = bends.recovery if bends is not None else None
     guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
     patience, committee, derivatives = 1, None, run.config.probes.derivatives
+    if derivatives:
+        recovery = recover_from_saturation(run, coordinates)
+        if recovery is not None and recovery.verified:
+            return recovery
+        best = _better(recovery, best) if recovery is not None else best
     for attempt in range(run.config.budget.attempts):
         if derivatives and (attempt or not solved(run, _students(run, coordinates.rank, guess))):
             recovery, derivatives = recover_from_derivatives(run, coordinates), False

@@ -31,6 +31,11 @@ RANK_ONE = 1e-10  # squared distance of a unit rank-one matrix from the span: th
 SAME_TERM = 1e-6  # 1 - cosine of two such matrices that are the same term; they are found to 1e-5 at least
 RESPONDS = 1e-3  # relative loss: a term along which derivatives fit one neuron's response; they do to 1e-11 or better
 
+# First of two layers (saturation.py)
+ALONE = 1e-6  # ratio of singular values of the Jacobian where one neuron switches and the others are saturated: 1e-9
+SAME_DIRECTION = 1e-6  # 1 - cosine of two directions of one neuron; they are found to 1e-9
+SPANNED = 1e-12  # squared share of Jacobians outside the span: slopes and biases are right; 1e-3 before, 1e-17 after
+
 # Students
 UNDERFIT = 1e-4  # relative loss: best students of the first-order optimiser that end above it are too narrow
 UNDERFIT_SOLVED = 1e-12  # relative loss: the same after the least-squares solver, which ends near rounding or is stuck

@@ -24,7 +24,7 @@ from distrecon.record.folder import RunFolder
 from distrecon.zoos.settings import SMOKE_ZOO
 from distrecon.zoos.train import ensure
 
-EPOCHS = 60  # enough that the node dies in mid-training, also when the machine is slow to notice
+EPOCHS = 12  # enough that the node dies in mid-training, also when the machine is slow to notice
 SPACE = """
 name: seeds
 kind: autoencoder

@@ -38,6 +38,12 @@ cluster.shutdown()
 """
 
 
+def answer(stdout: str) -> dict:
+    """The line of JSON among what Ray says."""
+    (line,) = [line for line in stdout.splitlines() if line.startswith("{")]
+    return json.loads(line)
+
+
 @pytest.mark.slow
 def test_a_folder_that_another_node_does_not_see_is_refused_in_a_line(tmp_path):
     """Nodes of one machine see the same files: what another machine would lack is a folder that is not there."""
@@ -69,10 +75,10 @@ def test_a_training_that_loses_a_node_ends_like_an_undisturbed_one(tmp_path, nod
         env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=2400,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    told = json.loads(done.stdout.strip().splitlines()[-1])
+    told = answer(done.stdout)
     assert len(set(told["before"])) == workers, "two workers were on one node"
     assert told["victim"] in told["before"]
     assert told["victim"] not in told["after"]
@@ -88,17 +94,17 @@ def test_a_sweep_goes_on_without_the_node_of_a_trials_driver(tmp_path):
     """Through Tune: the trial begins again on another node, from its last epoch, and ends as if nothing was."""
     script = Path(__file__).with_name("driver_loss.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=1200
+        [sys.executable, str(script), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=2400
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    told = json.loads(done.stdout.strip().splitlines()[-1])
+    told = answer(done.stdout)
     assert told["victim"] in told["before"].values()
     assert told["started"][0] == 1
     assert told["started"][1] > 1, "the trial did not begin again"
     assert told["status"] == ["completed"], told["errors"]
     for epochs in told["epochs"][1].values():
         assert epochs == sorted(set(epochs)), "a finished epoch was trained again"
-        assert epochs[-1] == 60
+        assert epochs[-1] == 12
     assert told["largest_gap"] < 1e-5
     assert told["score_gap"] < 1e-5
 
@@ -117,9 +123,9 @@ def test_a_sweep_on_gpus_that_come_when_they_are_asked_for(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=2400,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    told = json.loads(done.stdout.strip().splitlines()[-1])
+    told = answer(done.stdout)
     assert len(told["workers"]) == 2, "the sweep's two autoencoder trials shared a node"
     assert set(told["workers"]) <= set(told["nodes"])

@@ -194,3 +194,17 @@ def test_answers_of_any_size_are_ordinary(factor):
 
 def test_a_small_budget_is_not_spent_on_what_kind_of_function_it_is():
     assert look(TANH, 8, budget=5000).box.queries < 700
+
+
+def test_what_is_constant_only_far_out_is_looked_at_where_it_is_not():
+    """A sum of bumps: its sharpest bends lie so far out that nothing but its constant is met round them."""
+    centres_KI = torch.randn(40, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    height_K = torch.randn(40, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def bumps(x_QI):
+        return (-torch.cdist(x_QI, centres_KI).square() / 2).exp() @ height_K
+
+    examined = look(bumps, 10)
+    assert examined.named("constant") is None
+    assert examined.named("linear") is None
+    assert float(examined.sample.y_QO.std()) > 0
