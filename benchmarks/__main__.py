@@ -64,7 +64,7 @@ PARTS = {
     "placement": Entry("placement", "From a black box to its place in a zoo"),
     "reconstruction": Entry("autoencoder.reconstruction", "Reconstruction by kind of coder, amortised and refined"),
     "controls": Entry("autoencoder.reconstruction", "The same refinement without a learned space"),
-    "losses": Entry("autoencoder.losses", "Five combinations of losses"),
+    "losses": Entry("autoencoder.losses", "Losses, query sets and coders: the paper's tables"),
     "generation": Entry("autoencoder.generation", "Accuracy of new models against their novelty, by compute"),
     "gradients": Entry("autoencoder.gradients", "Predicted against autograd gradients, and by layer"),
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distrecon import console, recording
 from distrecon.autoencoder.config import TasksConfig
-from distrecon.autoencoder.generate import best_states, generate_models, top
+from distrecon.autoencoder.generate import Sources, generate_models
 from distrecon.autoencoder.model import Autoencoder
 from distrecon.autoencoder.samplers import SAMPLERS
 from distrecon.autoencoder.scoring import zoo_index
@@ -103,12 +103,9 @@ def generate(
     progress, images = console.Progress("generate"), zoo.images()
     progress.show(f"choosing the best of {zoo.name}'s training models")
     train = zoo.models("train")
-    good_N = top(best_states(zoo.architecture, train, images), tasks.good)
-    z_N = encode_models(autoencoder, train, index)[good_N]
-    progress.show(f"{count} models around {len(good_N)} good ones")
-    theta_MP, milliseconds = generate_models(
-        autoencoder, train.theta_BP[good_N], z_N, images, tasks, sampler, seed, index
-    )
+    sources = Sources.make(zoo.architecture, train, encode_models(autoencoder, train, index), images, tasks.good)
+    progress.show(f"{count} models around {len(sources.good_N)} good ones")
+    theta_MP, milliseconds = generate_models(autoencoder, sources, images, tasks, sampler, seed, index)
     theta_MP = theta_MP[:count]
     accuracy_M = evaluate(zoo.architecture, theta_MP, images.test.images, images.test.labels_Q).accuracy_B
     progress.done(f"{len(theta_MP)} models")

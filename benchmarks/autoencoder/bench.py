@@ -38,6 +38,8 @@ class Bench:
 
     def __init__(self, args: Namespace) -> None:
         self.quick, self.folder = args.quick, args.rows.parent
+        self.settings: Values = configuration.parse_assignments(args.set)
+        self.finetune_epochs: int = args.finetune
         where = args.zoo
         if args.quick and where is None:
             where = self.folder / "small_zoo"
@@ -62,7 +64,7 @@ class Bench:
 
     def autoencoder(self, values: Values, seed: int) -> tuple[Autoencoder, float]:
         """Trained with these settings, or read from the folder; and the CPU seconds that training took."""
-        settings = {**values, **(QUICK if self.quick else {}), "seed": seed}
+        settings = {**self.settings, **values, **(QUICK if self.quick else {}), "seed": seed}
         key = hashlib.sha256(json.dumps([self.name, settings], sort_keys=True).encode()).hexdigest()[:12]
         place = self.folder / "autoencoders" / key
         if not (place / "training.json").exists():
@@ -91,6 +93,13 @@ def train(zoo: Bench, values: Values) -> tuple[Autoencoder, float]:
 OPTIONS: dict[str, dict[str, Any]] = {
     "--zoo": {"metavar": "FOLDER", "type": Path, "help": "the zoo; --quick makes a small one of its own"},
     "--seeds": {"type": int, "default": 3, "help": "(default: %(default)s)"},
+    "--set": {
+        "nargs": "+",
+        "default": [],
+        "metavar": "KEY=VALUE",
+        "help": "settings of every autoencoder, under those of a row: optim.epochs=8 model.latent=64",
+    },
+    "--finetune": {"type": int, "default": 5, "help": "epochs of generated models, in losses (default: %(default)s)"},
 }
 Work = Callable[[Bench, str, int], list[Row]]  # of a case and a seed; each row may name a finer case
 
@@ -106,7 +115,9 @@ def part(
         bench = Bench(args)
         for seed in range(1 if args.quick else args.seeds):
             for case, work in cases.items():
-                yield Cell({"zoo": bench.name, "case": case, "seed": seed}, partial(work, bench, case, seed))
+                where = {"zoo": bench.name, "case": case, "seed": seed}
+                set_here = {"set": " ".join(args.set)} if args.set else {}
+                yield Cell(where | set_here, partial(work, bench, case, seed))
 
     plain = [
         Table(tuple(columns), lambda row: row["case"], title=title, plain=True) for title, columns in tables.items()

@@ -200,6 +200,11 @@ class ActivationPCA(Coder):
         deviation_Z = self.fitted[zoo]["deviation_Z"]
         return self._walk(zoo).move(z * deviation_Z, change * deviation_Z) / deviation_Z
 
+    def flat_noise(self, noise_BF: Tensor, zoo: int) -> Tensor:
+        """D^T D noise, D the decoder in the behavioural scale, whose columns are orthogonal (see `Coder`)."""
+        stats = self.fitted[zoo]
+        return noise_BF * (stats["deviation_Z"] / stats["scale_Z"]).square().to(noise_BF)
+
     def project(self, z_BZ: Tensor, zoo: int) -> Tensor:
         """[B, J] for the contrastive loss."""
         return self.projections[zoo](z_BZ[:, None])

@@ -34,6 +34,9 @@ class LossConfig:
     gamma: float = setting(0.05, "weight of the contrastive loss", least=0, most=1)
     beta: float = setting(0.5, "share of the structural loss in the rest", least=0, most=1)
     lam: float = setting(0.0, "weight of the cycle loss", least=0)
+    behavioral_from: float = setting(
+        0.0, "share of the steps after which B joins: those before are cheaper, and bring weights near", least=0, most=1
+    )
     temperature: float = setting(0.1, "of the contrastive loss", above=0)
     behavioral: str = setting("mse_softmax", "how outputs are compared", choices=BEHAVIORAL)
     distillation_temperature: float = setting(2.0, "of the behavioural loss distillation", above=0)
@@ -53,6 +56,8 @@ class LossConfig:
             raise UserError(f"loss.terms: {self.terms!r} names a term twice")
         if terms == ["C"]:
             raise UserError("loss.terms: 'C' alone trains no decoder; add S or B")
+        if self.behavioral_from and not {"S", "B"} <= set(terms):
+            raise UserError("loss.behavioral_from: S has to train before B joins it; loss.terms has to name both")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -131,7 +136,7 @@ class TasksConfig:
     """How the trained autoencoder is judged."""
 
     samples: int = setting(100, "generated models", least=2)
-    images: int = setting(2000, "validation and as many test images that judge, where a set has more", least=1)
+    images: int = setting(1000, "validation and as many test images that judge, where a set has more", least=1)
     samplers: tuple[str, ...] = setting(
         ("joint_kde",), "of latents; the first gives the headline numbers", choices=SAMPLERS, filled=True
     )

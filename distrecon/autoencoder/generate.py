@@ -5,7 +5,7 @@ validation images and refined or fine-tuned on training images; test images only
 (arXiv 2506.07998) stand beside every table: weight noise on a good model, scaled to the same validation accuracy, and
 the average of two aligned good models. `baseline_heldout` are good models that the autoencoder never saw.
 
-Legend: B models, M generated, N good, P parameters, Q images, C classes.
+Legend: A training states, B models, M generated, N good, P parameters, Q images, C classes.
 """
 
 from dataclasses import dataclass
@@ -18,20 +18,19 @@ from torch import Tensor
 from distrecon.autoencoder import novelty
 from distrecon.autoencoder.config import TasksConfig
 from distrecon.autoencoder.model import Autoencoder, check_finite
-from distrecon.autoencoder.samplers import sample
+from distrecon.autoencoder.samplers import Known, sample
 from distrecon.errors import UserError
 from distrecon.images import ImageSet
 from distrecon.nets import Architecture, align, evaluate, fit, inputs_for, outputs
 from distrecon.zoos.models import Models
 
 NOISE_SCALES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)  # in deviations of a layer's weights
-SEARCH_MODELS = 32  # by which a noise scale is chosen
+SEARCH_MODELS, SEARCH_IMAGES = 16, 500  # by which a noise scale is chosen
 FINETUNE_LR = 1e-3
 
 
-def best_states(arch: Architecture, models: Models, images: ImageSet) -> Tensor:
-    """Position of the best state of each model, best model first, by accuracy on validation images."""
-    accuracy_B = evaluate(arch, models.theta_BP, images.validation.images, images.validation.labels_Q).accuracy_B
+def best_states(models: Models, accuracy_B: Tensor) -> Tensor:
+    """Position of the best state of each model, best model first."""
     first: dict[str, int] = {}
     for i in accuracy_B.argsort(descending=True, stable=True).tolist():
         first.setdefault(models.model_id[i], i)
@@ -41,6 +40,32 @@ def best_states(arch: Architecture, models: Models, images: ImageSet) -> Tensor:
 def top(best_N: Tensor, share: float) -> Tensor:
     """The first `share` of them, at least 3."""
     return best_N[: max(3, round(share * len(best_N)))]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Training states and their latents, judged on validation images: what new models are made from."""
+
+    theta_AP: Tensor
+    z: Tensor
+    accuracy_A: Tensor
+    test_accuracy_A: Tensor  # on test images, as the zoo has it: told, never chosen by
+    best_N: Tensor  # the best state of each model, best model first
+    good_N: Tensor  # the first of these
+
+    @staticmethod
+    def make(arch: Architecture, train: Models, z: Tensor, images: ImageSet, share: float) -> "Sources":
+        """`share` of the models are good."""
+        if len(set(train.model_id)) < 3:
+            raise UserError("generation needs at least 3 training models")
+        validation = images.validation
+        accuracy_A = evaluate(arch, train.theta_BP, validation.images, validation.labels_Q).accuracy_B
+        best_N = best_states(train, accuracy_A)
+        return Sources(train.theta_BP, z, accuracy_A, train.test_accuracy_B, best_N, top(best_N, share))
+
+    @property
+    def good_NP(self) -> Tensor:
+        return self.theta_AP[self.good_N]
 
 
 @dataclass(frozen=True)
@@ -58,15 +83,16 @@ class Judge:
     heldout_distance: float
 
     @staticmethod
-    def make(
-        arch: Architecture, train: Models, best_N: Tensor, test: Models, images: ImageSet, config: TasksConfig
-    ) -> "Judge":
-        """`best_N` are the positions of the best state of each training model."""
-        good = top(best_states(arch, test, images), config.good)[: config.samples]
-        heldout_BP, reference_P = test.theta_BP[good], train.theta_BP[0]
-        train_NP = align(arch, train.theta_BP, reference_P)
+    def make(arch: Architecture, sources: Sources, test: Models, images: ImageSet, config: TasksConfig) -> "Judge":
+        if not len(test):
+            raise UserError("generation needs a test model")
+        validation = images.validation
+        accuracy_B = evaluate(arch, test.theta_BP, validation.images, validation.labels_Q).accuracy_B
+        good = top(best_states(test, accuracy_B), config.good)[: config.samples]
+        heldout_BP, reference_P = test.theta_BP[good], sources.theta_AP[0]
+        train_NP = align(arch, sources.theta_AP, reference_P)
         distance_B, _ = novelty.nearest_aligned(arch, heldout_BP, train_NP, reference_P, config.candidates)
-        best = evaluate(arch, train.theta_BP[best_N], images.test.images, images.test.labels_Q)
+        best = evaluate(arch, sources.theta_AP[sources.best_N], images.test.images, images.test.labels_Q)
         wrong_NQ = best.predictions_BQ != images.test.labels_Q
         return Judge(
             arch,
@@ -74,7 +100,7 @@ class Judge:
             config,
             reference_P,
             train_NP,
-            train.test_accuracy_B,
+            sources.test_accuracy_A,
             wrong_NQ,
             heldout_BP,
             float(distance_B.mean().clamp_min(1e-12)),
@@ -108,27 +134,27 @@ class Judge:
 
 def generate_models(
     autoencoder: Autoencoder,
-    good_NP: Tensor,
-    z_N: Tensor,
+    sources: Sources,
     images: ImageSet,
     config: TasksConfig,
     sampler: str,
     seed: int = 0,
     zoo: int = 0,
 ) -> tuple[Tensor, float]:
-    """`config.samples` new models [M, P] from good models and their latents, and the milliseconds that each took."""
+    """`config.samples` new models [M, P], and the milliseconds that each took."""
     arch = autoencoder.architectures[zoo]
     start = perf_counter()
-    scale = autoencoder.coder.behavioral_scale(zoo).detach().to(z_N)
+    scale = autoencoder.coder.behavioral_scale(zoo).detach().to(sources.z)
     queries = autoencoder.fitted(zoo, "queries")  # where the autoencoder lies
 
     def shape(noise_MF: Tensor) -> Tensor:
         return autoencoder.coder.flat_noise(noise_MF.to(queries.device), zoo).detach().to(noise_MF)
 
-    drawn = sample(sampler, z_N * scale, config.samples * config.select, config.bandwidth, seed, shape) / scale
-    drawn = drawn.to(queries)
+    known = Known(sources.z * scale, sources.accuracy_A, sources.good_N)
+    good, count = known.z[sources.good_N], config.samples * config.select
+    drawn = (sample(sampler, good, count, config.bandwidth, seed, shape, known) / scale).to(queries)
     if config.generate_refine:
-        targets_BQC = teacher_targets(autoencoder, good_NP, len(drawn), config.teachers, seed, zoo)
+        targets_BQC = teacher_targets(autoencoder, sources.good_NP, len(drawn), config.teachers, seed, zoo)
         drawn = autoencoder.refine(drawn, targets_BQC, config.generate_refine, zoo, config.refiner, seed)
     with torch.no_grad():
         theta_MP = autoencoder.decode(drawn, zoo=zoo).float().cpu()
@@ -187,16 +213,31 @@ def averaged(arch: Architecture, good_NP: Tensor, count: int, seed: int, share: 
 
 
 def matched_noise(
-    arch: Architecture, good_NP: Tensor, std_P: Tensor, accuracy: float, images: ImageSet, count: int, seed: int
+    arch: Architecture, good_NP: Tensor, std_P: Tensor, wanted_MP: Tensor, images: ImageSet, seed: int
 ) -> float:
-    """The noise scale whose mean accuracy on validation images is nearest to `accuracy`, over the first few models."""
+    """The noise scale whose mean accuracy is nearest to that of the wanted models, by few models and validation images.
 
-    def gap(scale: float) -> float:
-        noisy_MP = noisy(arch, good_NP, std_P, scale, min(count, SEARCH_MODELS), seed)
-        scores = evaluate(arch, noisy_MP, images.validation.images, images.validation.labels_Q)
-        return abs(float(scores.accuracy_B.mean()) - accuracy)
+    Accuracy falls with the scale, so bisection finds the two scales between which it passes the one wanted.
+    """
+    found: dict[int, float] = {}
 
-    return min(NOISE_SCALES, key=gap)
+    def accuracy(theta_MP: Tensor) -> float:
+        few = images.validation.images[:SEARCH_IMAGES], images.validation.labels_Q[:SEARCH_IMAGES]
+        return float(evaluate(arch, theta_MP, *few).accuracy_B.mean())
+
+    wanted = accuracy(wanted_MP)
+
+    def excess(i: int) -> float:
+        if i not in found:
+            noisy_MP = noisy(arch, good_NP, std_P, NOISE_SCALES[i], min(len(wanted_MP), SEARCH_MODELS), seed)
+            found[i] = accuracy(noisy_MP) - wanted
+        return found[i]
+
+    low, high = 0, len(NOISE_SCALES) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return NOISE_SCALES[min((low, high), key=lambda i: abs(excess(i)))]
 
 
 def generate(
@@ -211,12 +252,8 @@ def generate(
 ) -> tuple[dict[str, float], dict[str, np.ndarray], Tensor]:
     """`generate/...` of the first sampler and the baselines, `generate/<sampler>/...` of the others; models [M, P]."""
     arch = autoencoder.architectures[zoo]
-    if len(set(train.model_id)) < 3 or not len(test):
-        raise UserError("generation needs at least 3 training models and one test model")
-    best_N = best_states(arch, train, images)
-    good_N = top(best_N, config.good)
-    good_NP = train.theta_BP[good_N]
-    judge = Judge.make(arch, train, best_N, test, images, config)
+    sources = Sources.make(arch, train, z, images, config.good)
+    judge, good_NP = Judge.make(arch, sources, test, images, config), sources.good_NP
     metrics: dict[str, float] = {}
     arrays: dict[str, np.ndarray] = {}
 
@@ -228,7 +265,7 @@ def generate(
     headline: Tensor | None = None
     for i, sampler in enumerate(config.samplers):
         prefix = f"generate/{sampler}" if i else "generate"
-        theta_MP, milliseconds = generate_models(autoencoder, good_NP, z[good_N], images, config, sampler, seed, zoo)
+        theta_MP, milliseconds = generate_models(autoencoder, sources, images, config, sampler, seed, zoo)
         report(prefix, theta_MP)
         metrics[f"{prefix}/ms_per_model"] = milliseconds
         headline = theta_MP if headline is None else headline
@@ -237,8 +274,7 @@ def generate(
         few = inputs_for(arch, images.train.images[: config.remeasure])
         report("generate/remeasured", arch.remeasured(headline, few))
     std_P = autoencoder.fitted(zoo, "std_P").float().cpu()
-    reached = float(evaluate(arch, headline, images.validation.images, images.validation.labels_Q).accuracy_B.mean())
-    scale = matched_noise(arch, good_NP, std_P, reached, images, config.samples, seed)
+    scale = matched_noise(arch, good_NP, std_P, headline, images, seed)
     metrics["generate/baseline_noise/scale"] = scale
     report("generate/baseline_noise", noisy(arch, good_NP, std_P, scale, config.samples, seed))
     report("generate/baseline_average", averaged(arch, good_NP, config.samples, seed))

@@ -13,7 +13,8 @@ and n queries x_i, with the cycle loss added:
 - L_S takes weights standardised per layer, or scaled otherwise (`loss.structural`).
 - L_B takes g from softmax, identity, centring, or compares outputs otherwise (`BEHAVIORAL`).
 - The factors are the settings `loss.*`. A term that `loss.terms` does not name has no weight: gamma is 0 without C,
-  beta is 0 without S and 1 without B. Each loss is divided by its value at its zoo's first step.
+  beta is 0 without S and 1 without B. Each loss is divided by its value at its first step on a zoo, which is a later
+  one for L_B where `loss.behavioral_from` says so.
 
 Legend: B models (of this worker), G models of the global batch, P parameters, T tokens, D token size, Q queries,
 C classes, J projection size.

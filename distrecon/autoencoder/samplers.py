@@ -10,16 +10,20 @@
   the dependence between dimensions, and most of its samples are useless.
 - gaussian: the good latents' mean and covariance, of a rank below their number; `bandwidth` multiplies the deviation.
 - interpolation: between two good latents, the share of the second uniform up to bandwidth / 2.
+- flow_matching: the ends of a flow that all training models' latents and accuracies teach, at the accuracies of good
+  models (`flow.py`); `bandwidth` multiplies the deviation of the noise that it carries.
 
-Legend: N good models, M samples, F latent numbers.
+Legend: N good models, A all models, M samples, F latent numbers.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from distrecon.autoencoder import flow
 from distrecon.errors import UserError, nearest
 
 Sampler = Callable[[Tensor, int, float, torch.Generator], Tensor]
@@ -75,6 +79,24 @@ def _interpolation(good_NF: Tensor, count: int, bandwidth: float, generator: tor
     return torch.lerp(good_NF[first_M], good_NF[(first_M + step_M) % len(good_NF)], share_M1)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What there is to learn from beside the good models: all training models' latents [A, ...] and accuracies."""
+
+    z: Tensor
+    accuracy_A: Tensor
+    good_N: Tensor  # which of them are the good ones
+
+
+def _flow_matching(
+    good_NF: Tensor, count: int, bandwidth: float, generator: torch.Generator, known: Known | None = None
+) -> Tensor:
+    if known is None:  # good models of nobody knows what accuracy
+        known = Known(good_NF, good_NF.new_zeros(len(good_NF)), torch.arange(len(good_NF)))
+    wanted_M = known.accuracy_A[known.good_N][_picked(good_NF, count, generator).cpu()]
+    return flow.flow_matching(known.z.flatten(1), known.accuracy_A, wanted_M, bandwidth, generator)
+
+
 SAMPLERS: dict[str, Sampler] = {
     "joint_kde": _joint_kde,
     "isotropic_kde": _isotropic_kde,
@@ -82,13 +104,22 @@ SAMPLERS: dict[str, Sampler] = {
     "dimension_kde": _dimension_kde,
     "gaussian": _gaussian,
     "interpolation": _interpolation,
+    "flow_matching": _flow_matching,
 }
 
 
 def sample(
-    name: str, good: Tensor, count: int, bandwidth: float = 1.0, seed: int = 0, shape: Shape | None = None
+    name: str,
+    good: Tensor,
+    count: int,
+    bandwidth: float = 1.0,
+    seed: int = 0,
+    shape: Shape | None = None,
+    known: Known | None = None,
 ) -> Tensor:
-    """`count` latents of the shape of `good` [N, ...]; `shape` is what flat_kde does to white noise [M, F].
+    """`count` latents of the shape of `good` [N, ...].
+
+    `shape` is what flat_kde does to white noise [M, F], `known` what flow_matching learns from.
 
     Raises UserError for an unknown sampler or fewer than 3 good models.
     """
@@ -101,5 +132,7 @@ def sample(
     draw = SAMPLERS[name]
     if name == "flat_kde" and shape is not None:
         draw = partial(_isotropic_kde, shape=shape)
+    if name == "flow_matching":
+        draw = partial(_flow_matching, known=known)
     drawn_MF = draw(good.flatten(1), count, bandwidth, torch.Generator().manual_seed(seed))
     return drawn_MF.view(count, *good.shape[1:])

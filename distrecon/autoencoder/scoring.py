@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import Autoencoder
+from distrecon.autoencoder.precision import products
 from distrecon.autoencoder.probes import save_probes
 from distrecon.autoencoder.store import save_autoencoder
 from distrecon.autoencoder.tasks import Show, run_tasks
-from distrecon.autoencoder.training import products
 from distrecon.errors import UserError
 from distrecon.nets import ModuleArchitecture
 from distrecon.zoos import Zoo

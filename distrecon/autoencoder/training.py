@@ -1,8 +1,8 @@
 """Training of one weight autoencoder, one step at a time; who feeds it, shows its losses and saves it is the caller.
 
 - One step reads a global batch of models of one zoo, of which this worker holds the rows [offset, offset + b).
-- Everything random (views, queries) is drawn for the global batch from (seed, epoch, step), then sliced: any number of
-  workers, with any split of the batch, gives the same losses and gradients up to rounding.
+- Everything random (views, queries) is drawn for the global batch (`draws.py`): any number of workers, with any split
+  of the batch, gives the same losses and gradients up to rounding.
 - Contrastive negatives span the global batch (`distributed.global_rows`); gradients are summed during the backward
   pass (`reduction.py`).
 - On the CPU the originals' outputs on the query pool are computed once a row: a permutation of units never changes
@@ -17,34 +17,28 @@ U hidden units, N losses.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from distrecon.autoencoder import distributed, fisher, losses
 from distrecon.autoencoder.config import AutoencoderConfig, OptimConfig
+from distrecon.autoencoder.draws import generator, random_orders, views
 from distrecon.autoencoder.flat import FlatParameters
 from distrecon.autoencoder.model import Autoencoder, ZooSample, check_finite, statistics
+from distrecon.autoencoder.precision import computes_at_once, products
 from distrecon.autoencoder.reduction import GradientSums
 from distrecon.autoencoder.rows import RowCache
 from distrecon.errors import UserError
 from distrecon.images.queries import query_pool
-from distrecon.nets import Architecture, outputs, permute, random_permutation
+from distrecon.nets import outputs
 from distrecon.zoos.models import Batch
 
 SMALLEST_SCALE = {"cycle": 0.01}  # the Fisher coders' latents, of unit variance, start with no cycle loss at all
 SMALLEST_OF_A_WINDOW = {"behavioral": 1e-3}  # the first step's window may change the outputs by next to nothing
 TARGET_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-
-
-def generator(seed: int, epoch: int, step: int, stream: int) -> torch.Generator:
-    """The random numbers of one purpose (`stream`) in one step, the same on every worker."""
-    state = np.random.SeedSequence([seed, epoch, step, stream]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -57,58 +51,6 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         return config.lr
     share = (step - rising) / max(1, total_steps - rising)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def computes_at_once(device: torch.device) -> bool:
-    """Whether an operation is done when it returns; elsewhere it is only queued, and asking for a number waits."""
-    return device.type == "cpu"
-
-
-def random_orders(config: AutoencoderConfig, arch: Architecture, batch: Batch) -> Tensor:
-    """The orders of units of two views of this worker's models, [2, b, U], layer after layer; empty for other views."""
-    if config.data.views != "permutation":
-        return torch.empty(2, len(batch.row_b), 0, dtype=torch.long)
-    draw = generator(config.seed, batch.epoch, batch.step, 0)
-    orders = random_permutation(arch, draw, 2 * batch.global_size)
-    order_2GU = torch.cat(orders, dim=1).unflatten(0, (2, batch.global_size))
-    return order_2GU[:, batch.offset : batch.offset + len(batch.row_b)]
-
-
-def views(
-    config: AutoencoderConfig, arch: Architecture, theta_BP: Tensor, batch: Batch, std_P: Tensor, order_2BU: Tensor
-) -> Tensor:
-    """Two views of the same models, [2, B, P]; with `align` the first is they themselves; of `none`, [1, B, P]."""
-    kind, b = config.data.views, slice(batch.offset, batch.offset + len(theta_BP))
-    if kind == "none":
-        return theta_BP[None]
-    if kind == "noise":
-        draw = generator(config.seed, batch.epoch, batch.step, 0)
-        noise_GP = torch.randn(batch.global_size, arch.num_parameters, generator=draw)
-        step_BP = config.data.noise * std_P * noise_GP[b].to(theta_BP, non_blocking=True)
-        return torch.stack([theta_BP, arch.from_logarithms(arch.to_logarithms(theta_BP) + step_BP)])
-    units = [group.units for group in arch.groups]
-    if config.data.align:
-        return torch.stack([theta_BP, permute(arch, theta_BP, list(order_2BU[1].split(units, dim=1)))])
-    both_BP = permute(arch, torch.cat([theta_BP, theta_BP]), list(order_2BU.flatten(0, 1).split(units, dim=1)))
-    return both_BP.view(2, *theta_BP.shape)
-
-
-@contextmanager
-def products(device: torch.device, precision: str) -> Iterator[None]:
-    """Products of float32 matrices and convolutions on a GPU: with rounded factors for `tf32`, else exactly float32."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn: Any = torch.backends.cudnn  # whose stubs lack its parts
-    switches = (torch.backends.cuda.matmul, cudnn.conv)
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
 
 
 @dataclass(frozen=True)
@@ -177,7 +119,8 @@ class Training:
         self.smallest = SMALLEST_SCALE | (SMALLEST_OF_A_WINDOW if config.model.window else {})
         table = [[*weights.values()], [self.smallest.get(name, 1e-12) for name in weights]]
         self.weight_N, self.smallest_N = torch.tensor(table, dtype=torch.float64).to(self.device)
-        self.factors: list[Tensor | None] = [None for _ in zoos]  # per zoo, weights over scales [N], on the device
+        # per zoo and losses in use, weights over scales [N], on the device
+        self.factors: list[dict[tuple[str, ...], Tensor]] = [{} for _ in zoos]
         self.pools = [self._pool(zoo) for zoo in zoos]
         self.targets = [
             RowCache((len(pool), zoo.architecture.num_outputs), TARGET_DTYPES[config.data.target_precision])
@@ -236,7 +179,7 @@ class Training:
             if self.on_cpu:
                 under_way.means()
             self.gradients.begin(batch.zoo)
-            sum_N.backward(self._factors(mean_N, batch.zoo) * (1 / batch.global_size))
+            sum_N.backward(self._factors(mean_N, tuple(values), batch.zoo) * (1 / batch.global_size))
         self._set(self.gradients.finish())
         if self.config.optim.clip:
             self._clip(self.config.optim.clip)
@@ -279,13 +222,17 @@ class Training:
         copied.record()
         return Losses(batch, detached, on_host_N, copied)
 
-    def _factors(self, mean_N: Tensor, zoo: int) -> Tensor:
-        """What each loss is multiplied by [N]: its weight over its value at the zoo's first step, never read here."""
-        factor_N = self.factors[zoo]
-        if factor_N is None:
-            scale_N = torch.maximum(mean_N.double().abs(), self.smallest_N)
-            factor_N = self.factors[zoo] = (self.weight_N / scale_N).to(mean_N)
-        return factor_N
+    def _factors(self, mean_N: Tensor, names: tuple[str, ...], zoo: int) -> Tensor:
+        """What each loss is multiplied by [N]: its weight over its value at a zoo's first step, never read here."""
+        known = self.factors[zoo]
+        if names not in known:
+            which = [[*self.config.loss.weights].index(name) for name in names]
+            scale_N = torch.maximum(mean_N.double().abs(), self.smallest_N[which])
+            factor_N = (self.weight_N[which] / scale_N).to(mean_N)
+            for before, earlier_N in known.items():  # losses that were in use before one joined them
+                factor_N[[names.index(name) for name in before]] = earlier_N
+            self.factors[zoo] = {names: factor_N}
+        return self.factors[zoo][names]
 
     def _read(self, losses: Losses) -> dict[str, float]:
         """A step's losses by name, and their total."""
@@ -299,7 +246,7 @@ class Training:
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Each loss in use for each of this worker's models [B], differentiable; every worker must take part."""
         config, zoo, autoencoder = self.config, batch.zoo, self.autoencoder
-        arch, coder, in_use = self.zoos[zoo].architecture, autoencoder.coder, config.loss.weights
+        arch, coder, in_use = self.zoos[zoo].architecture, autoencoder.coder, self._in_use()
         order_2BU, query_Q = random_orders(config, arch, batch), self._queries(batch)
         place_B, missing = self.models[zoo].find(batch.row_b)
         order_2BU, query_Q, place_B = self._on_device(order_2BU, query_Q, place_B)
@@ -340,6 +287,13 @@ class Training:
             with torch.autocast(self.device.type, enabled=False):
                 values["cycle"] = losses.cycle(z.to(again), again).view(decoded, -1).mean(0)
         return values
+
+    def _in_use(self) -> set[str]:
+        """The losses of this step."""
+        names = set(self.config.loss.weights)
+        if self.steps_done < round(self.config.loss.behavioral_from * self.total_steps):
+            names.discard("behavioral")
+        return names
 
     def _draw(self, count: int, batch: Batch) -> int:
         """Which of so many windows this step reads, the same on every worker."""
@@ -450,6 +404,9 @@ class Training:
         self.optimizer.load_state_dict(self.flat.flat_state(optimizer) if self.flat else optimizer)
         self.steps_done = state["steps_done"]
         self.scales = [dict(s) for s in state["scales"]]
+        weights = self.config.loss.weights
         for zoo, scales in enumerate(self.scales):
-            scale_N = torch.tensor([*scales.values()], dtype=torch.float64).to(self.device)
-            self.factors[zoo] = (self.weight_N / scale_N).to(self.autoencoder.dtype) if scales else None
+            names = tuple(name for name in weights if name in scales)
+            factors = [weights[name] / scales[name] for name in names]
+            known = {names: torch.tensor(factors, dtype=self.autoencoder.dtype).to(self.device)}
+            self.factors[zoo] = known if names else {}

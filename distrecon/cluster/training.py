@@ -127,14 +127,16 @@ def train_epochs(
         )
     )
     sums: dict[str, float] = defaultdict(float)
+    counted: dict[str, int] = defaultdict(int)  # a loss may join in the middle of an epoch
     seen, started = 0, time.monotonic()
     for batch, losses in training.steps(batches):
         for key, value in losses.items():
             sums[key] += value * batch.global_size
+            counted[key] += batch.global_size
         seen += batch.global_size
         if batch.last:
             spent = time.monotonic() - started
-            means = {key: value / seen for key, value in sums.items()}
+            means = {key: value / counted[key] for key, value in sums.items()}
             yield (
                 batch.epoch + 1,
                 {
@@ -145,6 +147,7 @@ def train_epochs(
                 },
             )
             sums.clear()
+            counted.clear()
             seen, batches.waited, started = 0, 0.0, time.monotonic()
 
 

@@ -108,3 +108,12 @@ def test_components_are_kept_by_value_while_they_fit():
     assert allocate(values, [10, 4], 22) == [1, 3]
     assert allocate(values, [10, 4], 17) == [1, 1]
     assert allocate(values, [10, 4], 9) == [0, 2]  # the most valuable one is too large; smaller ones still fit
+
+
+def test_flat_noise_goes_where_weights_move_much_and_outputs_little(small, others):
+    """D^T D noise, D the derivative of the weights by the latents in the behavioural scale, bases held."""
+    jacobian_PZ = torch.autograd.functional.jacobian(lambda z_BZ: small.decode(z_BZ)[0], small.encode(others[:1]))[:, 0]
+    decoder_PZ = jacobian_PZ / small.coder.behavioral_scale(0)
+    noise_BZ = torch.randn(3, decoder_PZ.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = noise_BZ @ (decoder_PZ.T @ decoder_PZ)
+    torch.testing.assert_close(small.coder.flat_noise(noise_BZ, 0), expected, rtol=1e-6, atol=1e-8)

@@ -11,7 +11,7 @@ from distrecon.autoencoder.probes import LINKS, Probe, Probes, PropertyProbe, lo
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.errors import UserError
 from distrecon.images import LabelledImages
-from distrecon.nets import align, architecture, evaluate, permute, random_permutation
+from distrecon.nets import align, architecture, evaluate, fit, permute, random_permutation
 from tests.autoencoder.small import as_models, random_models, related_models, tiny
 
 DESIGN = """predict/test_accuracy_r2 predict/generalization_gap_r2 predict/epoch_r2
@@ -99,8 +99,8 @@ def test_ridge_finds_a_linear_relation_and_regularises_noise():
     assert predict.r2(probe(features[2]), noise[2]) > -0.1  # unregularised it would be about -.2
 
 
-def test_features_are_chosen_on_validation_models_not_on_test(splits):
-    """The features that would win on the test models lose, because validation models prefer others."""
+def test_features_are_not_chosen_on_test_models(splits):
+    """The features that would win on the test models lose, because the others prefer another."""
     values = [s.test_accuracy_B.double().numpy()[:, None] for s in splits]
     rng = np.random.default_rng(0)
     honest = [v + 0.01 * rng.normal(size=v.shape) for v in values]
@@ -327,9 +327,12 @@ def test_generation_never_sees_test_images(autoencoder, splits, images):
 def test_best_states_are_one_a_model_and_in_order(arch, splits, images):
     train = splits[0]
     ids = [f"m{i // 3}" for i in range(len(train))]
-    best = generate.best_states(arch, replace(train, model_id=ids), images)
-    assert sorted(ids[i] for i in best) == sorted(set(ids))
     accuracy_B = evaluate(arch, train.theta_BP, images.validation.images, images.validation.labels_Q).accuracy_B
+    sources = generate.Sources.make(arch, replace(train, model_id=ids), torch.zeros(len(train), 2), images, 0.5)
+    best = sources.best_N
+    assert torch.equal(sources.accuracy_A, accuracy_B)
+    assert torch.equal(sources.good_N, best[:4])
+    assert sorted(ids[i] for i in best) == sorted(set(ids))
     assert (accuracy_B[best].diff() <= 0).all()
     for i in best.tolist():
         siblings = [j for j, name in enumerate(ids) if name == ids[i]]
@@ -339,11 +342,11 @@ def test_best_states_are_one_a_model_and_in_order(arch, splits, images):
 def test_selection_on_validation_images_and_fine_tuning_help(autoencoder, arch, splits, images):
     train = splits[0]
     with torch.no_grad():
-        z = autoencoder.encode(train.theta_BP)
+        sources = generate.Sources.make(arch, train, autoencoder.encode(train.theta_BP), images, 1.0)
 
     def mean_accuracy(part, **values):
         settings = tiny(**values).tasks
-        theta_MP, _ = generate.generate_models(autoencoder, train.theta_BP, z, images, settings, "gaussian")
+        theta_MP, _ = generate.generate_models(autoencoder, sources, images, settings, "gaussian")
         return float(evaluate(arch, theta_MP, part.images, part.labels_Q).accuracy_B.mean())
 
     assert mean_accuracy(images.validation, tasks__select=8) > mean_accuracy(images.validation)
@@ -358,11 +361,22 @@ def test_baselines(arch, images):
     noise = generate.noisy(good_NP[:1], std_P, 0.1, 200, 0) - good_NP[0]
     assert float(noise.std()) == pytest.approx(0.2, rel=0.02)
     many_NP, part = random_models(arch, 60), images.validation
-    accuracy_N = evaluate(arch, many_NP, part.images, part.labels_Q).accuracy_B
-    luckiest = accuracy_N.argmax()  # whose accuracy any larger noise takes away
+    few = part.images[: generate.SEARCH_IMAGES], part.labels_Q[: generate.SEARCH_IMAGES]
+    luckiest = evaluate(arch, many_NP, *few).accuracy_B.argmax()  # whose accuracy any larger noise takes away
     best_NP = many_NP[luckiest : luckiest + 1]
-    assert generate.matched_noise(arch, best_NP, std_P, float(accuracy_N.max()), images, 40, 0) == 0.02
-    assert generate.matched_noise(arch, best_NP, std_P, 0.1, images, 40, 0) > 0.05
+    assert generate.matched_noise(arch, best_NP, std_P, best_NP.expand(40, -1), images, 0) == 0.02
+    assert generate.matched_noise(arch, best_NP, std_P, 0 * best_NP.expand(40, -1), images, 0) > 0.05
+
+
+def test_the_scale_of_noise_by_bisection_is_the_one_of_a_full_search(arch, images):
+    """A network whose accuracy falls with noise: its own noisy copies are found again by their accuracy."""
+    inputs, labels_Q = images.train.images, images.train.labels_Q
+    rates = torch.full((1,), 3e-3)
+    *_, last = fit(arch, random_models(arch, 1), inputs, labels_Q, epochs=4, lr_B=rates, seed=0)
+    good_NP, std_P = last.theta_BP, torch.full((arch.num_parameters,), float(last.theta_BP.std()))
+    for scale in (0.1, 0.3, 0.7):
+        wanted_MP = generate.noisy(good_NP, std_P, scale, generate.SEARCH_MODELS, 0)
+        assert generate.matched_noise(arch, good_NP, std_P, wanted_MP, images, 0) == scale
 
 
 def test_judging_images_are_few_and_always_the_same(images):

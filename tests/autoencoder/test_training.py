@@ -1,12 +1,15 @@
 """The training step: what it learns from, what it keeps, how it resumes and how it fails."""
 
+import copy
+
 import pytest
 import torch
 
 from distrecon.autoencoder import PAPER, AutoencoderConfig, Batch, Training, ZooSample
 from distrecon.autoencoder import rows as rows_of_zoo
+from distrecon.autoencoder.draws import generator, random_orders, views
 from distrecon.autoencoder.rows import RowCache
-from distrecon.autoencoder.training import generator, learning_rate, random_orders, views
+from distrecon.autoencoder.training import learning_rate
 from distrecon.config import replace
 from distrecon.errors import UserError
 from distrecon.images import ImageSet, LabelledImages
@@ -125,6 +128,28 @@ def test_resume_is_identical(arch, images, theta_BP, kind, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_behaviour_joins_later_with_its_own_first_value(zoo, theta_BP):
+    """Half of four steps train C, S and cycle alone; then B counts from its value at the third step."""
+    config = tiny(loss__behavioral_from=0.5, loss__lam=0.3, loss__beta=0.2)
+    training = Training(config, [zoo], 4)
+    history = run(training, theta_BP, range(2))
+    names = ("contrastive", "structural", "cycle")
+    assert all(set(step) == {f"loss/{n}" for n in (*names, "total")} for step in history)
+    resumed = Training(config, [zoo], 4)
+    resumed.load_state_dict(copy.deepcopy(training.state_dict()))
+    history += run(training, theta_BP, range(2, 4))
+    weights = config.loss.weights
+    first = {n: history[0][f"loss/{n}"] for n in names} | {"behavioral": history[2]["loss/behavioral"]}
+    for step, used in zip(history, [names] * 2 + [tuple(weights)] * 2, strict=True):
+        total = sum(weights[n] * step[f"loss/{n}"] / max(first[n], 0.01 if n == "cycle" else 0) for n in used)
+        assert step["loss/total"] == pytest.approx(total, rel=1e-5)
+    (factors,) = training.factors
+    assert [*factors] == [tuple(weights)]
+    expected = [weights[n] / max(first[n], 0.01 if n == "cycle" else 0) for n in weights]
+    torch.testing.assert_close(factors[tuple(weights)].tolist(), expected, rtol=1e-5, atol=0)
+    assert run(resumed, theta_BP, range(2, 4)) == history[2:]
+
+
 def test_a_cycle_loss_that_starts_at_zero_does_not_blow_up(arch, images):
     """Encoding what the Fisher map decoded gives the latent back, so there is no first value to divide by."""
     config = tiny(model__kind="fisher_residual", model__latent=1, model__fisher_models=6, loss__lam=0.5)
@@ -174,6 +199,7 @@ def test_what_is_not_finite_is_named(zoo, theta_BP):
         ({"model__latent": 0}, "model.latent must be at least 1"),
         ({"loss__terms": "C"}, "trains no decoder"),
         ({"loss__terms": "C+D"}, "loss.terms: 'D'"),
+        ({"loss__terms": "C+B", "loss__behavioral_from": 0.5}, "loss.behavioral_from: S has to train before"),
         ({"loss__terms": "S+S"}, "twice"),
         ({"loss__beta": 1.5}, "loss.beta must be between 0 and 1, not 1.5"),
         ({"loss__beta": float("nan")}, "loss.beta must be a finite number, not nan"),
