@@ -148,7 +148,8 @@ def test_held_out_models_are_as_novel_as_themselves(judged):
 
 def test_accuracies_of_generated_models_by_hand(arch, images, judged):
     theta_MP = related_models(arch, 20)
-    metrics, accuracy_M = judged(theta_MP)
+    metrics, arrays = judged(theta_MP)
+    accuracy_M = arrays["accuracy"]
     expected = evaluate(arch, theta_MP, images.test.images, images.test.labels_Q).accuracy_B.numpy()
     assert accuracy_M == pytest.approx(expected)
     ordered = np.sort(expected)
@@ -174,7 +175,7 @@ def test_noise_is_matched_on_validation_images(arch, images):
     target = 0.3
 
     def reached(scale):
-        theta_MP = noisy(good_NP, std_P, scale, 6, 3)
+        theta_MP = noisy(arch, good_NP, std_P, scale, 6, 3)
         return float(evaluate(arch, theta_MP, validation.images, validation.labels_Q).accuracy_B.mean())
 
     accuracies = {scale: reached(scale) for scale in NOISE_SCALES}
@@ -188,7 +189,7 @@ def test_noise_is_matched_on_validation_images(arch, images):
 
 def test_noise_has_that_share_of_the_deviations(arch):
     std_P = torch.linspace(0, 2, arch.num_parameters)
-    drawn_MP = noisy(torch.zeros(3, arch.num_parameters), std_P, 0.5, 500, 0)
+    drawn_MP = noisy(arch, torch.zeros(3, arch.num_parameters), std_P, 0.5, 500, 0)
     assert (drawn_MP[:, 0] == 0).all()
     assert float((drawn_MP.std(0)[1:] / (0.5 * std_P[1:])).mean()) == pytest.approx(1, abs=0.01)
 

@@ -109,6 +109,12 @@ def processes(words: str) -> list[int]:
     return [int(pid) for pid in found if int(pid) != os.getpid()]
 
 
+def left() -> list[str]:
+    """Ray's processes that are still there."""
+    alive = must("ps -eo stat,comm").splitlines()
+    return [line for line in alive if not line.startswith("Z") and line.split()[1] in ("raylet", "gcs_server")]
+
+
 def main(folder: Path, wheels: Path) -> None:
     must("ip link set lo up")
     home = private_home(folder, wheels)
@@ -147,8 +153,12 @@ def main(folder: Path, wheels: Path) -> None:
     found["no_token"] = absent.returncode
     found["refusals"] = [(r.stdout + r.stderr)[-600:] for r in (refused, absent)]
     must(f"{launcher} down -y {cluster}", RAY_AUTH_MODE="token")
-    alive = must("ps -eo stat,comm").splitlines()
-    found["left"] = [line for line in alive if not line.startswith("Z") and line.split()[1] in ("raylet", "gcs_server")]
+    found["left"] = left()
+    for _ in range(60):  # `ray stop` asks them to end, and they take a while on a busy machine
+        if not found["left"]:
+            break
+        time.sleep(1)
+        found["left"] = left()
     print(json.dumps(found))
 
 

@@ -8,7 +8,7 @@ import torch
 from distrecon.expand_cluster import Recovery, network, recover_network
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.peel import _carry_over
-from distrecon.expand_cluster.recovery import _better
+from distrecon.expand_cluster.result import better
 from distrecon.nets.activations import activation
 
 
@@ -29,7 +29,7 @@ def recovery(verified: bool, loss: float) -> Recovery:
 )
 def test_the_better_of_two_recoveries(new, old, kept):
     pair = {"new": recovery(*new), "old": recovery(*old) if old is not None else None}
-    assert _better(pair["new"], pair["old"]) is pair[kept]
+    assert better(pair["new"], pair["old"]) is pair[kept]
 
 
 def small_teacher():
