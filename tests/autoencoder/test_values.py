@@ -8,11 +8,12 @@ import torch
 
 from distrecon.autoencoder import Training, samplers
 from distrecon.autoencoder import scoring as scoring_module
+from distrecon.autoencoder.draws import generator, random_orders, views
 from distrecon.autoencoder.generate import (
     NOISE_SCALES,
     Judge,
+    Sources,
     averaged,
-    best_states,
     finetuned,
     generate_models,
     matched_noise,
@@ -20,7 +21,6 @@ from distrecon.autoencoder.generate import (
 )
 from distrecon.autoencoder.reconstruct import compare
 from distrecon.autoencoder.tasks import run_tasks
-from distrecon.autoencoder.training import generator, random_orders, views
 from distrecon.autoencoder.transformer import Projection
 from distrecon.images import LabelledImages
 from distrecon.nets import align, architecture, evaluate, outputs, permute, random_permutation
@@ -135,7 +135,8 @@ def judged(arch, images):
     theta_BP = related_models(arch, 40)
     train, test = as_models(arch, theta_BP[:30], images), as_models(arch, theta_BP[30:], images, 30)
     config = tiny().tasks
-    return Judge.make(arch, train, best_states(arch, train, images), test, images, config)
+    sources = Sources.make(arch, train, torch.zeros(len(train), 1), images, config.good)
+    return Judge.make(arch, sources, test, images, config)
 
 
 def test_held_out_models_are_as_novel_as_themselves(judged):
@@ -171,20 +172,11 @@ def test_noise_is_matched_on_validation_images(arch, images):
     """Test images that nobody gets right change nothing."""
     good_NP = related_models(arch, 12)
     std_P = good_NP.std(0)
-    validation = images.validation
-    target = 0.3
-
-    def reached(scale):
-        theta_MP = noisy(arch, good_NP, std_P, scale, 6, 3)
-        return float(evaluate(arch, theta_MP, validation.images, validation.labels_Q).accuracy_B.mean())
-
-    accuracies = {scale: reached(scale) for scale in NOISE_SCALES}
-    target = accuracies[0.5]
-    expected = min(NOISE_SCALES, key=lambda scale: abs(accuracies[scale] - target))
-    assert expected != NOISE_SCALES[0]
+    wanted_MP = noisy(arch, good_NP, std_P, 0.5, 6, 3)
+    assert 0.5 in NOISE_SCALES
     wrong = LabelledImages(images.test.images, torch.full_like(images.test.labels_Q, 10))
     for one in (images, replace(images, test=wrong), replace(images, train=wrong)):
-        assert matched_noise(arch, good_NP, std_P, target, one, 6, 3) == expected
+        assert matched_noise(arch, good_NP, std_P, wanted_MP, one, 3) == 0.5
 
 
 def test_noise_has_that_share_of_the_deviations(arch):
