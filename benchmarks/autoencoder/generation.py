@@ -83,7 +83,7 @@ class Maker:
         std_P = self.autoencoder.fitted(0, "std_P")
         for scale in scales:
             name = f"weight noise {scale:g}"
-            self._report("weight noise", name, lambda s=scale: generate.noisy(good_NP, std_P, s, count, seed))  # type: ignore[misc]
+            self._report("weight noise", name, lambda s=scale: generate.noisy(arch, good_NP, std_P, s, count, seed))  # type: ignore[misc]
         for share in shares:
             name = f"average of two, share {share:g}"
             self._report("average of two", name, lambda s=share: generate.averaged(arch, good_NP, count, seed, s))  # type: ignore[misc]

@@ -146,9 +146,11 @@ def test_a_black_box_is_recovered_and_placed_as_its_weights_are(zoo, run, tmp_pa
         assert "The network among the zoo" in page
         assert found["nearest"][0]["model_id"] in page
     client = MlflowClient(recovered["mlflow"])
-    (logged,) = client.search_runs([client.get_experiment_by_name("recover").experiment_id], "tags.trial_id != ''")
+    recoveries = client.search_runs([client.get_experiment_by_name("recover").experiment_id], "tags.trial_id != ''")
+    (logged,) = [run for run in recoveries if run.data.tags["run_folder"] == str(tmp_path / "recovered")]
     assert logged.data.metrics["place/test_accuracy"] == pytest.approx(found["predicted"]["test_accuracy"])
-    (again,) = client.search_runs([client.get_experiment_by_name("evaluate").experiment_id], "tags.trial_id != ''")
+    evaluations = client.search_runs([client.get_experiment_by_name("evaluate").experiment_id], "tags.trial_id != ''")
+    (again,) = [run for run in evaluations if run.data.tags["run_folder"] == str(tmp_path / "evaluated")]
     assert again.data.metrics["place/distance"] == pytest.approx(expected["nearest"][0]["distance"])
 
 

@@ -357,8 +357,8 @@ def test_baselines(arch, images):
     good_NP = random_models(arch, 5)
     torch.testing.assert_close(generate.averaged(arch, good_NP[:1].expand(3, -1), 4, seed=0), good_NP[:1].expand(4, -1))
     std_P = torch.full((arch.num_parameters,), 2.0)
-    assert torch.equal(generate.noisy(good_NP[:1], std_P, 0.0, 2, 0), good_NP[:1].expand(2, -1))
-    noise = generate.noisy(good_NP[:1], std_P, 0.1, 200, 0) - good_NP[0]
+    assert torch.equal(generate.noisy(arch, good_NP[:1], std_P, 0.0, 2, 0), good_NP[:1].expand(2, -1))
+    noise = generate.noisy(arch, good_NP[:1], std_P, 0.1, 200, 0) - good_NP[0]
     assert float(noise.std()) == pytest.approx(0.2, rel=0.02)
     many_NP, part = random_models(arch, 60), images.validation
     few = part.images[: generate.SEARCH_IMAGES], part.labels_Q[: generate.SEARCH_IMAGES]
@@ -375,7 +375,7 @@ def test_the_scale_of_noise_by_bisection_is_the_one_of_a_full_search(arch, image
     *_, last = fit(arch, random_models(arch, 1), inputs, labels_Q, epochs=4, lr_B=rates, seed=0)
     good_NP, std_P = last.theta_BP, torch.full((arch.num_parameters,), float(last.theta_BP.std()))
     for scale in (0.1, 0.3, 0.7):
-        wanted_MP = generate.noisy(good_NP, std_P, scale, generate.SEARCH_MODELS, 0)
+        wanted_MP = generate.noisy(arch, good_NP, std_P, scale, generate.SEARCH_MODELS, 0)
         assert generate.matched_noise(arch, good_NP, std_P, wanted_MP, images, 0) == scale
 
 

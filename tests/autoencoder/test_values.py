@@ -214,8 +214,9 @@ def test_fine_tuning_differs_by_seed_alone(arch, images):
 def test_generated_models_differ_by_seed_alone(arch, zoo, images):
     autoencoder = Training(tiny(), [zoo], 1).autoencoder.eval()
     good_NP = related_models(arch, 24)
-    z_N = autoencoder.encode(good_NP)
-    found = [generate_models(autoencoder, good_NP, z_N, images, tiny().tasks, "joint_kde", s)[0] for s in (0, 0, 1)]
+    train = as_models(arch, good_NP, images)
+    sources = Sources.make(arch, train, autoencoder.encode(good_NP), images, 0.5)
+    found = [generate_models(autoencoder, sources, images, tiny().tasks, "joint_kde", s)[0] for s in (0, 0, 1)]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
