@@ -74,7 +74,8 @@ def test_in_process_training_reports_and_leaves_everything(zoo, tmp_path):
     metrics = score_autoencoder(run, zoo, f"{tmp_path}/run")
     assert 0 <= metrics["reconstruct/agreement"] <= 1
     artifacts = {path.name for path in (tmp_path / "run" / "artifacts").iterdir()}
-    assert artifacts == {"autoencoder.json", "autoencoder.safetensors", "arrays.npz", "generated.safetensors"}
+    probes = {"probes.json", "probes.safetensors"}
+    assert artifacts == {"autoencoder.json", "autoencoder.safetensors", "arrays.npz", "generated.safetensors"} | probes
     stored = json.loads((tmp_path / "run" / "artifacts" / "autoencoder.json").read_text())
     assert "resources.num_workers" not in stored["config"]
 
