@@ -96,7 +96,7 @@ def test_it_runs_is_tabled_recorded_and_reported(folder, capsys):
     page = Path("run/report.html").read_text()
     assert "50 points of a line." in page
     assert "err: difference of the fitted slope to the true one; slope: the fitted slope" in page
-    assert page.count("<figure>") == 1
+    assert page.count("<figure>") == 2  # its own, and the metric against the noise
     assert "load_autoencoder" not in page
     assert (folder / "run" / "models" / "lines" / exact["trial_id"] / "line.txt").exists()
     client = MlflowClient(document["mlflow"])
