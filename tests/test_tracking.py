@@ -220,7 +220,7 @@ def test_any_error_of_the_store_is_a_problem(journal, tmp_path, monkeypatch):
     for name in ("log_artifact", "set_tag", "set_terminated"):
         monkeypatch.setattr(MlflowClient, name, fail)
     assert not tracker.artifacts("demo", "t", [tmp_path / "run"])
-    tracker.conclude("demo", "t", "table")
+    tracker.conclude("demo", "t", {}, "table", "advice", "about")
     tracker.interrupt()
     assert tracker.problem.endswith("Odd: first line")
 

@@ -323,7 +323,7 @@ class Tracker:
             same = saved["uri"] == redact(self.uri)
             sent = {
                 name: {"offset": int(one["offset"]), "runs": dict(one["runs"]), "experiment": one["experiment"],
-                       "models": dict(one.get("models", {}))}
+                       "models": dict(one.get("models", {})), "settings": dict(one.get("settings", {}))}
                 for name, one in saved["sweeps"].items()
             }  # fmt: skip
         except (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError):
