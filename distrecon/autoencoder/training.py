@@ -226,11 +226,15 @@ class Training:
         """What each loss is multiplied by [N]: its weight over its value at a zoo's first step, never read here."""
         known = self.factors[zoo]
         if names not in known:
-            which = [[*self.config.loss.weights].index(name) for name in names]
-            scale_N = torch.maximum(mean_N.double().abs(), self.smallest_N[which])
-            factor_N = (self.weight_N[which] / scale_N).to(mean_N)
+            smallest_N, weight_N, everything = self.smallest_N, self.weight_N, [*self.config.loss.weights]
+            if [*names] != everything:  # one by one: a list of places would be copied to the device
+                which = [everything.index(name) for name in names]
+                smallest_N, weight_N = (torch.stack([of[i] for i in which]) for of in (smallest_N, weight_N))
+            factor_N = (weight_N / torch.maximum(mean_N.double().abs(), smallest_N)).to(mean_N)
             for before, earlier_N in known.items():  # losses that were in use before one joined them
-                factor_N[[names.index(name) for name in before]] = earlier_N
+                factor_N = torch.stack(
+                    [earlier_N[before.index(n)] if n in before else factor_N[i] for i, n in enumerate(names)]
+                )
             self.factors[zoo] = {names: factor_N}
         return self.factors[zoo][names]
 
