@@ -37,7 +37,8 @@ def test_a_teacher_from_a_file_is_recovered_and_written(teacher_file, tmp_path, 
     assert written["weights"] == "models/recovered.safetensors"
     assert "Clustering of" in (out / "report.html").read_text()
     client = MlflowClient(uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("recover").experiment_id], "tags.trial_id != ''")
+    runs = client.search_runs([client.get_experiment_by_name("recover").experiment_id], "tags.trial_id != ''")
+    (run,) = [run for run in runs if run.data.tags["run_folder"] == str(out)]
     assert run.data.metrics["recover/verified"] == 1
     teacher = {name: tensor.numpy() for name, tensor in load_file(teacher_file).items()}
     for address in (f"runs:/{run.info.run_id}/expand_cluster", registered):

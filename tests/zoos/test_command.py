@@ -134,7 +134,7 @@ def test_the_shipped_grids_have_their_models_and_states() -> None:
     assert {"digits", "smoke", *grids} <= set(named_zoos())
     sizes = {name: (len(plan(config)), len(config.training.checkpoints)) for name, config in grids.items()}
     papers = dict.fromkeys(("cifar10_paper", "svhn_paper", "eurosat_paper"), (1200, 4))
-    assert sizes == {**papers, "cifar10_small": (480, 4)}
+    assert sizes == {**papers, "cifar10_small": (480, 4), "digits_mlp": (600, 3)}
     for name, config in grids.items():
         assert config == read_config(str(GRIDS / f"{name}.yaml"))
 
