@@ -31,13 +31,15 @@ from distrecon.errors import UserError, reading, said
 from distrecon.images import ImageSet
 from distrecon.nets import Architecture
 from distrecon.zoos import seals, writer
+from distrecon.zoos.layout import index_of
 from distrecon.zoos.storage import Store, inside
 from distrecon.zoos.writer import Writer
 
-FORMAT, VERSION = "distrecon-zoo", 1
+FORMAT, VERSION = "distrecon-zoo", 2  # 1, unless several parts lie in one file
 SPLITS = ("train", "val", "test")
 METRICS = ("train_accuracy", "test_accuracy", "generalization_gap", "train_loss")
 ROW_GROUP_BYTES = 512 * 1024
+LARGE, PIECE_BYTES = 512 * 2**20, 8 * 2**20  # a zoo of so many bytes of weights is shuffled, and read, in such pieces
 MANIFEST, UNFINISHED = writer.MANIFEST, writer.UNFINISHED
 
 
@@ -123,12 +125,14 @@ class Part:
     states: Mapping[str, int]  # split -> number of rows, in the file's order
     models: Mapping[str, int]  # split -> number of models that no earlier part has
     seal: str | None = None  # of the file; None in zoos that were made before there were any
+    index: str | None = None  # of the file (`layout.py`); None where it is not known where its weights lie
+    group: int = 0  # its first row group in the file, where several parts lie in one
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"states/part-\d{5,}\.parquet", self.file):
             raise ValueError(f"a part is called {self.file!r}")
         counts = [*self.states.values(), *self.models.values()]
-        if not _whole(self.group_rows, 1) or not all(_whole(count, 0) for count in counts):
+        if not _whole(self.group_rows, 1) or not all(_whole(count, 0) for count in [*counts, self.group]):
             raise ValueError(f"{self.file} has counts that are no whole numbers")
         if unknown := [split for split in [*self.states, *self.models] if split not in SPLITS]:
             raise ValueError(f"{self.file} has a split {unknown[0]!r}")
@@ -167,7 +171,7 @@ def write_part(store: Store, file: str, table: pa.Table, known: Container[str] =
     """
     size = rows_per_group(table.schema.field("weights").type.shape[0])
     compression = {column: "none" if column == "weights" else "zstd" for column in table.column_names}
-    states, models = {}, {}
+    states, models, groups = {}, {}, []
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink, table.schema, compression=compression, use_dictionary=["model_id", "split", "config"]
@@ -176,11 +180,13 @@ def write_part(store: Store, file: str, table: pa.Table, known: Container[str] =
             rows = table.filter(pc.equal(table["split"], split))
             if rows.num_rows:
                 writer.write_table(rows, row_group_size=size)
+                weights_SP = weights_array(rows["weights"])
+                groups += [weights_SP[i : i + size] for i in range(0, len(weights_SP), size)]
                 states[split] = rows.num_rows
                 models[split] = sum(name not in known for name in rows["model_id"].unique().to_pylist())
     content = sink.getvalue()
     store.write(file, content)
-    return Part(file, size, states, models, seals.seal(content))
+    return Part(file, size, states, models, seals.seal(content), index_of(content, "weights", groups))
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:
@@ -234,17 +240,19 @@ def commit(
     origin: Mapping[str, Any],
     excluded: Sequence[Mapping[str, Any]] = (),
     files: Mapping[str, str] | None = None,
+    digest: str | None = None,
     writer: Writer | None = None,
 ) -> dict[str, Any]:
     """Writes `zoo.json`, which makes the given parts a zoo; returns its content.
 
     `image_set` is an `image_entry`; `origin` has kind ("trained", "imported", ...)
     and its settings; `excluded` lists models that were left out, each with model_id and reason; `files` are the seals
-    of files beside the parts. Raises UserError where a part is given twice and, with its `writer`, where another one
+    of files beside the parts; `digest` is the zoo's mark, where that is not to follow from the rest: of one that holds
+    in other files what it held. Raises UserError where a part is given twice and, with its `writer`, where another one
     has changed the zoo meanwhile.
     """
-    if doubled := [name for name, count in Counter(part.file for part in parts).items() if count > 1]:
-        raise UserError(f"{store}: {doubled[0]} is listed twice")
+    if doubled := [place for place, count in Counter((p.file, p.group) for p in parts).items() if count > 1]:
+        raise UserError(f"{store}: {doubled[0][0]} is listed twice")
     states: Counter[str] = Counter()
     models: Counter[str] = Counter()
     for part in parts:
@@ -252,7 +260,7 @@ def commit(
         states.update(part.states)
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 2 if any(part.group for part in parts) else 1,
         "distrecon": metadata.version("distrecon"),
         "name": name,
         "architecture": arch.to_dict(),
@@ -262,14 +270,25 @@ def commit(
         "states": sum(states.values()),
         "splits": {s: {"models": models[s], "states": states[s]} for s in SPLITS},
         "excluded": [dict(e) for e in excluded],
-        "parts": [{key: value for key, value in asdict(part).items() if key != "seal"} for part in parts],
+        "parts": [_entry(part) for part in parts],
         "files": {**(files or {}), **{part.file: part.seal for part in parts if part.seal is not None}},
+        "index": {part.file: part.index for part in parts if part.index is not None},
     }
+    if 4 * arch.num_parameters * sum(states.values()) >= LARGE:
+        content["piece_bytes"] = PIECE_BYTES
+    if digest is not None:
+        content["digest"] = digest
     if writer is None:
         store.write(MANIFEST, manifest(content))
     else:
         writer.commit(manifest(content))
     return content
+
+
+def _entry(part: Part) -> dict[str, Any]:
+    """What `"parts"` says of a part; what is of the whole file stands elsewhere."""
+    entry = {key: value for key, value in asdict(part).items() if key not in ("seal", "index")}
+    return entry if part.group else {key: value for key, value in entry.items() if key != "group"}
 
 
 def manifest(content: Mapping[str, Any]) -> bytes:
@@ -329,6 +348,7 @@ def _check(content: dict[str, Any]) -> None:
         if not isinstance(content.get(key), kind):
             raise ValueError(f"its {key!r} must be {kind.__name__}, not {content.get(key)!r:.60}")
     images, files = content["image_set"], content.setdefault("files", {})
+    index = content.setdefault("index", {})
     counts = [content["models"], content["states"]]
     counts += [content["splits"][split][key] for split in SPLITS for key in ("models", "states")]
     if not all(_whole(count, 0) for count in counts):
@@ -347,8 +367,10 @@ def _check(content: dict[str, Any]) -> None:
             raise ValueError(f"its images' {key!r} is {value!r:.60}")
     if any(key not in images for key in ("name", "directory", "classes", "preprocessing")):
         raise ValueError(f"its images have only {', '.join(images)}")
-    if not all(isinstance(text, str) for pair in files.items() for text in pair):
-        raise ValueError("its seals are no text")
+    if not all(isinstance(text, str) for known in (files, index) for pair in known.items() for text in pair):
+        raise ValueError("its seals or its index are no text")
+    if not _whole(content.get("piece_bytes", 0), 0) or not isinstance(content.get("digest", ""), str):
+        raise ValueError("its piece_bytes or its digest are none")
     if not re.fullmatch(r"images(-[0-9a-f]{8})?", images.get("stored", "images")):
         raise ValueError(f"its images lie in {images['stored']!r}")
     for name in files:
@@ -359,4 +381,5 @@ def _check(content: dict[str, Any]) -> None:
 def parts_of(content: Mapping[str, Any]) -> list[Part]:
     """The parts that `zoo.json` lists, each with its seal; UserError for what can be none."""
     with reading(MANIFEST):
-        return [Part(**part, seal=content["files"].get(part["file"])) for part in content["parts"]]
+        seals_, index = content["files"], content["index"]
+        return [Part(**p, seal=seals_.get(p["file"]), index=index.get(p["file"])) for p in content["parts"]]

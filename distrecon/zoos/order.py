@@ -64,29 +64,60 @@ class Order:
 
     def lane_rows(self, lane: int) -> np.ndarray:
         """The rows of a lane, in the zoo's order."""
-        return np.concatenate([np.empty(0, np.int64), *self._pieces(lane)])
+        return rows_of(self.lane_spans(lane))
 
-    def _pieces(self, lane: int) -> list[np.ndarray]:
-        """The rows of a lane, row group by row group."""
+    def lane_spans(self, lane: int) -> np.ndarray:
+        """(first row, rows) [L, 2] of the pieces of a lane: row groups, cut where it begins and ends."""
         low, high = self._bounds(lane)
-        ends_G = self.spans_G2[:, 1].cumsum()
-        pieces = []
-        for group in range(int(np.searchsorted(ends_G, low, side="right")), len(ends_G)):
-            first, rows = self.spans_G2[group]
-            begin = int(ends_G[group] - rows)
-            if begin >= high:
-                break
-            pieces.append(np.arange(first + max(low - begin, 0), first + min(high - begin, rows)))
-        return pieces
+        ends_G = self._ends_G
+        if low == high:
+            return np.empty((0, 2), np.int64)
+        begin, end = _touching(ends_G, low, high)
+        spans_L2 = self.spans_G2[begin:end].copy()
+        spans_L2[-1, 1] -= ends_G[end - 1] - high
+        cut = low - (ends_G[begin] - self.spans_G2[begin, 1])
+        spans_L2[0] += [cut, -cut]
+        return spans_L2
+
+    @cached_property
+    def _ends_G(self) -> np.ndarray:
+        return self.spans_G2[:, 1].cumsum()
+
+    @cached_property
+    def _passes(self) -> dict[int, tuple[int, np.ndarray, np.ndarray]]:
+        """By lane, the pass that was asked for last: its number, its pieces in order, and where each ends."""
+        return {}
+
+    def _pass(self, lane: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        known = self._passes.get(lane)
+        if known is None or known[0] != number:
+            spans_L2 = self.lane_spans(lane)
+            spans_L2 = spans_L2[np.random.default_rng([*self.key, number, lane]).permutation(len(spans_L2))]
+            self._passes[lane] = known = number, spans_L2, spans_L2[:, 1].cumsum()
+        return known[1:]
+
+    def _touched(self, lane: int, number: int, window: int) -> tuple[np.ndarray, int, int]:
+        """The pieces that a window takes a lane's rows from, and from where to where in their rows."""
+        spans_L2, ends_L = self._pass(lane, number)
+        size = self.window_steps * self.per_lane
+        total = int(ends_L[-1]) if len(ends_L) else 0
+        low, high = min(window * size, total), min((window + 1) * size, total)
+        if low == high:
+            return spans_L2[:0], 0, 0
+        begin, end = _touching(ends_L, low, high)
+        before = int(ends_L[begin] - spans_L2[begin, 1])
+        return spans_L2[begin:end], low - before, high - before
 
     def lane_window(self, lane: int, number: int, window: int) -> np.ndarray:
         """Rows [S] that a lane gives to the steps of one window of pass `number`, in order."""
-        pieces = self._pieces(lane)
-        order = np.random.default_rng([*self.key, number, lane]).permutation(len(pieces))
-        rows = np.concatenate([np.empty(0, np.int64), *(pieces[i] for i in order)])
-        size = self.window_steps * self.per_lane
-        chosen = rows[window * size : (window + 1) * size]
-        return np.random.default_rng([*self.key, number, lane, window]).permutation(chosen)
+        spans_N2, low, high = self._touched(lane, number, window)
+        return np.random.default_rng([*self.key, number, lane, window]).permutation(rows_of(spans_N2)[low:high])
+
+    def window_spans(self, number: int, window: int, rank: int, world_size: int) -> np.ndarray:
+        """The pieces (first row, rows) [N, 2] that a worker's rows of a window lie in; the next window's may be some
+        of them again."""
+        lanes = self.owned(rank, world_size)
+        return np.concatenate([spans([]), *(self._touched(lane, number, window)[0] for lane in lanes)])
 
     def window(self, number: int, window: int, rank: int, world_size: int) -> list[np.ndarray]:
         """The rows of each step of a window for one worker, in batch order."""
@@ -94,6 +125,14 @@ class Order:
         size, empty = self.per_lane, np.empty(0, np.int64)
         steps = min(self.window_steps, self.steps - window * self.window_steps)
         return [np.concatenate([empty, *(rows[s * size : (s + 1) * size] for rows in lanes)]) for s in range(steps)]
+
+    def share(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
+        """Rows of a step's global batch, and how many of them the workers before this one have."""
+        owned = self.owned(rank, world_size)
+        if step + 1 < self.steps:
+            return self.batch_size, owned.start * self.per_lane
+        sizes = self.sizes(step)
+        return sum(sizes), sum(sizes[: owned.start])
 
     def sizes(self, step: int) -> list[int]:
         """Rows that each lane gives to a step of a pass."""
@@ -107,3 +146,16 @@ class Order:
 def spans(groups: Sequence[tuple[int, int]]) -> np.ndarray:
     """(first row, rows) of row groups as [G, 2]."""
     return np.array(groups, np.int64).reshape(-1, 2)
+
+
+def _touching(ends_N: np.ndarray, low: int, high: int) -> tuple[int, int]:
+    """From which to which of the pieces that end there the places low .. high - 1 lie."""
+    begin, last = np.searchsorted(ends_N, [low, high - 1], side="right").tolist()
+    return begin, last + 1
+
+
+def rows_of(spans_N2: np.ndarray) -> np.ndarray:
+    """The rows of some spans, one after the other."""
+    ends_N = spans_N2[:, 1].cumsum()
+    total = int(ends_N[-1]) if len(ends_N) else 0
+    return np.arange(total) + np.repeat(spans_N2[:, 0] - (ends_N - spans_N2[:, 1]), spans_N2[:, 1])

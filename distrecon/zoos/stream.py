@@ -8,8 +8,9 @@ windows ahead, and the batches arrive as tensors. One execution serves all epoch
 - Several zoos mix by weight: a weight is the number of passes over that zoo per epoch (1: every row once an epoch).
 """
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import TYPE_CHECKING
@@ -21,16 +22,19 @@ from torch import Tensor
 
 from distrecon.errors import UserError
 from distrecon.zoos import format as zoo_format
+from distrecon.zoos import ranges
 from distrecon.zoos.models import Batch
-from distrecon.zoos.order import Order, spans
+from distrecon.zoos.order import Order, rows_of, spans
+from distrecon.zoos.rows import Held, Passing
 from distrecon.zoos.zoo import Zoo
 
 if TYPE_CHECKING:
     import ray.data
 
-WINDOW_BYTES = 64 * 2**20  # of weights, all workers together: what a shuffle mixes and a reading task returns
+WINDOW_BYTES = 64 * 2**20  # of weights, all workers together: what a shuffle mixes and a reading task reads
 WINDOWS_AHEAD = 2  # reading tasks in flight on each worker
-WINDOWS_IN_MEMORY = 6  # being read, read, and in use, on each worker
+ITEMS_IN_MEMORY = 6  # windows being read, read, and in use, on each worker
+WINDOWS_PLANNED = 256  # by one execution of Ray Data, whose start costs some tenths of a second
 READ_CPUS = 0.0  # reading starts even where training has taken all the processors
 
 
@@ -83,11 +87,11 @@ def plan(
         raise UserError(f"one positive weight per zoo is needed: {len(zoos)} zoos, weights {list(weights)}")
     orders = []
     for index, zoo in enumerate(zoos):
-        groups = [(g.first_row, g.rows) for g in zoo.groups_of(split)]
-        if not groups:
+        pieces_G2 = zoo.pieces(split)
+        if not len(pieces_G2):
             raise UserError(f"{zoo.store}: no states in split {split!r}")
         window_steps = max(1, window_bytes // (4 * zoo.architecture.num_parameters * batch_size))
-        orders.append(Order(spans(groups), batch_size, shards, window_steps, (seed, 1, index)))
+        orders.append(Order(pieces_G2, batch_size, shards, window_steps, (seed, 1, index)))
     return StreamPlan(tuple(orders), weights, seed)
 
 
@@ -112,10 +116,13 @@ def stream(
     seed: int = 0,
     weights: Sequence[float] | None = None,
     window_bytes: int = WINDOW_BYTES,
+    memory: int = 0,
 ) -> Iterator[Batch]:
     """One worker's batches of the epochs first_epoch .. last_epoch (both included, counted from 0), in order.
 
     `batch_size` is the global one. Starting at an epoch gives exactly what an uninterrupted stream gives from there on.
+    Shares of zoos that fit into `memory` bytes of this worker are kept when they have been read once; the batches are
+    the same.
     Raises UserError as `plan` does, and for a zoo file that is missing or damaged.
     """
     steps = plan(
@@ -123,94 +130,116 @@ def stream(
     )
     for order in steps.orders:
         order.owned(rank, world_size)
-    return _stream(list(zoos), steps, first_epoch, last_epoch, rank, world_size)
+    return _stream(list(zoos), steps, first_epoch, last_epoch, (rank, world_size), memory)
 
 
 def _stream(
-    zoos: list[Zoo], steps: StreamPlan, first_epoch: int, last_epoch: int, rank: int, world_size: int
+    zoos: list[Zoo], steps: StreamPlan, first_epoch: int, last_epoch: int, worker: tuple[int, int], memory: int
 ) -> Iterator[Batch]:
-    sources = [
-        _rows_of_zoo(
-            zoo,
-            order,
-            (steps.first_step(index, first_epoch), steps.first_step(index, last_epoch + 1)),
-            (rank, world_size),
-        )
-        for index, (zoo, order) in enumerate(zip(zoos, steps.orders, strict=True))
-    ]
+    sources = []
+    for index, (zoo, order) in enumerate(zip(zoos, steps.orders, strict=True)):
+        span = steps.first_step(index, first_epoch), steps.first_step(index, last_epoch + 1)
+        share = np.concatenate([spans([]), *(order.lane_spans(lane) for lane in order.owned(*worker))])
+        share_bytes = 4 * zoo.architecture.num_parameters * int(share[:, 1].sum())
+        held = share_bytes <= memory
+        memory -= held * share_bytes
+        rows = Held(share, zoo.architecture.num_parameters) if held else Passing(zoo.architecture.num_parameters)
+        sources.append(_batches(zoo, order, rows, span, worker))
     position = [steps.first_step(index, first_epoch) for index in range(len(zoos))]
     for epoch in range(first_epoch, last_epoch + 1):
-        schedule = steps.schedule(epoch)
-        for step, index in enumerate(schedule.tolist()):
-            order = steps.orders[index]
-            owned, sizes = order.owned(rank, world_size), order.sizes(position[index] % order.steps)
+        schedule = steps.schedule(epoch).tolist()
+        for step, index in enumerate(schedule):
+            size, offset = steps.orders[index].share(position[index] % steps.orders[index].steps, *worker)
             row_b, theta_bP = next(sources[index])
             position[index] += 1
-            offset = sum(sizes[: owned.start])
-            last = step + 1 == len(schedule)
-            yield Batch(epoch, step, index, row_b, theta_bP, sum(sizes), offset, last)
+            yield Batch(epoch, step, index, row_b, theta_bP, size, offset, step + 1 == len(schedule))
 
 
-def _rows_of_zoo(
-    zoo: Zoo, order: Order, span: tuple[int, int], worker: tuple[int, int]
+Window = tuple[int, int, int, int]  # pass, window, first step, step after the last
+
+
+def _batches(
+    zoo: Zoo, order: Order, rows: Held | Passing, span: tuple[int, int], worker: tuple[int, int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(row_b, theta_bP) of each step in span[0] .. span[1] - 1 of the zoo's endless row of passes."""
-    rank, world_size = worker
-    owned = order.owned(rank, world_size)
-    items = _windows(order, *span)
-    blocks = _read_ahead(zoo, order, items, worker)
-    carry = _Carry(zoo.architecture.num_parameters)
-    for _, window, first, last in items:
-        begin = window * order.window_steps
-        for step in range(begin + first, begin + last):
-            count = sum(order.sizes(step)[owned.start : owned.stop])
-            while carry.rows < count:
-                carry.put(next(blocks))
-            yield carry.take(count)
+    compared_G = np.zeros(len(zoo.layout.rows_G), bool)
+    windows, after = itertools.tee(_windows(order, *span))
+    next(after, None)
+    while some := list(itertools.islice(windows, WINDOWS_PLANNED)):
+        missing = [_missing(order, rows, window, worker) for window in some]
+        blocks = _read_ahead(zoo, [spans_N2 for spans_N2 in missing if len(spans_N2)], compared_G, worker)
+        for (number, window, first, last), spans_N2 in zip(some, missing, strict=True):
+            if len(spans_N2):
+                rows.put(spans_N2, next(blocks))
+            steps = order.window(number, window, *worker)[first:last]
+            rows.begin(steps)
+            for step, row_b in enumerate(steps):
+                yield torch.from_numpy(row_b), torch.from_numpy(rows.take(step))
+            following = next(after, None)
+            rows.end(spans([]) if following is None else order.window_spans(*following[:2], *worker))
 
 
-def _windows(order: Order, begin: int, end: int) -> list[tuple[int, int, int, int]]:
-    """(pass, window, first step, step after the last) of each window that the steps begin .. end - 1 touch."""
-    items = []
+def _missing(order: Order, rows: Held | Passing, window: Window, worker: tuple[int, int]) -> np.ndarray:
+    """The spans that have to be read for a window."""
+    return spans([]) if rows.complete else rows.missing(order.window_spans(*window[:2], *worker))
+
+
+def _windows(order: Order, begin: int, end: int) -> Iterator[Window]:
+    """The windows that the steps begin .. end - 1 touch, one after the other."""
     step = begin
     while step < end:
         number, within = divmod(step, order.steps)
         window, first = divmod(within, order.window_steps)
         last = min(order.window_steps, order.steps - window * order.window_steps, first + end - step)
-        items.append((number, window, first, last))
+        yield number, window, first, last
         step += last - first
-    return items
+
+
+def _reader(zoo: Zoo, wanted: list[np.ndarray], compared_G: np.ndarray) -> Callable[[int], np.ndarray]:
+    """A function that reads an item's rows, wherever it runs; `compared_G`: row groups that need not be compared."""
+    if zoo.runs is None:
+        rows = [rows_of(spans_N2) for spans_N2 in wanted]
+        return lambda item: zoo.read_rows(rows[item])
+    reads = [ranges.reads_of(zoo, spans_N2, compared_G) for spans_N2 in wanted]
+    store, num_parameters = zoo.store, zoo.architecture.num_parameters
+    return lambda item: ranges.read(store, num_parameters, reads[item])
 
 
 def _read_ahead(
-    zoo: Zoo, order: Order, items: list[tuple[int, int, int, int]], worker: tuple[int, int]
-) -> Iterator[pa.Table]:
-    """Ray Data's execution: one task per window, results in order, a bounded number of bytes ahead."""
+    zoo: Zoo, wanted: list[np.ndarray], compared_G: np.ndarray, worker: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """weights[R, P] of the rows of each item, spans [N, 2], in order, by Ray Data: one task an item, a bounded number
+    of bytes ahead. The arrays are Ray's, only to be read."""
+    if not wanted:
+        return
     import ray.data
 
-    def read(batch: dict[str, np.ndarray]) -> pa.Table:
-        (number, window, first, last) = batch["item"][0]
-        steps = order.window(int(number), int(window), *worker)[first:last]
-        rows_S = np.concatenate(steps)
-        return pa.table({"row": rows_S, "weights": zoo_format.weights_column(zoo.read_rows(rows_S))})
+    read = _reader(zoo, wanted, compared_G)
 
-    window_bytes = 4 * zoo.architecture.num_parameters * order.batch_size * order.window_steps // worker[1]
-    with ray.data.DataContext.current(_context(window_bytes)):
-        dataset = ray.data.from_items(
-            [{"item": list(item)} for item in items], override_num_blocks=len(items)
-        ).map_batches(
-            read,
+    def table(batch: dict[str, np.ndarray]) -> pa.Table:
+        return pa.table({"weights": zoo_format.weights_column(read(int(batch["id"][0])))})
+
+    row_bytes = 4 * zoo.architecture.num_parameters
+    with ray.data.DataContext.current(_context(max(int(of[:, 1].sum()) for of in wanted) * row_bytes)):
+        dataset = ray.data.range(len(wanted), override_num_blocks=len(wanted)).map_batches(
+            table,
             batch_size=1,
             num_cpus=READ_CPUS,
-            compute=ray.data.TaskPoolStrategy(size=min(WINDOWS_AHEAD, len(items))),
+            compute=ray.data.TaskPoolStrategy(size=min(WINDOWS_AHEAD, len(wanted))),
         )
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        arrived = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        blocks = (zoo_format.weights_array(block["weights"]) for block in arrived)
+        for spans_N2 in wanted:
+            weights_RP, count = next(blocks), int(spans_N2[:, 1].sum())
+            while len(weights_RP) < count:  # Ray may cut what a task returns
+                weights_RP = np.concatenate([weights_RP, next(blocks)])
+            yield weights_RP
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
 
 
-def _context(window_bytes: int) -> "ray.data.DataContext":
+def _context(item_bytes: int) -> "ray.data.DataContext":
     """Results in order, a few windows in memory at most, and no messages: a training run has hundreds of streams."""
     import ray.data
     from ray.data import ExecutionResources
@@ -220,34 +249,9 @@ def _context(window_bytes: int) -> "ray.data.DataContext":
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=WINDOWS_IN_MEMORY * max(window_bytes, 2**20)
+        object_store_memory=ITEMS_IN_MEMORY * max(item_bytes, 2**20)
     )
+    context.target_max_block_size = max(2 * item_bytes, context.target_max_block_size or 0)
     context.raise_original_map_exception = True
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     return context
-
-
-class _Carry:
-    """Rows that have arrived and are not yet given out; blocks may come cut in other places than the steps."""
-
-    def __init__(self, num_parameters: int) -> None:
-        self.blocks: list[tuple[np.ndarray, np.ndarray]] = []
-        self.rows = 0
-        self.empty = np.empty(0, np.int64), np.empty((0, num_parameters), np.float32)
-
-    def put(self, table: pa.Table) -> None:
-        self.blocks.append((table["row"].to_numpy(), zoo_format.weights_array(table["weights"])))
-        self.rows += table.num_rows
-
-    def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """The next rows, as tensors of their own memory."""
-        taken = [self.empty]
-        self.rows -= count
-        while count:
-            rows, weights = self.blocks.pop(0)
-            if len(rows) > count:
-                self.blocks.insert(0, (rows[count:], weights[count:]))
-            taken.append((rows[:count], weights[:count]))
-            count -= min(count, len(rows))
-        row_b, theta_bP = (np.concatenate(arrays) for arrays in zip(*taken, strict=True))
-        return torch.from_numpy(row_b), torch.from_numpy(theta_bP)

@@ -24,7 +24,9 @@ from distrecon.nets import Architecture
 from distrecon.nets.given import Given, module_of, running
 from distrecon.zoos import datasets, seals
 from distrecon.zoos import format as zoo_format
+from distrecon.zoos.layout import Layout, entries_of
 from distrecon.zoos.models import Models
+from distrecon.zoos.order import rows_of
 from distrecon.zoos.storage import Store, inside, store
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class RowGroup:
     """Where some consecutive rows of the zoo lie."""
 
     part: int  # index into the zoo's parts
-    group: int  # row group in that file
+    group: int  # row group in that part's file
     first_row: int
     rows: int
     split: str
@@ -61,7 +63,9 @@ class Zoo:
     @property
     def digest(self) -> str:
         """A mark of its content: other models, settings or, where the zoo is sealed, other bytes give another one."""
-        content = {key: value for key, value in self.info.items() if key != "files" or value}
+        if "digest" in self.info:  # of what it held before its files were joined
+            return self.info["digest"]
+        content = {key: value for key, value in self.info.items() if key != "index" and (key != "files" or value)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
@@ -125,23 +129,53 @@ class Zoo:
     @cached_property
     def row_groups(self) -> list[RowGroup]:
         """All row groups, in the order of their rows."""
-        groups, first = [], 0
-        for number, part in enumerate(self.parts):
-            for group, (split, rows) in enumerate(part.row_groups()):
-                groups.append(RowGroup(number, group, first, rows, split))
-                first += rows
-        return groups
+        layout = self.layout
+        columns = (layout.part_G, layout.group_G, layout.first_G, layout.rows_G, layout.split_G)
+        return [
+            RowGroup(part, group, first, rows, layout.splits[split])
+            for part, group, first, rows, split in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The same as arrays, for who reads very many."""
+        return Layout.of(self.parts, zoo_format.SPLITS)
+
+    def pieces(self, split: str | None) -> np.ndarray:
+        """What a shuffle moves as one, (first row, rows) [N, 2]: row groups or, in a large zoo, several in a row.
+
+        Raises UserError for an unknown split."""
+        self._known(split)
+        return self.layout.spans(split, self.info.get("piece_bytes", 0) // (4 * self.architecture.num_parameters))
+
+    @cached_property
+    def runs(self) -> np.ndarray | None:
+        """Where each row group's weights begin in its file, and their CRC-32: (offset, crc) [G]; None where a file's
+        are not known, as of an earlier version's."""
+        if any(part.index is None for part in self.parts):
+            return None
+        with reading(self.store.path(zoo_format.MANIFEST)):
+            files = {file: entries_of(index) for file, index in self.info["index"].items()}
+            groups = [len(list(part.row_groups())) for part in self.parts]
+            entries = [files[p.file][p.group : p.group + n] for p, n in zip(self.parts, groups, strict=True)]
+            if any(len(each) != n for each, n in zip(entries, groups, strict=True)):
+                raise ValueError("its index has not all row groups")
+        return np.concatenate(entries)
 
     def groups_of(self, split: str | None) -> list[RowGroup]:
         """The row groups of a split; UserError for an unknown one."""
+        self._known(split)
+        return [group for group in self.row_groups if split in (None, group.split)]
+
+    @staticmethod
+    def _known(split: str | None) -> None:
         if split is not None and split not in zoo_format.SPLITS:
             raise UserError(f"unknown split {split!r}{nearest(split, zoo_format.SPLITS)}")
-        return [group for group in self.row_groups if split in (None, group.split)]
 
     def rows(self, split: str | None = None) -> Tensor:
         """The rows' numbers in the zoo, [S] int64."""
-        spans = [torch.arange(g.first_row, g.first_row + g.rows) for g in self.groups_of(split)]
-        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+        self._known(split)
+        return torch.from_numpy(rows_of(self.layout.spans(split)))
 
     def tables(self, split: str | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows file by file, in bounded memory."""
@@ -203,16 +237,12 @@ class Zoo:
         out_SP = np.empty((len(rows_S), self.architecture.num_parameters), np.float32)
         order = np.argsort(rows_S, kind="stable")
         wanted = np.asarray(rows_S)[order]
-        needed = np.unique(np.searchsorted(self._group_ends, wanted, side="right"))
+        needed = np.unique(np.searchsorted(self.layout.ends_G, wanted, side="right"))
         for group, table in self.read((self.row_groups[i] for i in needed), ["weights"]):
             low, high = np.searchsorted(wanted, [group.first_row, group.first_row + group.rows])
             weights_GP = zoo_format.weights_array(table["weights"])
             out_SP[order[low:high]] = weights_GP[wanted[low:high] - group.first_row]
         return out_SP
-
-    @cached_property
-    def _group_ends(self) -> np.ndarray:
-        return np.array([group.first_row + group.rows for group in self.row_groups])
 
     def sample(self, count: int, seed: int, split: str | None = "train") -> Tensor:
         """theta[count, P] of different states drawn at random; the same for the same zoo and seed."""
