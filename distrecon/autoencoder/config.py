@@ -116,6 +116,12 @@ class DataConfig:
         choices=SYMMETRIES,
     )
     shards: int = setting(16, "virtual shards of the stream of models, whatever the number of workers", least=1)
+    memory: float | None = setting(
+        None,
+        "GiB of models that each worker keeps once it has read them, where its share fits; more is read anew in every "
+        "epoch (default: a quarter of what Ray has of the node's memory, divided by the workers that fit on it)",
+        least=0,
+    )
     target_precision: str = setting(
         "float16", "of the originals' outputs kept", choices=("float16", "float32", "float64")
     )

@@ -8,6 +8,7 @@ from distrecon.errors import UserError
 
 DEVICES = ("auto", "cuda", "cpu")
 RESERVE = 0.1  # of a CPU, left to the trial's driver and to Ray Data's reads when workers hold all others
+MODELS_SHARE = 1 / 4  # of a node's memory, for the models that its workers keep
 NO_CUDA = (
     "a GPU is reserved, but torch finds none on this node: install its CUDA build and a driver that fits, "
     "or rehearse with resources.device=cpu"
@@ -60,3 +61,13 @@ class ResourcesConfig:
 def threads(resources: ResourcesConfig) -> int:
     """Of torch, in a worker."""
     return max(1, math.floor(resources.cpus_per_worker))
+
+
+def models_memory(resources: ResourcesConfig) -> int:
+    """Bytes for the models that a worker keeps on this node: all that fit on it share `MODELS_SHARE` of its memory."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    has = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here), {})
+    fit = [has.get(kind, 0.0) / count for kind, count in resources.worker.items() if count]
+    return int(has.get("memory", 0.0) * MODELS_SHARE / max(1.0, math.floor(min(fit))))

@@ -18,7 +18,7 @@ from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
 from distrecon.autoencoder.store import save_autoencoder
 from distrecon.autoencoder.training import Training
-from distrecon.cluster.resources import NO_CUDA, ResourcesConfig, threads
+from distrecon.cluster.resources import NO_CUDA, ResourcesConfig, models_memory, threads
 from distrecon.config import setting
 from distrecon.errors import UserError
 from distrecon.record.artifacts import upload
@@ -100,7 +100,9 @@ def train_loop(settings: Mapping[str, Any]) -> None:
     torch.set_num_threads(threads(run.resources))
     began, cpu = time.monotonic(), cpu_seconds()
     training, first_epoch = _prepare(run, zoos)
-    for epoch, metrics in train_epochs(run, zoos, training, first_epoch, rank, train.get_context().get_world_size()):
+    world_size = train.get_context().get_world_size()
+    memory = models_memory(run.resources) if run.data.memory is None else int(run.data.memory * 2**30)
+    for epoch, metrics in train_epochs(run, zoos, training, first_epoch, rank, world_size, memory):
         _report(epoch, {**metrics, **usage(began, cpu), "time/seconds": time.monotonic() - began}, training, rank)
     if not run.epochs:
         _report(0, {**usage(began, cpu), "time/seconds": time.monotonic() - began}, training, rank)
@@ -111,9 +113,18 @@ def train_loop(settings: Mapping[str, Any]) -> None:
 
 
 def train_epochs(
-    run: AutoencoderRun, zoos: Sequence[Zoo], training: Training, first_epoch: int, rank: int, world_size: int
+    run: AutoencoderRun,
+    zoos: Sequence[Zoo],
+    training: Training,
+    first_epoch: int,
+    rank: int,
+    world_size: int,
+    memory: int = 0,
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Trains epoch by epoch, counted from 1; yields each one's mean losses and models a second."""
+    """Trains epoch by epoch, counted from 1; yields each one's mean losses and models a second.
+
+    `memory`: bytes of models that this worker may keep.
+    """
     batches = _Timed(
         stream(
             zoos,
@@ -124,6 +135,7 @@ def train_epochs(
             rank=rank,
             world_size=world_size,
             seed=run.seed,
+            memory=memory,
         )
     )
     sums: dict[str, float] = defaultdict(float)

@@ -170,23 +170,29 @@ def write_part(store: Store, file: str, table: pa.Table, known: Container[str] =
     `known` models have states in other parts of the zoo, which count them.
     """
     size = rows_per_group(table.schema.field("weights").type.shape[0])
-    compression = {column: "none" if column == "weights" else "zstd" for column in table.column_names}
-    states, models, groups = {}, {}, []
+    by_split = {split: table.filter(pc.equal(table["split"], split)) for split in SPLITS}
+    by_split = {split: rows for split, rows in by_split.items() if rows.num_rows}
+    states = {split: rows.num_rows for split, rows in by_split.items()}
+    models = {s: sum(name not in known for name in t["model_id"].unique().to_pylist()) for s, t in by_split.items()}
+    groups = (t.slice(i, size) for t in by_split.values() for i in range(0, t.num_rows, size))
+    content, index = content_of(table.schema, groups)
+    store.write(file, content)
+    return Part(file, size, states, models, seals.seal(content), index)
+
+
+def content_of(schema: pa.Schema, groups: Iterable[pa.Table]) -> tuple[pa.Buffer, str | None]:
+    """A part's file of these row groups, and its index."""
+    compression = {column: "none" if column == "weights" else "zstd" for column in schema.names}
+    weights = []
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
-        sink, table.schema, compression=compression, use_dictionary=["model_id", "split", "config"]
+        sink, schema, compression=compression, use_dictionary=["model_id", "split", "config"]
     ) as writer:
-        for split in SPLITS:
-            rows = table.filter(pc.equal(table["split"], split))
-            if rows.num_rows:
-                writer.write_table(rows, row_group_size=size)
-                weights_SP = weights_array(rows["weights"])
-                groups += [weights_SP[i : i + size] for i in range(0, len(weights_SP), size)]
-                states[split] = rows.num_rows
-                models[split] = sum(name not in known for name in rows["model_id"].unique().to_pylist())
+        for group in groups:
+            writer.write_table(group, row_group_size=group.num_rows)
+            weights.append(weights_array(group["weights"]))
     content = sink.getvalue()
-    store.write(file, content)
-    return Part(file, size, states, models, seals.seal(content), index_of(content, "weights", groups))
+    return content, index_of(content, "weights", weights)
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:
@@ -240,16 +246,16 @@ def commit(
     origin: Mapping[str, Any],
     excluded: Sequence[Mapping[str, Any]] = (),
     files: Mapping[str, str] | None = None,
-    digest: str | None = None,
+    kept: Mapping[str, Any] | None = None,
     writer: Writer | None = None,
 ) -> dict[str, Any]:
     """Writes `zoo.json`, which makes the given parts a zoo; returns its content.
 
     `image_set` is an `image_entry`; `origin` has kind ("trained", "imported", ...)
     and its settings; `excluded` lists models that were left out, each with model_id and reason; `files` are the seals
-    of files beside the parts; `digest` is the zoo's mark, where that is not to follow from the rest: of one that holds
-    in other files what it held. Raises UserError where a part is given twice and, with its `writer`, where another one
-    has changed the zoo meanwhile.
+    of files beside the parts; `kept` is what is to stay as it was, of a zoo that holds in other files what it held
+    before: its digest, the size of its pieces. Raises UserError where a part is given twice and, with its `writer`,
+    where another one has changed the zoo meanwhile.
     """
     if doubled := [place for place, count in Counter((p.file, p.group) for p in parts).items() if count > 1]:
         raise UserError(f"{store}: {doubled[0][0]} is listed twice")
@@ -276,8 +282,7 @@ def commit(
     }
     if 4 * arch.num_parameters * sum(states.values()) >= LARGE:
         content["piece_bytes"] = PIECE_BYTES
-    if digest is not None:
-        content["digest"] = digest
+    content |= kept or {}
     if writer is None:
         store.write(MANIFEST, manifest(content))
     else:

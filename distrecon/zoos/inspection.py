@@ -1,9 +1,10 @@
 """Looking at a zoo: whether it is sound (`check`), what is in it (`describe`), one of its models (`export`)."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from distrecon.errors import UserError, nearest, said
 from distrecon.nets import ModuleArchitecture, evaluate
 from distrecon.zoos import format as zoo_format
-from distrecon.zoos import seals
+from distrecon.zoos import parallel, seals
 from distrecon.zoos.storage import store
 from distrecon.zoos.zoo import RowGroup, Zoo
 
@@ -38,33 +39,32 @@ class Check:
 
 def check(zoo: Zoo, sample: int = 64, seed: int = 0, images_directory: str | None = None) -> Check:
     """Compares every file with its seal, reads every row again, recomputes the test accuracy of a sample of states."""
-    damaged = dict(seals.problems(zoo.store, zoo.sealed))
-    problems: list[str] = [*damaged.values(), *_listing(zoo)]
-    seen: set[tuple[str, int]] = set()
-    home: dict[str, str] = {}
-    states = 0
-    for part, row_groups in zip(zoo.parts, _by_part(zoo), strict=True):
-        if part.file in damaged:
-            continue
-        try:
-            for table in _groups(zoo, part, row_groups, problems):
-                states += table.num_rows
-                problems += _rows(part.file, table, seen, home)
-        except UserError as error:
-            problems.append(str(error))
-    if not damaged:
-        problems += _counts(zoo, states, Counter(home.values()))
+    problems = [*_beside(zoo), *_listing(zoo)]
+    files = _by_file(zoo)
+    found: dict[tuple[int, ...], _File] = dict(parallel.run(_look_into, files, zoo))
+    looked = [found[parts] for parts in files]
+    problems += [text for each in looked for text in each.problems]
+    sound = [each for each in looked if not each.damaged]
+    states_S = np.concatenate([np.empty(0, np.uint64), *(each.states_S for each in sound)])
+    models = np.concatenate([np.empty(0, np.uint64), *(each.models_M for each in sound)])
+    home = np.concatenate([np.empty(0, np.int64), *(each.split_M for each in sound)])
+    _, first_M = np.unique(models, return_index=True)
+    again = _repeated(states_S), _repeated(_pairs(models, home)[:, 0])
+    if any(map(len, again)):
+        problems += _named(zoo, [parts for parts in files if not found[parts].damaged], *again)
+    if len(sound) == len(looked):
+        problems += _counts(zoo, len(states_S), _by_split(home[first_M]))
     if problems:
         recomputed, note, wrong = 0, "the rows have problems", problems
     else:
         recomputed, note, wrong = _recompute(zoo, sample, seed, images_directory)
     unsealed = sum(part.seal is None for part in zoo.parts)
-    return Check(states, recomputed, note, tuple(wrong), len(zoo.sealed), unsealed)
+    return Check(len(states_S), recomputed, note, tuple(wrong), len(zoo.sealed), unsealed)
 
 
 def _listing(zoo: Zoo) -> Iterator[str]:
     """Files that zoo.json lists twice, and files in the zoo's folders that it does not list."""
-    for name, count in Counter(part.file for part in zoo.parts).items():
+    for (name, _), count in Counter((part.file, part.group) for part in zoo.parts).items():
         if count > 1:
             yield f"{name} is listed {count} times: {zoo_format.MANIFEST} counts its states as often"
     listed = {part.file for part in zoo.parts} | zoo.sealed.keys()
@@ -77,58 +77,132 @@ def _listing(zoo: Zoo) -> Iterator[str]:
                 yield f"{name} is not part of the zoo (left by a writer that died?)"
 
 
-def _counts(zoo: Zoo, states: int, models: Mapping[str, int]) -> Iterator[str]:
+def _by_split(split_M: np.ndarray) -> list[int]:
+    return [int((split_M == number).sum()) for number in range(len(zoo_format.SPLITS))]
+
+
+def _counts(zoo: Zoo, states: int, models: Sequence[int]) -> Iterator[str]:
     """Where zoo.json counts otherwise than its files."""
     if states != zoo.num_states:
         yield f"{zoo_format.MANIFEST} says {zoo.num_states} states, the files have {states}"
-    for split in zoo_format.SPLITS:
+    for split, found in zip(zoo_format.SPLITS, models, strict=True):
         number = zoo.info["splits"][split]["models"]
-        if models[split] != number:
-            yield f"{zoo_format.MANIFEST} says {number} models in {split}, the files have {models[split]}"
+        if found != number:
+            yield f"{zoo_format.MANIFEST} says {number} models in {split}, the files have {found}"
 
 
-def _by_part(zoo: Zoo) -> list[list[RowGroup]]:
-    groups: list[list[RowGroup]] = [[] for _ in zoo.parts]
-    for group in zoo.row_groups:
-        groups[group.part].append(group)
-    return groups
+def _beside(zoo: Zoo) -> Iterator[str]:
+    """What is wrong with the files beside the parts."""
+    states = {part.file for part in zoo.parts}
+    yield from dict(seals.problems(zoo.store, {f: s for f, s in zoo.sealed.items() if f not in states})).values()
 
 
-def _groups(zoo: Zoo, part: zoo_format.Part, row_groups: Sequence[RowGroup], problems: list[str]) -> Iterator[pa.Table]:
-    """A part's rows, row group by row group, after its layout has been compared with what zoo.json says."""
+def _by_file(zoo: Zoo) -> list[tuple[int, ...]]:
+    """The parts by the file they lie in."""
+    files: dict[str, list[int]] = {}
+    for number, part in enumerate(zoo.parts):
+        if number not in (of := files.setdefault(part.file, [])):
+            of.append(number)
+    return [tuple(of) for of in files.values()]
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a file holds: a mark of each state and of each model, and the models' splits; and what is wrong with it."""
+
+    problems: list[str]
+    damaged: bool = True
+    states_S: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    models_M: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    split_M: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+def _look_into(parts: tuple[int, ...], zoo: Zoo) -> _File:
+    """Compares one file with its seal and reads all its rows."""
+    file = zoo.parts[parts[0]].file
+    if file in zoo.sealed and (wrong := dict(seals.problems(zoo.store, {file: zoo.sealed[file]}))):
+        return _File([*wrong.values()])
+    problems: list[str] = []
+    states, models = [np.empty(0, np.uint64)], [np.empty((0, 2), np.uint64)]
+    groups = zoo.groups(np.flatnonzero(np.isin(zoo.layout.part_G, parts)))
     try:
-        with zoo.store.open(part.file) as source:
-            file = pq.ParquetFile(source)
-            sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-            names = file.schema_arrow.names
+        _compare_groups(zoo, file, groups)
+        for group, table in zoo.read(groups):
+            found = set(table["split"].to_pylist())
+            if found != {group.split}:
+                problems.append(f"{file}: row group {group.group} is of {sorted(found)}, not of {group.split!r}")
+            finite_S = np.isfinite(zoo_format.weights_array(table["weights"])).all(1)
+            for row in table.filter(pa.array(~finite_S)).select(["model_id", "epoch"]).to_pylist():
+                problems.append(f"{file}: model {row['model_id']!r}, epoch {row['epoch']}: non-finite weights")
+            model_S, state_S, split_S = _marks(table)
+            states.append(state_S)
+            models.append(_pairs(model_S, split_S))
+    except UserError as error:
+        return _File([*problems, str(error)])
+    models_M2 = np.unique(np.concatenate(models), axis=0)
+    return _File(problems, False, np.concatenate(states), models_M2[:, 0], models_M2[:, 1].astype(np.int64))
+
+
+def _compare_groups(zoo: Zoo, file: str, groups: Sequence[RowGroup]) -> None:
+    """UserError where a file's columns or row groups are not what `zoo.json` says."""
+    try:
+        with zoo.store.open(file) as source:
+            opened = pq.ParquetFile(source)
+            sizes = [opened.metadata.row_group(g).num_rows for g in range(opened.metadata.num_row_groups)]
+            names = opened.schema_arrow.names
     except FileNotFoundError:
-        raise UserError(f"{part.file} is missing") from None
+        raise UserError(f"{file} is missing") from None
     except Exception as error:  # the reader raises nearly anything on a damaged file
-        raise UserError(f"{part.file} is damaged: {said(error)}") from None
+        raise UserError(f"{file} is damaged: {said(error)}") from None
     if names != zoo_format.schema(zoo.architecture.num_parameters).names:
-        raise UserError(f"{part.file} has columns {names}")
-    if sizes != (wanted := [group.rows for group in row_groups]):
-        raise UserError(f"{part.file} has row groups {sizes}, {zoo_format.MANIFEST} says {wanted}")
-    for group, table in zoo.read(row_groups):
-        found = set(table["split"].to_pylist())
-        if found != {group.split}:
-            problems.append(f"{part.file}: row group {group.group} is of {sorted(found)}, not of {group.split!r}")
-        yield table
+        raise UserError(f"{file} has columns {names}")
+    wanted = [group.rows for group in sorted(groups, key=lambda group: group.group)]
+    if sizes != wanted:
+        raise UserError(f"{file} has row groups {sizes}, {zoo_format.MANIFEST} says {wanted}")
 
 
-def _rows(file: str, table: pa.Table, seen: set[tuple[str, int]], home: dict[str, str]) -> Iterator[str]:
-    """Problems of some rows, given the states and models seen before, which it adds to."""
-    weights_SP = zoo_format.weights_array(table["weights"])
-    finite_S = np.isfinite(weights_SP).all(1)
-    columns = (table[c].to_pylist() for c in ("model_id", "epoch", "split"))
-    for (model_id, epoch, split), finite in zip(zip(*columns, strict=True), finite_S, strict=True):
-        if not finite:
-            yield f"{file}: model {model_id!r}, epoch {epoch}: non-finite weights"
-        if (model_id, epoch) in seen:
-            yield f"{file}: model {model_id!r}, epoch {epoch} appears again"
-        seen.add((model_id, epoch))
-        if home.setdefault(model_id, split) != split:
-            yield f"{file}: model {model_id!r} is both in {home[model_id]!r} and in {split!r}"
+def _marks(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row, a mark of its model and one of its state (64 bits), and its split's number (one more: unknown)."""
+    names = table["model_id"].combine_chunks().dictionary_encode()
+    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names.dictionary.to_pylist()]
+    model_S = np.frombuffer(b"".join(digests), np.uint64)[names.indices.to_numpy()]
+    mixed_S = (model_S ^ table["epoch"].to_numpy().astype(np.uint64) * np.uint64(_ODD[0])) * np.uint64(_ODD[1])
+    splits = {split: number for number, split in enumerate(zoo_format.SPLITS)}
+    split_S = np.array([splits.get(split, len(splits)) for split in table["split"].to_pylist()])
+    return model_S, mixed_S, split_S
+
+
+def _pairs(model_S: np.ndarray, split_S: np.ndarray) -> np.ndarray:
+    """Every model with every split it is in, once, [M, 2]."""
+    return np.unique(np.stack([model_S, split_S.astype(np.uint64)], 1), axis=0)
+
+
+_ODD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # multiplying by these and folding spreads every bit
+
+
+def _repeated(marks: np.ndarray) -> np.ndarray:
+    """Those that are there more than once."""
+    unique, counts = np.unique(marks, return_counts=True)
+    return unique[counts > 1]
+
+
+def _named(zoo: Zoo, files: Sequence[tuple[int, ...]], states: np.ndarray, models: np.ndarray) -> Iterator[str]:
+    """The states that appear again, and the models of two splits, by name; the files are read once more."""
+    seen: set[int] = set()
+    home: dict[int, str] = {}
+    for parts in files:
+        groups = zoo.groups(np.flatnonzero(np.isin(zoo.layout.part_G, parts)))
+        for group, table in zoo.read(groups, ["model_id", "epoch", "split"]):
+            model_S, state_S, _ = _marks(table)
+            file = zoo.parts[group.part].file
+            for i in np.flatnonzero(np.isin(state_S, states) | np.isin(model_S, models)):
+                row = {name: table[name][int(i)].as_py() for name in ("model_id", "epoch", "split")}
+                model, state = int(model_S[i]), int(state_S[i])
+                if state in seen:
+                    yield f"{file}: model {row['model_id']!r}, epoch {row['epoch']} appears again"
+                seen.add(state)
+                if home.setdefault(model, row["split"]) != row["split"]:
+                    yield f"{file}: model {row['model_id']!r} is both in {home[model]!r} and in {row['split']!r}"
 
 
 def _recompute(zoo: Zoo, sample: int, seed: int, directory: str | None) -> tuple[int, str, list[str]]:
@@ -138,7 +212,7 @@ def _recompute(zoo: Zoo, sample: int, seed: int, directory: str | None) -> tuple
         return 0, str(error), []
     arch = zoo.architecture
     rows_S = np.sort(np.random.default_rng(seed).permutation(zoo.num_states)[:sample])
-    table = pa.concat_tables([t.select(["model_id", "epoch", "test_accuracy"]) for t in zoo.tables()]).take(rows_S)
+    table = _of_rows(zoo, rows_S, ["model_id", "epoch", "test_accuracy"])
     theta_SP = torch.from_numpy(zoo.read_rows(rows_S))
     if isinstance(arch, ModuleArchitecture) and arch.module is None:
         return 0, "running its networks needs --module", []
@@ -156,6 +230,17 @@ def _recompute(zoo: Zoo, sample: int, seed: int, directory: str | None) -> tuple
     return known, "" if known else "the zoo records no accuracies", problems
 
 
+def _of_rows(zoo: Zoo, rows_S: np.ndarray, columns: list[str]) -> pa.Table:
+    """Columns of some rows, which ascend."""
+    needed = np.unique(np.searchsorted(zoo.layout.ends_G, rows_S, side="right"))
+    schema = zoo_format.schema(zoo.architecture.num_parameters)
+    found = [pa.schema([schema.field(name) for name in columns]).empty_table()]
+    for group, table in zoo.read(zoo.groups(needed), columns):
+        inside = (rows_S >= group.first_row) & (rows_S < group.first_row + group.rows)
+        found.append(table.take(rows_S[inside] - group.first_row))
+    return pa.concat_tables(found)
+
+
 # -- describing -------------------------------------------------------------------------------------------------------
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -164,21 +249,38 @@ BARS = " ▁▂▃▄▅▆▇█"
 def describe(zoo: Zoo) -> str:
     """Counts, sizes and the distribution of test accuracies, by epoch, for a terminal."""
     arch, info = zoo.architecture, zoo.info
-    size = sum(zoo.store.filesystem.get_file_info(zoo.store.path(part.file)).size for part in zoo.parts)
+    size, files = _size(zoo), _by_file(zoo)
     lines = [
         f"{info['name']}  ({zoo.store})",
         f"  architecture  {arch.name}, {arch.kind}, {arch.num_parameters:,} parameters, {arch.num_tokens} tokens",
         f"  images        {zoo.image_set or 'not known'}",
         f"  models        {zoo.num_models:,} with {zoo.num_states:,} states, {len(info['excluded']):,} excluded",
         "  splits        " + ", ".join(f"{s} {info['splits'][s]['models']:,}" for s in zoo_format.SPLITS),
-        f"  on disk       {size / 2**20:,.1f} MiB in {len(zoo.parts):,} files, {len(zoo.row_groups):,} row groups",
+        f"  on disk       {size / 2**20:,.1f} MiB in {len(files):,} files, {len(zoo.layout.rows_G):,} row groups",
         f"  origin        {info['origin']['kind']}, distrecon {info['distrecon']}",
         "",
     ]
-    table = pa.concat_tables(
-        [t.select(["epoch", "test_accuracy"]) for t in zoo.tables(columns=["epoch", "test_accuracy"])]
-    )
-    return "\n".join(lines + _accuracies(table))
+    found = dict(parallel.run(_epochs_and_accuracies, files, zoo))
+    epoch_S, accuracy_S = (np.concatenate([np.empty(0), *(found[parts][i] for parts in files)]) for i in range(2))
+    return "\n".join(lines + _accuracies(epoch_S, accuracy_S))
+
+
+def _size(zoo: Zoo) -> int:
+    """Bytes of the files with states, by their seals where they have some."""
+    seal_of = {part.file: part.seal for part in zoo.parts}
+    unknown = [zoo.store.path(file) for file, seal in seal_of.items() if seal is None]
+    known = sum(int(seal.rpartition(":")[2]) for seal in seal_of.values() if seal is not None)
+    return known + sum(info.size for info in zoo.store.filesystem.get_file_info(unknown))
+
+
+def _epochs_and_accuracies(parts: tuple[int, ...], zoo: Zoo) -> tuple[np.ndarray, np.ndarray]:
+    """Of each state of a file; NaN where the accuracy is not known."""
+    groups = zoo.groups(np.flatnonzero(np.isin(zoo.layout.part_G, parts)))
+    tables = [table for _, table in zoo.read(groups, ["epoch", "test_accuracy"])]
+    if not tables:
+        return np.empty(0, np.int32), np.empty(0, np.float32)
+    table = pa.concat_tables(tables)
+    return table["epoch"].to_numpy(), table["test_accuracy"].to_numpy()
 
 
 def facts(zoo: Zoo) -> dict[str, Any]:
@@ -192,20 +294,20 @@ def facts(zoo: Zoo) -> dict[str, Any]:
     }
 
 
-def _accuracies(table: pa.Table) -> list[str]:
+def _accuracies(epoch_S: np.ndarray, accuracy_S: np.ndarray) -> list[str]:
     """A line an epoch: the states' test accuracies from 0 to 1 as a small histogram, mean and extremes."""
     lines = ["  test accuracy  0 " + "." * 20 + " 1     mean    min    max  states"]
-    for epoch in sorted(set(table["epoch"].to_pylist())):
-        column = table.filter(pc.equal(table["epoch"], epoch))["test_accuracy"]
-        values = np.array([v for v in column.to_pylist() if v is not None])
+    for epoch in np.unique(epoch_S).astype(int).tolist():
+        every = accuracy_S[epoch_S == epoch].astype(float)
+        values = every[np.isfinite(every)]
         if not len(values):
-            lines.append(f"  epoch {epoch:<7}  unknown {len(column):46,}")
+            lines.append(f"  epoch {epoch:<7}  unknown {len(every):46,}")
             continue
         counts = np.histogram(values, bins=20, range=(0, 1))[0]
         bars = "".join(BARS[int(np.ceil(c / counts.max() * (len(BARS) - 1)))] for c in counts)
         lines.append(
             f"  epoch {epoch:<9}  |{bars}|  "
-            f"{values.mean():6.3f} {values.min():6.3f} {values.max():6.3f} {len(column):7,}"
+            f"{values.mean():6.3f} {values.min():6.3f} {values.max():6.3f} {len(every):7,}"
         )
     return lines
 

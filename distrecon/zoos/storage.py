@@ -69,6 +69,9 @@ class Store:
         except OSError as error:
             raise UserError(f"cannot write {path}: {os.strerror(error.errno) if error.errno else error}") from error
 
+    def delete(self, name: str) -> None:
+        self.filesystem.delete_file(self.path(name))
+
     def delete_folder(self, name: str) -> None:
         self.filesystem.delete_dir(self.path(name))
 

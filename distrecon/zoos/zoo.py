@@ -129,11 +129,15 @@ class Zoo:
     @cached_property
     def row_groups(self) -> list[RowGroup]:
         """All row groups, in the order of their rows."""
+        return self.groups(self.layout.of_split(None))
+
+    def groups(self, chosen: np.ndarray) -> list[RowGroup]:
+        """The row groups at these places of the layout."""
         layout = self.layout
         columns = (layout.part_G, layout.group_G, layout.first_G, layout.rows_G, layout.split_G)
         return [
             RowGroup(part, group, first, rows, layout.splits[split])
-            for part, group, first, rows, split in zip(*(column.tolist() for column in columns), strict=True)
+            for part, group, first, rows, split in zip(*(column[chosen].tolist() for column in columns), strict=True)
         ]
 
     @cached_property
@@ -165,7 +169,7 @@ class Zoo:
     def groups_of(self, split: str | None) -> list[RowGroup]:
         """The row groups of a split; UserError for an unknown one."""
         self._known(split)
-        return [group for group in self.row_groups if split in (None, group.split)]
+        return self.groups(self.layout.of_split(split))
 
     @staticmethod
     def _known(split: str | None) -> None:
@@ -238,7 +242,7 @@ class Zoo:
         order = np.argsort(rows_S, kind="stable")
         wanted = np.asarray(rows_S)[order]
         needed = np.unique(np.searchsorted(self.layout.ends_G, wanted, side="right"))
-        for group, table in self.read((self.row_groups[i] for i in needed), ["weights"]):
+        for group, table in self.read(self.groups(needed), ["weights"]):
             low, high = np.searchsorted(wanted, [group.first_row, group.first_row + group.rows])
             weights_GP = zoo_format.weights_array(table["weights"])
             out_SP[order[low:high]] = weights_GP[wanted[low:high] - group.first_row]
