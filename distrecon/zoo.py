@@ -1,4 +1,4 @@
-"""python -m distrecon.zoo: train, import, describe, check, seal and export model zoos."""
+"""python -m distrecon.zoo: train, import, describe, check, seal, compact and export model zoos."""
 
 import argparse
 import dataclasses
@@ -12,6 +12,7 @@ from distrecon import config as configuration
 from distrecon import console
 from distrecon.errors import UserError
 from distrecon.zoos import Zoo, inspection, open_zoo
+from distrecon.zoos.compact import compact as compact_zoo
 from distrecon.zoos.format import MANIFEST
 from distrecon.zoos.settings import named_zoos, read_config
 from distrecon.zoos.storage import store
@@ -24,6 +25,7 @@ EXAMPLES = """examples:
   python -m distrecon.zoo info zoos/svhn
   python -m distrecon.zoo check zoos/svhn --images-dir data/svhn
   python -m distrecon.zoo seal zoos/older
+  python -m distrecon.zoo compact s3://bucket/zoos/svhn
   python -m distrecon.zoo export zoos/svhn --model ID --out model.safetensors
 
 exit codes: 0 done, 1 done but something was skipped or is unsound, 2 the request is wrong, 130 interrupted
@@ -34,7 +36,7 @@ exit codes: 0 done, 1 done but something was skipped or is unsound, 2 the reques
 def parser() -> console.Parser:
     parser = console.Parser(
         prog="distrecon.zoo",
-        description="Train, import, describe, check, seal and export model zoos.",
+        description="Train, import, describe, check, seal, compact and export model zoos.",
         epilog=EXAMPLES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -42,11 +44,16 @@ def parser() -> console.Parser:
     _import_options(_command(commands, "import", "import a published zoo, or append to one"))
     info = _command(commands, "info", "counts, sizes, accuracies")
     info.add_argument("zoo", help="folder or URL of the zoo")
+    _address_option(info)
     check = _command(commands, "check", "compare all files, read every row, recompute a sample of accuracies")
     check.add_argument("zoo", help="folder or URL of the zoo")
     check.add_argument("--sample", type=int, default=64, help="states to recompute (default: 64)")
     check.add_argument("--images-dir", "--images", metavar="DIR", help="where its images lie, if not in the zoo")
     console.module_option(check)
+    _address_option(check)
+    compact = _command(commands, "compact", "join a zoo's many small files to few; its rows and their order stay")
+    compact.add_argument("zoo", help="folder or URL of the zoo; nothing else may read it meanwhile")
+    _address_option(compact)
     seal = _command(commands, "seal", "seal the files of an earlier version's zoo, or an edited zoo.json")
     seal.add_argument("zoo", help="folder or URL of the zoo")
     export = _command(commands, "export", "write one model as safetensors")
@@ -65,6 +72,10 @@ def _command(commands: "argparse._SubParsersAction[console.Parser]", name: str, 
     command.add_argument("--smoke", action="store_true", help="a tiny instance, to check an installation")
     console.output_options(command)
     return command
+
+
+def _address_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--address", help="do it on a Ray cluster: auto, or HOST:PORT (default: in threads, here)")
 
 
 def _ray_options(command: argparse.ArgumentParser) -> None:
@@ -126,14 +137,22 @@ def _connect(args: argparse.Namespace) -> dict[str, float]:
     return {"num_cpus": 1, "num_gpus": args.gpus_per_task} if args.gpus_per_task else {"num_cpus": 1}
 
 
-def _shower(stage: console.Progress) -> Callable[[int, int, float], None]:
+def _join(args: argparse.Namespace) -> None:
+    """Joins a Ray cluster, if one was named."""
+    if args.address is not None:
+        from distrecon.cluster import session
+
+        session.connect(args.address, verbose=args.verbose)
+
+
+def _shower(stage: console.Progress, what: str = "models") -> Callable[[int, int, float], None]:
     """Shows how far it is and how long still, from the models done since this call began."""
     first: list[int] = []
 
     def show(done: int, total: int, seconds: float) -> None:
         first.append(done)
         share = (done - first[0]) / max(total - first[0], 1)
-        stage.show(f"{done} of {total} models, {console.time_left(share, seconds)}")
+        stage.show(f"{done} of {total} {what}, {console.time_left(share, seconds)}")
 
     return show
 
@@ -223,12 +242,14 @@ def _smoke_source(folder: Path) -> Path:
 def info(args: argparse.Namespace) -> console.Answer:
     """Tells what a zoo is."""
     zoo = open_zoo(args.zoo)
+    _join(args)
     return console.Answer(console.DONE, inspection.describe(zoo), inspection.facts(zoo))
 
 
 def check(args: argparse.Namespace) -> console.Answer:
     """Tells what is wrong with a zoo."""
     zoo = open_zoo(args.zoo, module=args.module)
+    _join(args)
     result = inspection.check(zoo, 4 if args.smoke else args.sample, args.seed or 0, args.images_dir)
     recomputed = (
         f"{result.recomputed} accuracies recomputed" if result.recomputed else f"none recomputed: {result.note}"
@@ -248,6 +269,17 @@ def seal(args: argparse.Namespace) -> console.Answer:
     return console.Answer(console.DONE, f"{count} files sealed in {args.zoo}", {"zoo": args.zoo, "sealed": count})
 
 
+def compact(args: argparse.Namespace) -> console.Answer:
+    """Joins small files."""
+    zoo = open_zoo(args.zoo)
+    _join(args)
+    stage = console.Progress("compact")
+    before, now = compact_zoo(zoo.store, progress=_shower(stage, "states"))
+    stage.done(f"{before} files of states are {now} now")
+    data = {"zoo": args.zoo, "files_before": before, "files": now}
+    return console.Answer(console.DONE, f"{args.zoo}: {before} files of states, now {now}", data)
+
+
 def export(args: argparse.Namespace) -> console.Answer:
     """Writes one model."""
     zoo: Zoo = open_zoo(args.zoo)
@@ -256,14 +288,22 @@ def export(args: argparse.Namespace) -> console.Answer:
     return console.Answer(console.DONE, f"{args.model}, epoch {epoch}: {args.out}", data)
 
 
-COMMANDS = {"train": train, "import": import_, "info": info, "check": check, "seal": seal, "export": export}
+COMMANDS = {
+    "train": train,
+    "import": import_,
+    "info": info,
+    "check": check,
+    "seal": seal,
+    "compact": compact,
+    "export": export,
+}
 
 
 def run(args: argparse.Namespace) -> console.Answer:
     try:
         return COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        hint = "run the same command again, and it continues" if args.command in ("train", "import") else ""
+        hint = "run the same command again, and it continues" if args.command in ("train", "import", "compact") else ""
         raise KeyboardInterrupt(hint) from None
 
 

@@ -36,7 +36,7 @@ class Joined:
 
 
 def compact(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Store,
     filesystem: Any = None,
     progress: build.Progress | None = None,
     file_bytes: int = FILE_BYTES,
@@ -47,7 +47,7 @@ def compact(
     zoo, where another process writes it or something unfinished is in it, and for a file that is missing or damaged;
     the zoo is then as it was.
     """
-    where = store(path, filesystem)
+    where = path if isinstance(path, Store) else store(path, filesystem)
     open_zoo(where)  # refuses what is no zoo before anything is made
     with writing(where) as writer:
         zoo = open_zoo(where)

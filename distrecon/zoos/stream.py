@@ -221,7 +221,8 @@ def _read_ahead(
 
     row_bytes = 4 * zoo.architecture.num_parameters
     with ray.data.DataContext.current(_context(max(int(of[:, 1].sum()) for of in wanted) * row_bytes)):
-        dataset = ray.data.range(len(wanted), override_num_blocks=len(wanted)).map_batches(
+        items = [{"id": item} for item in range(len(wanted))]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             table,
             batch_size=1,
             num_cpus=READ_CPUS,
@@ -251,7 +252,6 @@ def _context(item_bytes: int) -> "ray.data.DataContext":
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=ITEMS_IN_MEMORY * max(item_bytes, 2**20)
     )
-    context.target_max_block_size = max(2 * item_bytes, context.target_max_block_size or 0)
     context.raise_original_map_exception = True
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     return context

@@ -120,6 +120,7 @@ def seal_zoo(path: str | os.PathLike[str] | Store, filesystem: Any = None) -> in
         if gone := [file for file in missing if not where.exists(file)]:
             raise UserError(f"{where}: {gone[0]} is missing; the zoo lists it")
         content["files"] = {**sealed, **seals.seals_of(where, missing)}
+        content["index"] = {file: index for file, index in content["index"].items() if file not in missing}
         writer.commit(zoo_format.manifest(content))
     return len(missing)
 

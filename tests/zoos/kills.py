@@ -1,9 +1,9 @@
 """Kills writers: `python -m tests.zoos.kills FOLDER COUNT [SEED]`.
 
-For each way to write a zoo (import, append, train, seal), COUNT times: two processes begin the same command at once,
-one of them, drawn by lot, is killed with -9 at a random moment, the other ends as it may, and the command is given
-again. Then the zoo must open, be sound by every check, and hold just what an undisturbed command makes. Prints a line
-of JSON a command. The tasks run in the processes themselves, without Ray, so that starting one costs a fork.
+For each way to write a zoo (import, append, train, seal, compact), COUNT times: two processes begin the same command at
+once, one of them, drawn by lot, is killed with -9 at a random moment, the other ends as it may, and the command is
+given again. Then the zoo must open, be sound by every check, and hold just what an undisturbed command makes. Prints a
+line of JSON a command. The tasks run in the processes themselves, without Ray, so that starting one costs a fork.
 """
 
 import json
@@ -23,6 +23,7 @@ import torch
 from distrecon.errors import UserError
 from distrecon.nets import architecture, initialise
 from distrecon.zoos import importing, open_zoo, seals, tasks
+from distrecon.zoos.compact import compact
 from distrecon.zoos.importing import ImportOptions, import_zoo
 from distrecon.zoos.inspection import check
 from distrecon.zoos.settings import GridConfig, ImagesConfig, TrainingConfig, ZooConfig
@@ -96,12 +97,14 @@ def main(folder: Path, count: int, seed: int = 0) -> int:
     first, every = ImportOptions(epochs=(1,), activation="tanh"), ImportOptions(activation="tanh")
     import_zoo(source, half, first)
     import_zoo(source, whole, every)
+    sealed = Path(shutil.copytree(whole, folder / "sealed"))
     unseal(whole)
     commands: dict[str, tuple[Path | None, Callable[[Path], object]]] = {  # what is there before, what is done
         "import": (None, lambda zoo: import_zoo(source, zoo, every)),
         "append": (half, lambda zoo: import_zoo(source, zoo, every)),
         "train": (None, lambda zoo: ensure(ZOO, zoo)),
         "seal": (whole, lambda zoo: seal_zoo(zoo)),
+        "compact": (sealed, lambda zoo: compact(zoo)),
     }
     for name, (before, work) in commands.items():
 

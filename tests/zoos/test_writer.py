@@ -187,6 +187,6 @@ def test_killed_at_random_moments_with_two_at_once(tmp_path: Path, count: int) -
     command = [sys.executable, "-m", "tests.zoos.kills", str(tmp_path), str(count), "1"]
     done = subprocess.run(command, cwd=CHECKOUT, env=environment(), capture_output=True, text=True, check=False)
     told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["command"] for line in told] == ["import", "append", "train", "seal"], done.stderr
-    assert [line["wrong"] for line in told] == [[]] * 4
+    assert [line["command"] for line in told] == ["import", "append", "train", "seal", "compact"], done.stderr
+    assert [line["wrong"] for line in told] == [[]] * 5
     assert os.listdir(tmp_path / "zoo")
