@@ -68,6 +68,6 @@ def models_memory(resources: ResourcesConfig) -> int:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    has = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here), {})
+    has: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here), {})
     fit = [has.get(kind, 0.0) / count for kind, count in resources.worker.items() if count]
     return int(has.get("memory", 0.0) * MODELS_SHARE / max(1.0, math.floor(min(fit))))

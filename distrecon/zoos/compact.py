@@ -18,7 +18,6 @@ from distrecon.errors import UserError
 from distrecon.zoos import build, parallel
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.format import Part
-from distrecon.zoos.seals import seal
 from distrecon.zoos.storage import Store, store
 from distrecon.zoos.writer import Writer, writing
 from distrecon.zoos.zoo import Zoo, open_zoo
@@ -72,7 +71,7 @@ def _joined(zoo: Zoo, number: int, file_bytes: int) -> list[Joined]:
 
     def close() -> None:
         nonlocal waiting, files, size
-        if files > 1 or any(zoo.parts[n].index is None for n in waiting):
+        if files > 1 or any(zoo.parts[n].footer is None for n in waiting):
             found.append(Joined(number + len(found), tuple(waiting)))
         waiting, files, size = [], 0, 0
 
@@ -104,13 +103,12 @@ def _write(item: Joined, zoo: Zoo) -> list[Part]:
     file = zoo_format.part_name(item.number)
     chosen = np.flatnonzero((item.parts[0] <= zoo.layout.part_G) & (zoo.layout.part_G <= item.parts[-1]))
     tables = (table for _, table in zoo.read(zoo.groups(chosen)))
-    content, index = zoo_format.content_of(zoo_format.schema(zoo.architecture.num_parameters), tables)
-    zoo.store.write(file, content)
+    schema = zoo_format.schema(zoo.architecture.num_parameters)
+    seal, footer = zoo_format.write_groups(zoo.store, file, schema, tables)
     counts = np.bincount(zoo.layout.part_G[chosen] - item.parts[0], minlength=len(item.parts))
     starts = counts.cumsum() - counts
-    mark = seal(content)
     return [
-        replace(zoo.parts[n], file=file, group=int(group), seal=mark, index=index)
+        replace(zoo.parts[n], file=file, group=int(group), seal=seal, footer=footer)
         for n, group in zip(item.parts, starts, strict=True)
     ]
 

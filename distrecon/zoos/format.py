@@ -4,7 +4,8 @@
     ZOO/states/part-00000.parquet   one row a model state; all states of a model lie together
     ZOO/history/part-00000.parquet  optional: per-epoch metrics of every model, also of epochs without weights
 
-Only the files that `zoo.json` lists belong to the zoo, each with its seal (`seals.py`). A writer that dies leaves files
+Only the files that `zoo.json` lists belong to the zoo, each with its seal (`seals.py`), and each part with that of its
+footer, which lists what its row groups hold (`row_groups.py`). A writer that dies leaves files
 that are not listed, or no `zoo.json` at all: the old zoo or a resumable beginning, never a broken zoo.
 
 Row groups are small (`ROW_GROUP_BYTES`) and never mix splits, so that a split or a shard is read without the rest.
@@ -30,8 +31,7 @@ from torch import Tensor
 from distrecon.errors import UserError, reading, said
 from distrecon.images import ImageSet
 from distrecon.nets import Architecture
-from distrecon.zoos import seals, writer
-from distrecon.zoos.layout import index_of
+from distrecon.zoos import row_groups, seals, writer
 from distrecon.zoos.storage import Store, inside
 from distrecon.zoos.writer import Writer
 
@@ -125,7 +125,7 @@ class Part:
     states: Mapping[str, int]  # split -> number of rows, in the file's order
     models: Mapping[str, int]  # split -> number of models that no earlier part has
     seal: str | None = None  # of the file; None in zoos that were made before there were any
-    index: str | None = None  # of the file (`layout.py`); None where it is not known where its weights lie
+    footer: str | None = None  # the seal of its footer; None where that lists no row groups
     group: int = 0  # its first row group in the file, where several parts lie in one
 
     def __post_init__(self) -> None:
@@ -174,25 +174,30 @@ def write_part(store: Store, file: str, table: pa.Table, known: Container[str] =
     by_split = {split: rows for split, rows in by_split.items() if rows.num_rows}
     states = {split: rows.num_rows for split, rows in by_split.items()}
     models = {s: sum(name not in known for name in t["model_id"].unique().to_pylist()) for s, t in by_split.items()}
-    groups = (t.slice(i, size) for t in by_split.values() for i in range(0, t.num_rows, size))
-    content, index = content_of(table.schema, groups)
-    store.write(file, content)
-    return Part(file, size, states, models, seals.seal(content), index)
+    groups = (rows.slice(i, size) for rows in by_split.values() for i in range(0, rows.num_rows, size))
+    return Part(file, size, states, models, *write_groups(store, file, table.schema, groups))
 
 
-def content_of(schema: pa.Schema, groups: Iterable[pa.Table]) -> tuple[pa.Buffer, str | None]:
-    """A part's file of these row groups, and its index."""
+def write_groups(store: Store, file: str, schema: pa.Schema, groups: Iterable[pa.Table]) -> tuple[str, str]:
+    """Writes a part's file of these row groups, atomically; its seal, and that of its footer."""
     compression = {column: "none" if column == "weights" else "zstd" for column in schema.names}
-    weights = []
-    sink = pa.BufferOutputStream()
+    sink = row_groups.Sink()
     with pq.ParquetWriter(
-        sink, schema, compression=compression, use_dictionary=["model_id", "split", "config"]
+        pa.PythonFile(sink.content, mode="w"),
+        schema,
+        compression=compression,
+        use_dictionary=["model_id", "split", "config"],
+        data_page_size=2**30,  # a row group's weights are one page, however large a model is
     ) as writer:
         for group in groups:
+            start = sink.content.tell()
             writer.write_table(group, row_group_size=group.num_rows)
-            weights.append(weights_array(group["weights"]))
-    content = sink.getvalue()
-    return content, index_of(content, "weights", weights)
+            sink.close_group(start, weights_array(group["weights"]))
+        writer.add_key_value_metadata(sink.listing())
+    content = pa.py_buffer(sink.content.getbuffer())
+    store.write(file, content)
+    footer = content.slice(content.size - row_groups.footer_size(content.slice(content.size - 8).to_pybytes()))
+    return seals.seal(content), seals.seal(footer)
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:
@@ -278,7 +283,7 @@ def commit(
         "excluded": [dict(e) for e in excluded],
         "parts": [_entry(part) for part in parts],
         "files": {**(files or {}), **{part.file: part.seal for part in parts if part.seal is not None}},
-        "index": {part.file: part.index for part in parts if part.index is not None},
+        "footers": {part.file: part.footer for part in parts if part.footer is not None},
     }
     if 4 * arch.num_parameters * sum(states.values()) >= LARGE:
         content["piece_bytes"] = PIECE_BYTES
@@ -292,7 +297,7 @@ def commit(
 
 def _entry(part: Part) -> dict[str, Any]:
     """What `"parts"` says of a part; what is of the whole file stands elsewhere."""
-    entry = {key: value for key, value in asdict(part).items() if key not in ("seal", "index")}
+    entry = {key: value for key, value in asdict(part).items() if key not in ("seal", "footer")}
     return entry if part.group else {key: value for key, value in entry.items() if key != "group"}
 
 
@@ -352,8 +357,7 @@ def _check(content: dict[str, Any]) -> None:
     for key, kind in _KINDS.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"its {key!r} must be {kind.__name__}, not {content.get(key)!r:.60}")
-    images, files = content["image_set"], content.setdefault("files", {})
-    index = content.setdefault("index", {})
+    images, files, footers = content["image_set"], content.setdefault("files", {}), content.setdefault("footers", {})
     counts = [content["models"], content["states"]]
     counts += [content["splits"][split][key] for split in SPLITS for key in ("models", "states")]
     if not all(_whole(count, 0) for count in counts):
@@ -372,8 +376,8 @@ def _check(content: dict[str, Any]) -> None:
             raise ValueError(f"its images' {key!r} is {value!r:.60}")
     if any(key not in images for key in ("name", "directory", "classes", "preprocessing")):
         raise ValueError(f"its images have only {', '.join(images)}")
-    if not all(isinstance(text, str) for known in (files, index) for pair in known.items() for text in pair):
-        raise ValueError("its seals or its index are no text")
+    if not all(isinstance(text, str) for pair in [*files.items(), *footers.items()] for text in pair):
+        raise ValueError("its seals are no text")
     if not _whole(content.get("piece_bytes", 0), 0) or not isinstance(content.get("digest", ""), str):
         raise ValueError("its piece_bytes or its digest are none")
     if not re.fullmatch(r"images(-[0-9a-f]{8})?", images.get("stored", "images")):
@@ -386,5 +390,7 @@ def _check(content: dict[str, Any]) -> None:
 def parts_of(content: Mapping[str, Any]) -> list[Part]:
     """The parts that `zoo.json` lists, each with its seal; UserError for what can be none."""
     with reading(MANIFEST):
-        seals_, index = content["files"], content["index"]
-        return [Part(**p, seal=seals_.get(p["file"]), index=index.get(p["file"])) for p in content["parts"]]
+        files, footers = content["files"], content["footers"]
+        return [
+            Part(**part, seal=files.get(part["file"]), footer=footers.get(part["file"])) for part in content["parts"]
+        ]

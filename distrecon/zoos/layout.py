@@ -1,52 +1,14 @@
-"""Where rows lie: in which row group of which file, and, where `zoo.json` knows it, at which byte of the file.
+"""Which rows lie in which row group, as arrays: for zoos of very many.
 
-A part's weights are stored as they are, uncompressed and one page a row group, so that the rows of a row group are one
-run of bytes. `zoo.json` lists where each run begins with its CRC-32 (`"index"`), found and compared when the part was
-written: whoever needs weights alone reads these bytes and nothing else of the file.
-
-Legend: G row groups, S states, P parameters.
+Legend: G row groups, N spans.
 """
 
-import base64
-import binascii
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-ENTRY = np.dtype([("offset", "<i8"), ("crc", "<u4")])
-
-
-def index_of(content: pa.Buffer, column: str, groups: Iterable[np.ndarray]) -> str | None:
-    """The index of a part with this content, whose row groups' weights are given; None where they are not one run.
-
-    That is looked at, not believed: the bytes of the file are compared with the weights.
-    """
-    metadata = pq.read_metadata(pa.BufferReader(content))
-    number = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == column)
-    raw = memoryview(content).cast("B")
-    entries = np.empty(metadata.num_row_groups, ENTRY)
-    for group, weights_SP in enumerate(groups):
-        chunk = metadata.row_group(group).column(number)
-        end = chunk.data_page_offset + chunk.total_compressed_size
-        run = raw[end - weights_SP.nbytes : end]
-        if run != np.ascontiguousarray(weights_SP).data.cast("B"):
-            return None
-        entries[group] = end - weights_SP.nbytes, zlib.crc32(run)
-    return base64.b64encode(entries.tobytes()).decode()
-
-
-def entries_of(index: str) -> np.ndarray:
-    """An index as [G] of (offset, crc); ValueError for what is none."""
-    try:
-        return np.frombuffer(base64.b64decode(index, validate=True), ENTRY)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"an index is no text of runs ({error})") from None
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""Weights straight from the bytes of a zoo's files: what a reading task does, without Parquet's reader.
+"""Weights straight from the bytes of a zoo's files: what a task that reads for training does.
 
-Decoding a list column costs pyarrow seven times what copying its numbers costs. Where `zoo.json` knows where each row
-group's weights lie (`layout.py`), they are read from there, on local disks into one array that is kept from task to
-task, from object stores as a few large ranges at once. Bytes that were not compared before are, with their CRC-32.
+The process that plans the reading asks the files' footers where each row group's weights lie (`row_groups.py`); the
+tasks are told, and read nothing else of the files: on local disks into one array that is kept from task to task, from
+object stores as a few large ranges at once. What a stream reads for the first time is compared with its SHA-256.
 
-Legend: N row groups, R rows, P parameters.
+Legend: N row groups, K spans, R rows, P parameters.
 """
 
 import contextlib
+import hashlib
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from distrecon.errors import UserError, said
+from distrecon.errors import UserError, reading, said
+from distrecon.zoos import format as zoo_format
+from distrecon.zoos import row_groups
 from distrecon.zoos.storage import Store
 from distrecon.zoos.zoo import Zoo
 
@@ -35,40 +37,52 @@ class Reads:
     """Row groups to read, and which of their rows: `files[file_N]`, rows skip_N .. skip_N + take_N - 1 of rows_N."""
 
     files: tuple[str, ...]
-    seals: tuple[str | None, ...]  # of the files
+    seals: tuple[str | None, ...]  # of the files' footers
     file_N: np.ndarray
     offset_N: np.ndarray  # of the first weight in the file
     rows_N: np.ndarray
     skip_N: np.ndarray
     take_N: np.ndarray
-    crc_N: np.ndarray  # -1: was compared before
+    sha_N: np.ndarray  # of its weights
+    compare_N: np.ndarray  # whether they are to be compared, or were before
 
 
 def reads_of(zoo: Zoo, spans_K2: np.ndarray, compared_G: np.ndarray) -> Reads:
-    """What to read for some spans of rows (first row, rows), in their order; sets `compared_G` of their row groups."""
-    layout, runs_G = zoo.layout, zoo.runs
-    assert runs_G is not None
+    """What to read for some spans of rows (first row, rows), in their order; sets `compared_G` of their row groups.
+
+    Raises UserError for a file that is missing or whose footer is damaged.
+    """
+    layout = zoo.layout
     groups = [layout.groups_of(span[None]) for span in spans_K2]
-    lengths = [len(each) for each in groups]
     group_N = np.concatenate([np.empty(0, np.int64), *groups])
-    begin_N, end_N = (np.repeat(bound, lengths) for bound in (spans_K2[:, 0], spans_K2.sum(1)))
+    begin_N, end_N = (np.repeat(bound, [len(each) for each in groups]) for bound in (spans_K2[:, 0], spans_K2.sum(1)))
     first_N, rows_N = layout.first_G[group_N], layout.rows_G[group_N]
     skip_N = np.maximum(begin_N - first_N, 0)
-    crc_N = np.where(compared_G[group_N], -1, runs_G["crc"][group_N].astype(np.int64))
+    compare_N = ~compared_G[group_N]
     compared_G[group_N] = True
-    parts, part_N = np.unique(layout.part_G[group_N], return_inverse=True)
-    seals = {zoo.parts[number].file: zoo.parts[number].seal for number in parts}
-    files = {file: number for number, file in enumerate(seals)}
-    file_of_part = np.array([files[zoo.parts[number].file] for number in parts], np.int64)
+    part_N = layout.part_G[group_N]
+    footers = {zoo.parts[number].file: zoo.parts[number].footer for number in np.unique(part_N)}
+    files = {file: number for number, file in enumerate(footers)}
+    file_N = np.array([files[zoo.parts[number].file] for number in part_N.tolist()], np.int64)
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        listed = list(pool.map(lambda item: row_groups.listed(zoo.store, *item), footers.items()))
+    entry_N = np.empty(len(group_N), row_groups.ENTRY)
+    for number, entries_G in enumerate(listed):
+        with reading(zoo.store.path([*files][number])):
+            entry_N[file_N == number] = entries_G[layout.group_G[group_N][file_N == number]]
+    with reading(zoo.store.path(zoo_format.MANIFEST)):
+        if (entry_N["after"] - entry_N["weights"] != rows_N * zoo.architecture.num_parameters * 4).any():
+            raise ValueError("its row groups are not those of its files")
     return Reads(
-        tuple(seals),
-        tuple(seals.values()),
-        file_of_part[part_N],
-        runs_G["offset"][group_N],
+        tuple(footers),
+        tuple(footers.values()),
+        file_N,
+        entry_N["weights"].copy(),
         rows_N,
         skip_N,
         np.minimum(end_N - first_N, rows_N) - skip_N,
-        crc_N,
+        entry_N["sha_weights"].copy(),
+        compare_N,
     )
 
 
@@ -163,14 +177,14 @@ def _ranges(reads: Reads, num_parameters: int) -> list[list[int]]:
 
 
 def _take(path: str, reads: Reads, n: int, content: memoryview, out_RP: np.ndarray) -> None:
-    """Puts the wanted rows of a row group in their place, after comparing all of it with its CRC."""
+    """Puts the wanted rows of a row group in their place, after comparing all of it with its SHA-256."""
     wanted = int(reads.rows_N[n]) * out_RP.shape[1] * 4
     if len(content) != wanted:
         raise UserError(f"{path} is damaged: it ends before its weights; zoo check lists all that is wrong")
-    if reads.crc_N[n] >= 0 and zlib.crc32(content) != reads.crc_N[n]:
+    if reads.compare_N[n] and hashlib.sha256(content).digest() != reads.sha_N[n].tobytes():
         raise UserError(
-            f"{path} is damaged: the weights in its row group at byte {reads.offset_N[n]} are not what was written "
-            "there; zoo check lists all that is wrong"
+            f"{path} is damaged: the SHA-256 of the weights at byte {reads.offset_N[n]} is another; zoo check lists "
+            "all that is wrong"
         )
     if content.obj is not out_RP:
         rows_SP = np.frombuffer(content, np.float32).reshape(-1, out_RP.shape[1])

@@ -197,7 +197,7 @@ def _windows(order: Order, begin: int, end: int) -> Iterator[Window]:
 
 def _reader(zoo: Zoo, wanted: list[np.ndarray], compared_G: np.ndarray) -> Callable[[int], np.ndarray]:
     """A function that reads an item's rows, wherever it runs; `compared_G`: row groups that need not be compared."""
-    if zoo.runs is None:
+    if any(part.footer is None for part in zoo.parts):  # an earlier version's
         rows = [rows_of(spans_N2) for spans_N2 in wanted]
         return lambda item: zoo.read_rows(rows[item])
     reads = [ranges.reads_of(zoo, spans_N2, compared_G) for spans_N2 in wanted]

@@ -22,9 +22,9 @@ from distrecon.errors import UserError, nearest, reading
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture
 from distrecon.nets.given import Given, module_of, running
-from distrecon.zoos import datasets, seals
+from distrecon.zoos import datasets, row_groups, seals
 from distrecon.zoos import format as zoo_format
-from distrecon.zoos.layout import Layout, entries_of
+from distrecon.zoos.layout import Layout
 from distrecon.zoos.models import Models
 from distrecon.zoos.order import rows_of
 from distrecon.zoos.storage import Store, inside, store
@@ -65,7 +65,7 @@ class Zoo:
         """A mark of its content: other models, settings or, where the zoo is sealed, other bytes give another one."""
         if "digest" in self.info:  # of what it held before its files were joined
             return self.info["digest"]
-        content = {key: value for key, value in self.info.items() if key != "index" and (key != "files" or value)}
+        content = {key: value for key, value in self.info.items() if key != "footers" and (key != "files" or value)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
@@ -152,20 +152,6 @@ class Zoo:
         self._known(split)
         return self.layout.spans(split, self.info.get("piece_bytes", 0) // (4 * self.architecture.num_parameters))
 
-    @cached_property
-    def runs(self) -> np.ndarray | None:
-        """Where each row group's weights begin in its file, and their CRC-32: (offset, crc) [G]; None where a file's
-        are not known, as of an earlier version's."""
-        if any(part.index is None for part in self.parts):
-            return None
-        with reading(self.store.path(zoo_format.MANIFEST)):
-            files = {file: entries_of(index) for file, index in self.info["index"].items()}
-            groups = [len(list(part.row_groups())) for part in self.parts]
-            entries = [files[p.file][p.group : p.group + n] for p, n in zip(self.parts, groups, strict=True)]
-            if any(len(each) != n for each, n in zip(entries, groups, strict=True)):
-                raise ValueError("its index has not all row groups")
-        return np.concatenate(entries)
-
     def groups_of(self, split: str | None) -> list[RowGroup]:
         """The row groups of a split; UserError for an unknown one."""
         self._known(split)
@@ -192,20 +178,26 @@ class Zoo:
     ) -> Iterator[tuple[RowGroup, pa.Table]]:
         """Row groups in the given order, which must be by file: the one place where parts are read.
 
-        Each file is compared with its seal the first time that this process reads it, while it is read: nothing read
-        may be believed before the next file's begins or all have come. Raises UserError for a file that is missing,
-        damaged, or not as `zoo.json` describes it.
+        Whatever is read is compared with its seal before it is handed on, the first time that this process reads it:
+        row group by row group, or in older zoos file by file. Raises UserError for a file that is missing, damaged, or
+        not as `zoo.json` describes it.
         """
-        kinds = {field.name: field.type for field in zoo_format.schema(self.architecture.num_parameters)}
+        schema = zoo_format.schema(self.architecture.num_parameters)
+        kinds = {field.name: field.type for field in schema}
+        names = schema.names if columns is None else [name for name in schema.names if name in columns]
         by_part = [(self.parts[n], list(of)) for n, of in itertools.groupby(groups, key=lambda group: group.part)]
-        with seals.Comparison(self.store, self.sealed, (part.file for part, _ in by_part)) as comparison:
+        whole = (part.file for part, _ in by_part if part.footer is None)
+        with seals.Comparison(self.store, self.sealed, whole) as comparison:
             for part, of in by_part:
-                tables = zoo_format.read_groups(self.store, part.file, [group.group for group in of], columns)
+                numbers = [group.group for group in of]
+                if part.footer is None:
+                    tables = comparison.held(part.file, zoo_format.read_groups(self.store, part.file, numbers, names))
+                else:
+                    tables = row_groups.read(self.store, part.file, part.footer, numbers, names, kinds["weights"])
                 for group, table in zip(of, tables, strict=True):
-                    if table.num_rows != group.rows or any(kinds.get(f.name) != f.type for f in table.schema):
+                    if table.num_rows != group.rows or any(kinds[f.name] != f.type for f in table.schema):
                         raise UserError(f"{self.store.path(part.file)} is damaged: not as {zoo_format.MANIFEST} says")
                     yield group, table
-                comparison.demand(part.file)
 
     def table(self, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows as one Arrow table with the columns of the format."""

@@ -13,7 +13,7 @@ import torch
 
 from distrecon.errors import UserError
 from distrecon.nets.known import mlp
-from distrecon.zoos import Zoo, open_zoo, ranges
+from distrecon.zoos import Zoo, open_zoo, ranges, row_groups
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos import stream as stream_module
 from distrecon.zoos.compact import compact
@@ -84,7 +84,7 @@ def same(ours: list[tuple[torch.Tensor, torch.Tensor]], others: list[tuple[torch
     return all(torch.equal(a, b) for mine, other in pairs for a, b in zip(mine, other, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["row groups", "pieces", "without an index", "compacted"])
+@pytest.mark.parametrize("layout", ["row groups", "pieces", "an earlier version's", "compacted"])
 @pytest.mark.parametrize("options", [settings(), settings(32, 4, 1), settings(16, 16, 5)], ids=str)
 def test_held_or_streamed_by_any_number_of_workers(zoo: Zoo, layout: str, options: dict[str, int]) -> None:
     weights = zoo.weights()
@@ -92,10 +92,9 @@ def test_held_or_streamed_by_any_number_of_workers(zoo: Zoo, layout: str, option
         zoo.info["piece_bytes"] = 20 * ROW
     order = plan([zoo], **options).orders[0]
     rows = [row_b for number in range(3) for w in range(order.windows) for row_b in order.window(number, w, 0, 1)]
-    if layout == "without an index":
-        zoo.info["index"] = {}
+    if layout == "an earlier version's":
+        zoo.info["footers"] = {}
         zoo = Zoo(zoo.store, zoo.info)
-        assert zoo.runs is None
     if layout == "compacted":
         assert compact(zoo.store) == (5, 1)
         zoo = open_zoo(zoo.store)
@@ -152,12 +151,18 @@ def test_batches_are_memory_of_their_own(zoo: Zoo) -> None:
 # -- the bytes that are read ---------------------------------------------------------------------------------------
 
 
+def entry(zoo: Zoo, group: int) -> np.ndarray:
+    """What its file's footer says of a row group."""
+    part = zoo.parts[zoo.layout.part_G[group]]
+    return row_groups.listed(zoo.store, part.file, part.footer)[zoo.layout.group_G[group]]
+
+
 def flip(zoo: Zoo, group: int) -> str:
     """One bit of a row group's weights; its file."""
     file = zoo.parts[zoo.layout.part_G[group]].file
     path = Path(zoo.store.path(file))
     content = bytearray(path.read_bytes())
-    content[int(zoo.runs["offset"][group]) + 5] ^= 1
+    content[int(entry(zoo, group)["weights"]) + 5] ^= 1
     path.write_bytes(content)
     return file
 
@@ -166,7 +171,7 @@ def flip(zoo: Zoo, group: int) -> str:
 def test_every_row_group_is_compared_before_it_is_believed(zoo: Zoo, memory: int) -> None:
     for group in zoo.layout.of_split("train")[::5]:
         file = flip(zoo, group)
-        with pytest.raises(UserError, match=rf"{file} is damaged: the weights in its row group at byte"):
+        with pytest.raises(UserError, match=rf"{file} is damaged: the SHA-256 of the weights at byte"):
             batches(zoo, last_epoch=0, memory=memory)
         flip(zoo, group)  # back
     assert batches(zoo, last_epoch=0)
@@ -184,6 +189,7 @@ def test_a_bit_that_flips_while_a_stream_runs_is_not_looked_for_again(zoo: Zoo) 
 def test_a_file_that_is_missing_or_cut_short(zoo: Zoo, damage: str, message: str) -> None:
     path = Path(zoo.store.path(zoo.parts[2].file))
     content = path.read_bytes()
+    assert row_groups.listed(zoo.store, zoo.parts[2].file, zoo.parts[2].footer) is not None  # it was whole before
     path.unlink()
     if damage == "short":
         path.write_bytes(content[: len(content) // 8])
@@ -192,15 +198,17 @@ def test_a_file_that_is_missing_or_cut_short(zoo: Zoo, damage: str, message: str
 
 
 def test_parts_of_another_zoo_are_not_read(zoo: Zoo) -> None:
+    row_groups._known.clear()
     first, second = (Path(zoo.store.path(zoo.parts[n].file)) for n in (0, 1))
     first.write_bytes(second.read_bytes())
     with pytest.raises(UserError, match=r"part-00000\.parquet is damaged"):
         batches(zoo, last_epoch=0)
 
 
-def test_runs_are_where_the_index_says(zoo: Zoo) -> None:
+def test_weights_are_where_the_footer_says(zoo: Zoo) -> None:
     weights = zoo.weights().numpy()
-    for group, (offset, _) in enumerate(zoo.runs):
+    for group in range(len(zoo.layout.rows_G)):
+        offset = int(entry(zoo, group)["weights"])
         first, rows = zoo.layout.first_G[group], zoo.layout.rows_G[group]
         raw = Path(zoo.store.path(zoo.parts[zoo.layout.part_G[group]].file)).read_bytes()
         assert raw[offset : offset + rows * ROW] == weights[first : first + rows].tobytes()
