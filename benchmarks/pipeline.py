@@ -96,29 +96,36 @@ class Worker:
         self.zoo, self.place = open_zoo(folder), {"rank": rank, "world_size": world_size, "batch_size": batch_size}
         torch.set_num_threads(1)
 
-    def run(self, first_epoch: int, last_epoch: int) -> dict[str, int]:
-        """Peak bytes, and of them those of Ray's object store, which workers and readers share."""
+    def run(self, first_epoch: int, last_epoch: int, memory_bytes: int = 0) -> dict[str, Any]:
+        """When each epoch ended, by the clock and in processor seconds; peak bytes, and of them those of Ray's object
+        store, which workers and readers share."""
         share = shard_rows(self.zoo, **self.place)
-        seen: dict[int, list[torch.Tensor]] = {epoch: [] for epoch in range(first_epoch, last_epoch + 1)}
-        for batch in stream([self.zoo], first_epoch=first_epoch, last_epoch=last_epoch, **self.place):
-            assert torch.equal(rows_of(batch.theta_bP), batch.row_b)
+        seen: dict[int, list[torch.Tensor]] = defaultdict(list)
+        ends = {}
+        options = {"first_epoch": first_epoch, "last_epoch": last_epoch, "memory": memory_bytes, **self.place}
+        for batch in stream([self.zoo], **options):
+            if batch.epoch == first_epoch or batch.step % 16 == 0:
+                assert torch.equal(rows_of(batch.theta_bP), batch.row_b)
             seen[batch.epoch].append(batch.row_b)
+            if batch.last:
+                ends[batch.epoch] = time.monotonic(), cpu_seconds()
         for rows in seen.values():
             assert torch.equal(torch.cat(rows).sort().values, share)
-        return {"peak": memory("VmHWM"), "shared": memory("RssShmem")}
+        return {"peak": memory("VmHWM"), "shared": memory("RssShmem"), "ends": ends}
 
 
-def streamed(folder: Path, epochs: int, world: int = 2, batch_size: int = 64) -> tuple[float, float, list[Any], object]:
+def streamed(
+    folder: Path, epochs: int, world: int = 2, batch_size: int = 64, memory_bytes: int = 0
+) -> tuple[float, float, list[Any], object]:
     """Wall and processor seconds of an epoch of all workers, their memory, and they themselves; Ray must have started.
 
-    Who asks again should keep the workers: one that goes takes its processor time out of the sum.
+    The first epoch, in which reading processes start and shares are held, is not counted. Who asks again should keep
+    the workers: one that goes takes its processor time out of the sum.
     """
     workers = [Worker.remote(str(folder), rank, world, batch_size) for rank in range(world)]
-    ray.get([worker.run.remote(0, 0) for worker in workers])  # starts the reading processes
-    start, cpu = time.monotonic(), cpu_seconds()
-    found = ray.get([worker.run.remote(1, epochs) for worker in workers])
-    wall, cpu = time.monotonic() - start, cpu_seconds() - cpu
-    return wall / epochs, cpu / epochs, found, workers
+    found = ray.get([worker.run.remote(0, epochs, memory_bytes) for worker in workers])
+    (began, cpu), (ended, cpu_then) = (max(each["ends"][epoch] for each in found) for epoch in (0, epochs))
+    return (ended - began) / epochs, (cpu_then - cpu) / epochs, found, workers
 
 
 def _stat(pid: str) -> list[str]:
@@ -169,24 +176,31 @@ def torch_load_seconds(folder: Path, count: int) -> tuple[float, float]:
 
 
 def zoo_stream(args: Namespace) -> list[Row]:
-    """States a second of the stream and of plain ways to read, and the memory of workers and readers."""
+    """States a second of the stream, of held shares and of plain ways to read; memory of workers and readers."""
     states, files, epochs = (2_000, 100, 1) if args.quick else (args.states, 2000, args.epochs)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         work = Path(name)
         zoo = random_zoo(work / "zoo", states)
         wall, cpu = torch_load_seconds(work / "files", files)
         ways = {
-            "pyarrow alone, one thread": min(pyarrow_seconds(zoo, threads=False) for _ in range(2)),
-            "pyarrow alone, its threads": min(pyarrow_seconds(zoo, threads=True) for _ in range(2)),
+            "pyarrow alone, one thread": min(pyarrow_seconds(zoo, threads=False) for _ in range(3)),
+            "pyarrow alone, its threads": min(pyarrow_seconds(zoo, threads=True) for _ in range(3)),
             f"one torch.load a file ({files:,} files, scaled)": (states * wall, states * cpu),
         }
         start_ray(2)
+        ours, memories = {}, {}
         try:
-            wall, cpu, workers, _ = streamed(work / "zoo", epochs, batch_size=args.batch_size)
-            readers = [memory("VmHWM", pid) for pid, name in ray_processes() if "MapBatches" in name or "IDLE" in name]
+            for way, held in (("stream, two workers", 0), ("held, two workers", 2**40)):
+                wall, cpu, found, _ = streamed(work / "zoo", epochs, batch_size=args.batch_size, memory_bytes=held)
+                ours[way] = wall, cpu
+                readers = [memory("VmHWM", pid) for pid, name in ray_processes() if "MapBatches" in name]
+                memories[way] = {
+                    "workers": [each["peak"] for each in found],
+                    "shared": [each["shared"] for each in found],
+                    "readers": readers,
+                }
         finally:
             ray.shutdown()
-    memories = {"workers": [w["peak"] for w in workers], "shared": [w["shared"] for w in workers], "readers": readers}
     alone = ways["pyarrow alone, one thread"][0]
     return [
         {
@@ -196,9 +210,9 @@ def zoo_stream(args: Namespace) -> list[Row]:
             "mib_per_second": states * ARCH.num_parameters * 4 / 2**20 / wall,
             "of_pyarrow": alone / wall,
             "cpu_seconds": cpu,
+            "peak_bytes": memories.get(way),
         }
-        | ({"peak_bytes": memories} if way.startswith("stream") else {})
-        for way, (wall, cpu) in ({"stream, two workers": (wall, cpu)} | ways).items()
+        for way, (wall, cpu) in (ours | ways).items()
     ]
 
 
@@ -208,12 +222,15 @@ def cells(args: Namespace) -> Iterator[Cell]:
 
 
 def _told(rows: Sequence[Row], args: Namespace) -> str:
-    peaks = {who: ", ".join(f"{b / 2**20:.0f}" for b in held) for who, held in rows[0]["peak_bytes"].items()}
-    return (
-        f"{written(BY_WAY, rows)}\n\nEvery row came exactly once in each epoch, by ids in the weights. Peak memory of "
-        f"the workers {peaks['workers']} MiB, of it shared with the object store {peaks['shared']} MiB; of the readers "
-        f"{peaks['readers']} MiB."
-    )
+    texts = [written(BY_WAY, rows), "Every row came exactly once in each epoch, by ids in the weights."]
+    for row in rows:
+        if row["peak_bytes"]:
+            peaks = {who: ", ".join(f"{b / 2**20:.0f}" for b in held) for who, held in row["peak_bytes"].items()}
+            texts.append(
+                f"{row['way']}: peak memory of the workers {peaks['workers']} MiB, of it shared with the object store "
+                f"{peaks['shared']} MiB; of the readers {peaks['readers']} MiB."
+            )
+    return "\n\n".join(texts)
 
 
 _whole: Callable[[float], str] = "{:,.0f}".format

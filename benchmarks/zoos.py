@@ -23,29 +23,29 @@ def random_models(arch: Architecture, count: int) -> torch.Tensor:
     return initialise(arch, ["kaiming_normal"] * count, range(count))
 
 
-def _write(folder: Path, parts: Iterable[dict[str, Any]]) -> Zoo:
+def _write(folder: Path, parts: Iterable[dict[str, Any]], arch: Architecture = ARCH) -> Zoo:
     """A zoo of the columns of these parts, one file each."""
     where = store(folder)
     written = [
-        zoo_format.write_part(where, zoo_format.part_name(i), zoo_format.states_table(ARCH, **columns))
+        zoo_format.write_part(where, zoo_format.part_name(i), zoo_format.states_table(arch, **columns))
         for i, columns in enumerate(parts)
     ]
     images = {"name": "digits", "directory": None, "preprocessing": "", "classes": [str(digit) for digit in range(10)]}
     origin = {"kind": "benchmark"}
-    zoo_format.commit(where, name="made", arch=ARCH, image_set=images, parts=written, origin=origin)
+    zoo_format.commit(where, name="made", arch=arch, image_set=images, parts=written, origin=origin)
     return open_zoo(folder)
 
 
-def random_zoo(folder: Path, states: int) -> Zoo:
+def random_zoo(folder: Path, states: int, arch: Architecture = ARCH) -> Zoo:
     """Random numbers whose first two weights tell the row; reading it costs what reading any zoo costs."""
-    return _write(
-        folder, (_random(i, np.arange(a, min(a + PART, states))) for i, a in enumerate(range(0, states, PART)))
-    )
+    size = max(1, PART * ARCH.num_parameters // arch.num_parameters)
+    starts = range(0, states, size)
+    return _write(folder, (_random(i, np.arange(a, min(a + size, states)), arch) for i, a in enumerate(starts)), arch)
 
 
-def _random(number: int, rows: np.ndarray) -> dict[str, Any]:
+def _random(number: int, rows: np.ndarray, arch: Architecture) -> dict[str, Any]:
     draw = np.random.default_rng(number)
-    theta_SP = torch.from_numpy(draw.standard_normal((len(rows), ARCH.num_parameters), np.float32))
+    theta_SP = torch.from_numpy(draw.standard_normal((len(rows), arch.num_parameters), np.float32))
     theta_SP[:, 0], theta_SP[:, 1] = torch.from_numpy(rows // SIDE), torch.from_numpy(rows % SIDE)
     return {
         "model_id": [f"m{row // 4}" for row in rows],
