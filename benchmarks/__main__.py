@@ -57,6 +57,7 @@ PARTS = {
     "gpu": Entry("gpu", "GPU", True, True),
     "scaling": Entry("scaling", "Measured here, computed for 1 to 64 GPUs"),
     "zoo_stream": Entry("pipeline", "States from disk to the workers"),
+    "large_zoo": Entry("large", "Zoos of millions of states"),
     "s3_stream": Entry("remote", "Models from an object store that answers late"),
     "recovery": Entry("recovery", "Teachers recovered: synthetic, digits, from files"),
     "ablation": Entry("ablation", "Students and clusters: which does the work"),
