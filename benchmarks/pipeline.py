@@ -191,7 +191,7 @@ def zoo_stream(args: Namespace) -> list[Row]:
         ours, memories = {}, {}
         try:
             for way, held in (("stream, two workers", 0), ("held, two workers", 2**40)):
-                wall, cpu, found, _ = streamed(work / "zoo", epochs, batch_size=args.batch_size, memory_bytes=held)
+                wall, cpu, found = streamed(work / "zoo", epochs, batch_size=args.batch_size, memory_bytes=held)[:3]
                 ours[way] = wall, cpu
                 readers = [memory("VmHWM", pid) for pid, name in ray_processes() if "MapBatches" in name]
                 memories[way] = {

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from distrecon import config as configuration
 from distrecon.cluster import training as training_module
+from distrecon.cluster.resources import ResourcesConfig, models_memory
 from distrecon.cluster.training import AutoencoderRun, train_epochs
 from distrecon.zoos.models import Batch
 
@@ -30,6 +32,57 @@ def test_an_epochs_losses_are_means_over_models_not_over_steps(monkeypatch):
     assert found[1]["loss/total"] == pytest.approx((6 * 1 + 2 * 5) / 8)
     assert found[2]["loss/total"] == pytest.approx(3)
     assert (found[1]["data/rows"], found[2]["data/rows"]) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers"),
+    [
+        ({}, 8),  # .9 CPUs each
+        ({"cpus_per_worker": 4.0}, 2),
+        ({"use_gpu": True}, 2),
+        ({"use_gpu": True, "gpus_per_worker": 0.25}, 8),
+        ({"cpus_per_worker": 64.0}, 1),  # none fits, and one asks
+    ],
+)
+def test_the_workers_that_fit_on_a_node_share_a_quarter_of_its_memory(monkeypatch, resources, workers):
+    import ray
+
+    class Context:
+        def get_node_id(self):
+            return "this"
+
+    has = {"CPU": 8.0, "GPU": 2.0, "memory": 64.0 * 2**30}
+    nodes = [{"NodeID": "other", "Resources": {"CPU": 1.0}}, {"NodeID": "this", "Resources": has}]
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert models_memory(ResourcesConfig(**resources)) == 16 * 2**30 // workers
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 77), (0.0, 0), (0.5, 2**29)])
+def test_a_training_keeps_as_many_models_as_its_settings_say(monkeypatch, asked, given):
+    from ray import train
+
+    class Stop(Exception):
+        pass
+
+    class Context:
+        def get_world_rank(self):
+            return 1
+
+        def get_world_size(self):
+            return 2
+
+    def streamed(*arguments, **options):
+        assert (options["memory"], options["rank"], options["world_size"]) == (given, 1, 2)
+        raise Stop
+
+    monkeypatch.setattr(train, "get_context", Context)
+    monkeypatch.setattr(training_module, "models_memory", lambda resources: 77)
+    monkeypatch.setattr(training_module, "_prepare", lambda run, zoos: (None, 1))
+    monkeypatch.setattr(training_module, "stream", streamed)
+    settings = configuration.flatten(AutoencoderRun()) | {"data.memory": asked}
+    with pytest.raises(Stop):
+        training_module.train_loop({"run": settings, "zoos": [], "artifacts": ""})
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 3])

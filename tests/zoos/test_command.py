@@ -24,8 +24,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("train", "import", "info", "check", "seal", "export"))
-    for command in ("train", "import", "info", "check", "seal", "export"):
+    assert all(name in text for name in ("train", "import", "info", "check", "seal", "compact", "export"))
+    for command in ("train", "import", "info", "check", "seal", "compact", "export"):
         with pytest.raises(SystemExit):
             parser().parse_args([command, "--help"])
         assert "--smoke" in capsys.readouterr().out
@@ -50,6 +50,9 @@ def test_train_info_check_export_in_smoke(
         "16 states read, 2 files compared with their seals, 16 accuracies recomputed, no problems"
         in capsys.readouterr().out
     )
+    assert main(["compact", zoo]) == 0
+    assert "1 files of states, now 1" in capsys.readouterr().out
+    assert main(["check", zoo]) == 0
     assert main(["export", zoo, "--model", "smoke-00003", "--out", str(tmp_path / "m.safetensors")]) == 0
     assert (tmp_path / "m.safetensors").exists()
     (tmp_path / "zoo/states/part-00000.parquet").write_bytes(b"PAR1")
