@@ -1,4 +1,4 @@
-"""One writer at a time: whoever trains, imports, appends, seals or compacts holds the zoo; another is told that one does.
+"""One writer at a time: whoever trains, imports, appends, seals or compacts has the zoo, or is told that another has.
 
 On this machine's disks the zoo's folder is locked (`flock`, which ends with the process, however that ends). On any
 store, a lock or not, `Writer.check` compares: `zoo.json` must still be what the writer found when it began, and the
