@@ -100,7 +100,7 @@ def written(states: int, folder: str | None) -> list[Row]:
             readers = [Reader.remote() for _ in range(2)]  # type: ignore[attr-defined]
             found = ray.get([reader.run.remote(str(place), rank, 2) for rank, reader in enumerate(readers)])
             cpu = cpu_seconds() - cpu
-            tasks = [memory("VmHWM", pid) for pid, name in ray_processes() if "MapBatches" in name]
+            tasks = [memory("VmHWM", pid) for pid, name in ray_processes() if "MapBatches" in name or "IDLE" in name]
         finally:
             ray.shutdown()
         assert np.array_equal(found[0]["seen"] ^ found[1]["seen"], np.packbits(np.ones(states, bool)))

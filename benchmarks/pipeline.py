@@ -5,6 +5,7 @@ by ids in the weights, that it gets every row of its share exactly once an epoch
 state. Wall times; processor seconds are of all of Ray's processes.
 """
 
+import itertools
 import logging
 import os
 import tempfile
@@ -108,7 +109,7 @@ class Worker:
                 assert torch.equal(rows_of(batch.theta_bP), batch.row_b)
             seen[batch.epoch].append(batch.row_b)
             if batch.last:
-                ends[batch.epoch] = time.monotonic(), cpu_seconds()
+                ends[batch.epoch] = time.monotonic(), cpu_by_process()
         for rows in seen.values():
             assert torch.equal(torch.cat(rows).sort().values, share)
         return {"peak": memory("VmHWM"), "shared": memory("RssShmem"), "ends": ends}
@@ -119,13 +120,19 @@ def streamed(
 ) -> tuple[float, float, list[Any], object]:
     """Wall and processor seconds of an epoch of all workers, their memory, and they themselves; Ray must have started.
 
-    The first epoch, in which reading processes start and shares are held, is not counted. Who asks again should keep
-    the workers: one that goes takes its processor time out of the sum.
+    The first epoch, in which reading processes start and shares are held, is not counted. Who asks again must let the
+    workers go first: they hold the processors.
     """
     workers = [Worker.remote(str(folder), rank, world, batch_size) for rank in range(world)]
     found = ray.get([worker.run.remote(0, epochs, memory_bytes) for worker in workers])
-    (began, cpu), (ended, cpu_then) = (max(each["ends"][epoch] for each in found) for epoch in (0, epochs))
-    return (ended - began) / epochs, (cpu_then - cpu) / epochs, found, workers
+    ends = [max((each["ends"][epoch] for each in found), key=lambda end: end[0]) for epoch in range(epochs + 1)]
+    spent = [_spent(before, after) for (_, before), (_, after) in itertools.pairwise(ends)]
+    return (ends[-1][0] - ends[0][0]) / epochs, sum(spent) / epochs, found, workers
+
+
+def _spent(before: dict[str, float], after: dict[str, float]) -> float:
+    """Processor seconds between two looks at the processes, of those that are still there."""
+    return sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
 
 
 def _stat(pid: str) -> list[str]:
@@ -148,10 +155,20 @@ def ray_processes() -> Iterator[tuple[str, str]]:
             yield pid, name
 
 
+def _reads(name: str) -> bool:
+    """Whether a process of Ray reads for streams, or waits to."""
+    return "MapBatches" in name or "IDLE" in name
+
+
+def cpu_by_process() -> dict[str, float]:
+    """Processor time that each of them has used, with its children that have ended."""
+    tick = os.sysconf("SC_CLK_TCK")
+    return {pid: sum(int(ticks) for ticks in _stat(pid)[11:15]) / tick for pid, _ in ray_processes()}
+
+
 def cpu_seconds() -> float:
-    """Processor time that all of them have used, and their children that have ended."""
-    ticks = sum(int(ticks) for pid, _ in ray_processes() for ticks in _stat(pid)[11:15])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """Of all of them together."""
+    return sum(cpu_by_process().values())
 
 
 def pyarrow_seconds(zoo: Zoo, threads: bool) -> tuple[float, float]:
@@ -193,7 +210,7 @@ def zoo_stream(args: Namespace) -> list[Row]:
             for way, held in (("stream, two workers", 0), ("held, two workers", 2**40)):
                 wall, cpu, found = streamed(work / "zoo", epochs, batch_size=args.batch_size, memory_bytes=held)[:3]
                 ours[way] = wall, cpu
-                readers = [memory("VmHWM", pid) for pid, name in ray_processes() if "MapBatches" in name]
+                readers = [memory("VmHWM", pid) for pid, name in ray_processes() if _reads(name)]
                 memories[way] = {
                     "workers": [each["peak"] for each in found],
                     "shared": [each["shared"] for each in found],

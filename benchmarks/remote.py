@@ -6,6 +6,7 @@ the stream costs. The machine's cores also run the server: models a second are a
 
 import asyncio
 import contextlib
+import logging
 import multiprocessing
 import tempfile
 import time
@@ -40,6 +41,7 @@ BLOCK = 256 * 1024
 def _serve(port: "Synchronized[int]") -> None:
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     port.value = server.get_host_and_port()[1]
