@@ -33,6 +33,7 @@ from distrecon.zoos.stream import plan, stream
 KINDS = ("GET", "HEAD", "PUT", "POST", "DELETE")
 BUCKET = "zoos"
 BLOCK = 256 * 1024
+IMPORTED = 200  # states in a file, as an import of 50 models with four states each writes them
 
 
 # -- a late object store -----------------------------------------------------------------------------------------------
@@ -157,16 +158,16 @@ def streamed(zoo: Zoo, late: LateStore, passes: int, batch_size: int) -> Row:
 
 
 def s3_stream(args: Namespace) -> list[Row]:
-    """A zoo of CNN3 models in a bucket, as it was written and compacted."""
+    """A zoo of CNN3 models in a bucket, in files as an import writes them, and compacted."""
     states, rows = (1_500 if args.quick else args.states), []
     arch = architecture("cnn3")
     with late_store(args.latency) as late, tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        written = random_zoo(Path(folder) / "zoo", states, arch)
+        written = random_zoo(Path(folder) / "zoo", states, arch, IMPORTED)
         start_ray(2)
         try:
             direct = late.client(late.direct)
             direct.create_dir(BUCKET)
-            for way in ("as written", "compacted"):
+            for way in ("as imported", "compacted"):
                 if way == "compacted":
                     compact(written.store)
                 pafs.copy_files(written.store.root, f"{BUCKET}/{way[:2]}", destination_filesystem=direct)

@@ -36,9 +36,11 @@ def _write(folder: Path, parts: Iterable[dict[str, Any]], arch: Architecture = A
     return open_zoo(folder)
 
 
-def random_zoo(folder: Path, states: int, arch: Architecture = ARCH) -> Zoo:
-    """Random numbers whose first two weights tell the row; reading it costs what reading any zoo costs."""
-    size = max(1, PART * ARCH.num_parameters // arch.num_parameters)
+def random_zoo(folder: Path, states: int, arch: Architecture = ARCH, size: int = PART) -> Zoo:
+    """Random numbers whose first two weights tell the row; reading it costs what reading any zoo costs.
+
+    `size`: states in a file.
+    """
     starts = range(0, states, size)
     return _write(folder, (_random(i, np.arange(a, min(a + size, states)), arch) for i, a in enumerate(starts)), arch)
 
