@@ -33,7 +33,7 @@ from tests.conftest import CHECKOUT, environment
 
 DRAWN = Path(__file__).with_name("faults.json")
 SECONDS = 300  # of CPU for one test file; a fault that makes it hang is caught
-BUDGET = 100.0  # of CPU for the tests of one fault; none begins after that
+BUDGET = 45.0  # of CPU for the tests of one fault; none begins after that
 LOADED = (  # once, in the process that every test file is forked from
     "torch", "pytest", "hypothesis", "scipy.optimize", "sklearn.linear_model", "pyarrow.parquet", "pyarrow.dataset",
     "numba", "sympy", "safetensors.torch", "yaml", "matplotlib.pyplot",
@@ -202,7 +202,7 @@ def tests_of(fault: Fault) -> list[list[str]]:
         rf"from {re.escape(module)} import|from {re.escape(package)} import [^\n]*\b{name}\b|import {re.escape(module)}\b"
     )
     near = re.compile(rf"distrecon\.{Path(fault.file).parts[1]}\b|distrecon import {Path(fault.file).parts[1]}\b")
-    kinds: list[list[str]] = [[], [], []]
+    kinds: list[list[str]] = [[], [], [], []]
     for path in sorted((CHECKOUT / "tests").rglob("test_*.py")):
         text, file = path.read_text(), str(path.relative_to(CHECKOUT))
         if "gpu" in path.parts:
@@ -211,9 +211,11 @@ def tests_of(fault: Fault) -> list[list[str]]:
             kinds[0].append(file)
         elif imports.search(text):
             kinds[1].append(file)
-        elif Path(fault.file).parts[1] in path.parts or near.search(text):
+        elif Path(fault.file).parts[1] in path.parts:
             kinds[2].append(file)
-    return kinds[:2] if any(kinds[:2]) else kinds[2:]
+        elif near.search(text):
+            kinds[3].append(file)
+    return next((found for found in (kinds[:2], kinds[2:3], kinds[3:]) if any(found)), [])
 
 
 def drawn(seed: int, count: int) -> list[Fault]:
@@ -311,7 +313,9 @@ def main(argv: list[str] | None = None) -> int:
         rows = [{key: value for key, value in asdict(fault).items() if key != "tests"} for fault in faults]
         args.draw.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     if args.list or args.draw:
-        print("\n".join(f"{fault.name}  [{' '.join(x for files in tests_of(fault) for x in files)}]" for fault in faults))
+        print(
+            "\n".join(f"{fault.name}  [{' '.join(x for files in tests_of(fault) for x in files)}]" for fault in faults)
+        )
         return 0
     known = {}
     if args.rows.exists():
