@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
+from distrecon import status
 from distrecon.cluster.space import read_space
 from distrecon.errors import UserError
 from distrecon.kinds import KINDS
 from distrecon.kinds.autoencoder import autoencoder_folder, zoo_folder
 from distrecon.nets import architecture
-from distrecon import status
 from distrecon.zoos import open_zoo, write_zoo
 from distrecon.zoos.inspection import check, describe, facts
 from distrecon.zoos.sources import find, metrics_of, problem
@@ -54,13 +54,14 @@ def read_or_refused(read) -> Any:
     try:
         return read()
     except UserError as error:
-        assert str(error)
-        assert "\n" not in str(error)
-        assert len(str(error)) < 2000
+        said = str(error)
+    assert said
+    assert "\n" not in said
+    assert len(said) < 2000
     return None
 
 
-# -- zoos --------------------------------------------------------------------------------------------------------------
+# -- zoos -------------------------------------------------------------------------------------------------------------
 
 ARCH = architecture("mlp", sizes=(4, 3, 2), activation="tanh")
 THETA_SP = torch.randn(6, ARCH.num_parameters, generator=torch.Generator().manual_seed(0))
@@ -121,7 +122,7 @@ def test_a_damaged_part_of_a_zoo_without_seals(zoo: Path, tmp_path: Path, where:
     assert refused > 20
 
 
-# -- tables of properties -----------------------------------------------------------------------------------------------
+# -- tables of properties ---------------------------------------------------------------------------------------------
 
 
 def states_of(folder: Path) -> None:
@@ -163,7 +164,7 @@ def test_metrics_are_numbers_or_refused(entry: dict[str, Any]) -> None:
         assert all(found[name] is None or 0 <= found[name] <= 1 for name in ("train_accuracy", "test_accuracy"))
 
 
-# -- space files --------------------------------------------------------------------------------------------------------
+# -- space files ------------------------------------------------------------------------------------------------------
 
 SPACE = {
     "name": "sweep",
@@ -205,7 +206,7 @@ def test_odd_yaml(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(error.value)
 
 
-# -- run folders --------------------------------------------------------------------------------------------------------
+# -- run folders ------------------------------------------------------------------------------------------------------
 
 SUMMARY = {
     "sweeps": [{"kind": "autoencoder", "name": "s", "best": "00000", "trials": []}],

@@ -61,7 +61,7 @@ def test_a_training_goes_on_after_its_checkpoints_epoch(tmp_path, monkeypatch, e
     assert training.state == ({"steps_done": 7} if epoch else None)
 
 
-# -- how many at once, and on what ---------------------------------------------------------------------------------------
+# -- how many at once, and on what ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(2, 2), (None, 7)])
