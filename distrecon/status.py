@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> console.Answer:
         raise UserError(f"{args.run}: no run there; name the folder that a command printed, or was given with --out")
     working, finished = folder.working, folder.summary.exists()
     state = "running" if working else "finished" if finished else "broken off"
-    sweeps, told = [], []
+    sweeps, told = list[dict[str, Any]](), list[str]()
     for name in folder.sweeps():
         with reading(folder.journal(name).path):
             record = folder.read(name)
