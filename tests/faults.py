@@ -5,6 +5,7 @@
     python -m tests.faults ROWS                    the hundred of `faults.json`, drawn once over all packages
     python -m tests.faults ROWS --seed N           another hundred (`--count`)
     python -m tests.faults ROWS --seed N --draw F  draws them into a file like `faults.json`, tries none
+    python -m tests.faults ROWS --share 0/4        every fourth, beside other processes with the same ROWS
 
 A drawn fault is a comparison, an operator, a number, an `and`, a `not`, a smallest for a largest, from the source
 alone. The tests that are asked are those of the module's name and those that import it, or else its package's; the
@@ -304,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--draw", type=Path)
+    parser.add_argument("--share", default="0/1", help="I/N: every Nth fault from the Ith on, of N processes at once")
     args = parser.parse_args(argv)
     faults = list(NAMED)
     if not args.named:
@@ -317,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
             "\n".join(f"{fault.name}  [{' '.join(x for files in tests_of(fault) for x in files)}]" for fault in faults)
         )
         return 0
+    share, shares = map(int, args.share.split("/"))
     known = {}
     if args.rows.exists():
         known = {row["fault"]: row for row in map(json.loads, args.rows.read_text().splitlines())}
@@ -324,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = json.loads(times.read_text()) if times.exists() else {}
     for name in LOADED:
         importlib.import_module(name)
-    for fault in faults:
+    for fault in faults[share::shares]:
         if fault.name not in known:
             try:
                 found, by = caught(fault, seconds)
@@ -334,6 +337,7 @@ def main(argv: list[str] | None = None) -> int:
             with args.rows.open("a") as rows_file:
                 rows_file.write(json.dumps(known[fault.name]) + "\n")
             times.write_text(json.dumps(seconds))
+    faults = [fault for fault in faults if fault.name in known]
     tried = [fault.name for fault in faults if known[fault.name]["caught"] is not None]
     passed = [name for name in tried if not known[name]["caught"]]
     print(f"{len(tried) - len(passed)} of {len(tried)} faults caught; {len(faults) - len(tried)} lines are gone")
