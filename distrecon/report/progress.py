@@ -16,9 +16,7 @@ class Standing:
     total: int
     failed: int
     running: list[str]  # a trial's label and, where it reports epochs, how many are done, or that it is being scored
-    share: (
-        float | None
-    )  # of the sweep's work that is done; None while the last trials are scored
+    share: float | None  # of the sweep's work that is done; None while the last trials are scored
     best: str | None  # label of the best trial so far, and what it has reached
     value: float | None
 
