@@ -479,3 +479,22 @@ def test_a_group_whose_permutation_changes_the_outputs_is_kept_in_order() -> Non
     entries = tuple(unmoved if entry is last else entry for entry in arch.table.entries)
     wrong = replace(arch, table=replace(arch.table, entries=entries))
     assert not _proved(wrong, theta_BP, inputs, outputs).groups
+
+
+class Heads(nn.Module):
+    """Attention of two heads, written with matrix products of tensors of four axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(len(x), -1, 2, 3).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = torch.matmul(q, k.transpose(-1, -2)).softmax(-1)
+        return self.out(torch.matmul(weights, v).transpose(1, 2).reshape(len(x), -1, 6)).mean(1)
+
+
+def test_heads_of_plain_matrix_products_permute_together() -> None:
+    """By hand: the two heads, the three units that queries and keys share, and those of the values in each head."""
+    arch = of_module(Heads(), torch.randn(2, 5, 6))
+    assert sorted(group.size for group in arch.groups) == [2, 3, 3]
