@@ -41,3 +41,14 @@ def test_a_line_has_the_points_of_its_trial():
         "a": [[1, 2.0], [2, 1.0]],
         "b": [[1, 3.0], [2, 1.5]],
     }
+
+
+def test_a_point_without_its_value_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        figures.losses_by_epoch({"contrastive": {"a": [(1, 2.0), (2,)]}})
+
+
+def test_generated_models_and_their_relatives_are_drawn_alike():
+    (axis,) = FIGURES["distances"]().axes
+    sizes = {float(points.get_sizes()[0]) for points in axis.collections if hasattr(points, "get_sizes")}
+    assert len(sizes) == 1
