@@ -174,6 +174,10 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     raise UserError(f"{where} must be {kind.__name__}, not {value!r}")
 
 
+# what PyYAML raises of a text: its own errors, those of dates and numbers that are none, too deep nesting
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError)
+
+
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     """`["loss.beta=0.2", ...]` as dotted names and values, each value read as YAML."""
     values = {}
@@ -183,6 +187,6 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             raise UserError(f"--set wants KEY=VALUE, not {assignment!r}")
         try:
             values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except NOT_YAML:
             raise UserError(f"--set {key}: {text!r} is not a value that YAML can read") from None
     return values

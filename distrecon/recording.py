@@ -25,7 +25,8 @@ from distrecon.record.artifacts import ARRAYS, FINISHED
 from distrecon.record.folder import RESUMABLE, RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.record.kind import Kind
-from distrecon.record.tracking import Tracker, record_once
+from distrecon.record.store import record_once
+from distrecon.record.tracking import Tracker
 from distrecon.record.usage import measured
 from distrecon.report import figures, page, tables, trends
 from distrecon.served.package import package

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrecon import console
-from distrecon.errors import UserError
+from distrecon.errors import UserError, reading
 from distrecon.record.folder import RESUMABLE, RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.report.progress import Standing, standing
@@ -39,8 +39,12 @@ def run(args: argparse.Namespace) -> console.Answer:
         raise UserError(f"{args.run}: no run there; name the folder that a command printed, or was given with --out")
     working, finished = folder.working, folder.summary.exists()
     state = "running" if working else "finished" if finished else "broken off"
-    records = {name: folder.read(name) for name in folder.sweeps()}
-    sweeps = [_facts(record, standing(record), working) for record in records.values()]
+    sweeps, told = list[dict[str, Any]](), list[str]()
+    for name in folder.sweeps():
+        with reading(folder.journal(name).path):
+            record = folder.read(name)
+            sweeps.append(_facts(record, standing(record), working))
+            told += _lines(sweeps[-1], working)
     failed = any(sweep["failed"] for sweep in sweeps)
     data = {
         "folder": str(folder.path),
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> console.Answer:
         "sweeps": sweeps,
     }
     lines = [f"run      {console.short(folder.path)}: {folder.command}, {state}", *_stage(folder, state)]
-    lines += [line for sweep in sweeps for line in _lines(sweep, working)]
+    lines += told
     if not working and not finished and folder.command in RESUMABLE:
         lines.append(
             f"         continue with python -m distrecon.{folder.command} --resume {console.short(folder.path)}"
@@ -70,9 +74,9 @@ def _newest() -> RunFolder:
 
 def _stage(folder: RunFolder, state: str) -> Iterator[str]:
     """The last line of progress and how old it is, of a run that has not finished."""
-    if state != "finished" and (told := folder.last_progress()):
-        ago = console.duration(max(0.0, time.time() - told["time"]))
-        yield f"stage    {told['stage']}: {told['text']} ({ago} ago)"
+    if state != "finished" and (last := folder.last_progress()):
+        ago = console.duration(max(0.0, time.time() - last["time"]))
+        yield f"stage    {last['stage']}: {last['text']} ({ago} ago)"
 
 
 def _facts(record: SweepRecord, now: Standing, working: bool) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from distrecon.errors import UserError, printable, redact
 from distrecon.files import plain, write_json, write_text
 from distrecon.job import Request, prepare
 from distrecon.record.folder import RunFolder
-from distrecon.record.tracking import Tracker, model_folder
+from distrecon.record.store import model_folder
+from distrecon.record.tracking import Tracker
 from distrecon.zoos.storage import store
 from tests.conftest import environment
 

@@ -291,3 +291,16 @@ def test_what_ended_how_stands_in_the_store(journal, tmp_path):
         "t": "FINISHED", "u": "KILLED", "v": "FAILED",
     }  # fmt: skip
     assert [c.data.tags.get("error") for c in children if c.data.tags["trial_id"] == "v"] == ["broke"]
+
+
+def test_descriptions_are_no_longer_than_mlflow_takes(journal, tmp_path):
+    """MLflow's servers refuse tags of more than 5,000 characters."""
+    tracker = Tracker(RunFolder(tmp_path / "run"), ["demo"], {})
+    tracker.sync()
+    finish(journal)
+    tracker.sync()
+    tracker.conclude("demo", "t", {"a/x": 2.0}, "table " * 2000, "", "about " * 2000)
+    client, found, _ = runs(tmp_path)
+    (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parent.data.tags["mlflow.note.content"]) == 5000
+    assert len(client.get_experiment_by_name("demo").tags["mlflow.note.content"]) == 5000

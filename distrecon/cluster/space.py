@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from distrecon import config
-from distrecon.errors import UserError, nearest
+from distrecon.errors import UserError, nearest, said
 from distrecon.record.kind import Kind
 
 KEYS = ("name", "kind", "metric", "mode", "scheduler", "max_concurrent", "samples", "base", "space")
@@ -162,10 +162,10 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error})") from None
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except config.NOT_YAML as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f" near line {line + 1}" if line is not None else ""
-        raise UserError(f"{path}: not YAML{where} ({getattr(error, 'problem', None) or 'cannot be read'})") from None
+        raise UserError(f"{path}: not YAML{where} ({getattr(error, 'problem', None) or said(error)})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a space file: wanted keys such as name, kind and space")
     return data

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distrecon.errors import UserError
+from distrecon.errors import UserError, printable, said
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.nets.activations import activation as find_activation
 
@@ -73,24 +73,38 @@ def read_weights(path: Path) -> Weights:
 
     Raises UserError when the file is missing, is no safetensors file, or holds anything but a chain of dense layers.
     """
+    weights: Weights = []
+    for name, w, b in read_pairs(path):
+        if w.ndim != 2 or b.shape != w.shape[:1]:
+            raise UserError(f"{path}: {name} {list(w.shape)} is not a dense layer with a bias")
+        if weights and weights[-1][0].shape[0] != w.shape[1]:
+            raise UserError(f"{path}: {name} does not take the outputs of the layer before it")
+        weights.append((w, b))
+    if len(weights) < 2:
+        raise UserError(f"{path}: not a chain of at least two dense layers NAME.weight, NAME.bias")
+    return weights
+
+
+def read_pairs(path: Path) -> list[tuple[str, Tensor, Tensor]]:
+    """(NAME.weight, weight, bias) of each layer in a safetensors file, in the natural order of the names.
+
+    Raises UserError when the file is missing, is no safetensors file, or holds anything but such pairs.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist")
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
-    names = sorted((n for n in tensors if n.endswith(".weight")), key=natural)
-    weights: Weights = []
-    for name in names:
-        bias = name.removesuffix("weight") + "bias"
-        if bias not in tensors or tensors[name].ndim != 2 or tensors[bias].shape != tensors[name].shape[:1]:
-            raise UserError(f"{path}: {name} {list(tensors[name].shape)} is not a dense layer with a bias")
-        if weights and weights[-1][0].shape[0] != tensors[name].shape[1]:
-            raise UserError(f"{path}: {name} does not take the outputs of the layer before it")
-        weights.append((tensors[name], tensors[bias]))
-    if len(weights) < 2 or len(tensors) != 2 * len(weights):
-        raise UserError(f"{path}: not a chain of at least two dense layers NAME.weight, NAME.bias")
-    return weights
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a safetensors file: {said(error)}") from None
+    names = sorted((name for name in tensors if name.endswith(".weight")), key=natural)
+    biases = [name.removesuffix("weight") + "bias" for name in names]
+    if odd := sorted({*names, *biases} ^ tensors.keys()):
+        raise UserError(f"{path}: not layers NAME.weight, NAME.bias alone ({printable(odd[0])})")
+    layers = [(name, tensors[name], tensors[bias]) for name, bias in zip(names, biases, strict=True)]
+    for name, w, b in layers:
+        if w.ndim < 2 or b.ndim != 1 or not (w.is_floating_point() and b.is_floating_point()):
+            raise UserError(f"{path}: {printable(name)} is {w.dtype} {list(w.shape)}: no layer's weights")
+    return layers
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -66,7 +66,7 @@ def autoencoder_folder(path: str | Path) -> Path:
     Raises UserError when there is none.
     """
     if str(path).startswith(MLFLOW_RUN):
-        from distrecon.record.tracking import model_folder
+        from distrecon.record.store import model_folder
 
         return model_folder(str(path).removeprefix(MLFLOW_RUN))
     path = Path(path)

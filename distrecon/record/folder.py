@@ -151,7 +151,8 @@ class RunFolder:
     def command(self) -> str | None:
         """Which command made the folder; None where there is none, or no readable one."""
         try:
-            return _read_object(self.request).get("command")
+            command = _read_object(self.request).get("command")
+            return command if isinstance(command, str) else None
         except (OSError, ValueError, RecursionError):
             return None
 
@@ -182,8 +183,9 @@ class RunFolder:
     def last_progress(self) -> dict[str, Any] | None:
         """The last line of progress, as `stage`, `text` and `time`."""
         try:
-            return json.loads(self.progress.read_text())
-        except (OSError, ValueError):
+            content = _read_object(self.progress)
+            return {"stage": content["stage"], "text": content["text"], "time": float(content["time"])}
+        except (OSError, LookupError, OverflowError, TypeError, ValueError, RecursionError):
             return None
 
     def read_summary(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Journal:
         for line in whole.splitlines():
             try:
                 events.append(json.loads(line))
-            except json.JSONDecodeError:  # a line torn by a crash; `write` closed it before the next
+            except (ValueError, RecursionError):  # a line torn by a crash; `write` closed it before the next
                 continue
         return events, offset + len(whole)
 

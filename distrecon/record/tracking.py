@@ -6,80 +6,40 @@ the rest is sent later, and nothing is sent twice. An experiment a sweep name, a
 
 import contextlib
 import json
-import logging
-import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import quote, urlencode
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# a store that is down must not hold the sweep's progress up for minutes: what fails is sent again later anyway
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-
-from mlflow.artifacts import download_artifacts
-from mlflow.entities import LifecycleStage, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from distrecon import console
-from distrecon.errors import UserError, redact, said
+from distrecon.errors import redact, said
 from distrecon.files import write_json
 from distrecon.record.artifacts import FINISHED
 from distrecon.record.folder import RunFolder
+from distrecon.record.store import (
+    BEST,
+    NOTE,
+    NOTE_LENGTH,
+    connect,
+    database_of,
+    experiment,
+    log,
+    sqlite_uri,
+    store_uri,
+    without_user,
+)
 
 STATUS = {"completed": "FINISHED", "stopped_early": "KILLED", "failed": "FAILED"}
 RETRY_SECONDS = 30.0
-MODEL = "model"  # the artifact folder of a trial's files in runs of version 0.1
-FILES = "files"  # where an MLflow model has the files of its own
-NOTE = "mlflow.note.content"  # the tag that the UI shows as a description
-NOTE_LENGTH = 5000  # of a description
-PARAM_LENGTH = 500  # MLflow's databases hold 500 to 8,000 characters
-PARAMS = 90  # of one request, which holds 100
-DEFAULT = "0"  # the experiment that MLflow puts into every new database, for runs that name none
-
-
 COMPARED = 100  # runs that one address names
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` shows a local store
-BEST = "best_run"  # the tag of a sweep's run that names its best trial's
-
-
-def store_uri() -> str:
-    """Where runs are recorded: MLFLOW_TRACKING_URI, or mlflow.db in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite(Path("mlflow.db").absolute())
-
-
-def _sqlite(database: Path) -> str:
-    """The address of a database file; what an address gives a meaning of its own is encoded."""
-    return f"sqlite:///{str(database).replace('%', '%25').replace('?', '%3F')}"
-
-
-def _database(uri: str) -> Path:
-    """The file of such an address."""
-    return Path(unquote(uri.removeprefix("sqlite:///")))
-
-
-def model_folder(run_id: str) -> Path:
-    """A local copy of the model's files of a trial's run, or of a sweep's best trial; UserError when there are none."""
-    try:
-        client = MlflowClient(store_uri())
-        best = client.get_run(run_id).data.tags.get(BEST, run_id)
-        outputs = client.get_run(best).outputs
-        if outputs is not None and outputs.model_outputs:
-            model = outputs.model_outputs[-1].model_id
-            return Path(download_artifacts(f"models:/{model}", tracking_uri=store_uri())) / "artifacts" / FILES
-        if not client.list_artifacts(best, MODEL):
-            raise UserError(f"MLflow run {run_id} holds no model: name an autoencoder's run, or its sweep's")
-        return Path(client.download_artifacts(best, MODEL))
-    except UserError:
-        raise
-    except Exception as error:  # MLflow's, its database's or its driver's
-        raise UserError(redact(f"MLflow at {store_uri()}: {said(error)}")) from None
 
 
 class Tracker:
@@ -295,7 +255,7 @@ class Tracker:
         """Where the store is shown: its address, or the command that shows a local one."""
         if not self.uri.startswith("sqlite:///"):
             return redact(self.uri)
-        return f"mlflow ui --backend-store-uri {_sqlite(Path(console.short(_database(self.uri))))}"
+        return f"mlflow ui --backend-store-uri {sqlite_uri(Path(console.short(database_of(self.uri))))}"
 
     def run_url(self, sweep: str, trial: str) -> str | None:
         """Where a trial's run is shown (of a local store while `viewer` runs); None when it was never sent."""
@@ -314,7 +274,7 @@ class Tracker:
 
     @property
     def _ui(self) -> str:
-        return _without_user(self.uri).rstrip("/") if self.uri.startswith("http") else LOCAL_UI
+        return without_user(self.uri).rstrip("/") if self.uri.startswith("http") else LOCAL_UI
 
     def _load(self) -> dict[str, Any]:
         """What was sent before to this store. Where that cannot be read, all is sent again: as new runs, but whole."""
@@ -332,72 +292,6 @@ class Tracker:
 
     def _save(self) -> None:
         write_json(self.folder.tracking, {"uri": redact(self.uri), "sweeps": self._sent})
-
-
-def record_once(
-    name: str,
-    run: str,
-    began: float,
-    params: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    tags: Mapping[str, str],
-    files: Sequence[Path],
-    about: str,
-) -> str | None:
-    """Sends a piece of work that has no run folder: one finished run, with figures, in the experiment `name`, which
-    gets the description `about`. Returns why the store did not take it, in one line."""
-    uri, now = store_uri(), int(time.time() * 1000)
-    try:
-        client = connect(uri)
-        where = experiment(client, uri, name)
-        client.set_experiment_tag(where, NOTE, about[:NOTE_LENGTH])
-        made = client.create_run(where, int(began * 1000), {"mlflow.runName": run}).info.run_id
-        log(client, made, [Metric(key, value, now, 0) for key, value in metrics.items()], params, tags)
-        for file in files:
-            client.log_artifact(made, str(file), "figures")
-        client.set_terminated(made, "FINISHED", now)
-    except (MlflowException, OSError) as error:
-        return f"MLflow at {redact(uri)}: {said(error)}"
-    return None
-
-
-def connect(uri: str) -> MlflowClient:
-    """The store's client; a local database that is not there is made."""
-    for library in ("mlflow", "alembic", "sqlalchemy"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    if uri.startswith("sqlite:///") and "?" not in uri:
-        _create(_database(uri))
-    return MlflowClient(uri)
-
-
-def experiment(client: MlflowClient, uri: str, name: str, known: str | None = None, other: str = "again") -> str:
-    """The id of the experiment of that name (or the `known` one), made where there is none.
-
-    One that was deleted in MLflow's page comes back; where the store does not let it, its name stays taken, and a new
-    one has `other` in its name.
-    """
-    found = client.get_experiment(known) if known else client.get_experiment_by_name(name)
-    if found is not None and found.lifecycle_stage == LifecycleStage.DELETED:
-        try:
-            client.restore_experiment(found.experiment_id)
-        except MlflowException:
-            found, name = None, f"{name} ({other})"
-    if found is not None:
-        return found.experiment_id
-    local = uri.startswith("sqlite")
-    return client.create_experiment(name, Path("mlruns").absolute().as_uri() if local else None)
-
-
-def log(
-    client: MlflowClient, run_id: str, metrics: Sequence[Metric], params: Mapping[str, Any], tags: Mapping[str, str]
-) -> None:
-    """Adds to a run, in requests that hold as much as they may."""
-    parameters = [Param(key, _text(value)) for key, value in params.items()]
-    run_tags = [RunTag(key, redact(str(value))[:PARAM_LENGTH]) for key, value in tags.items()]
-    for start in range(PARAMS, len(parameters), PARAMS):
-        client.log_batch(run_id, params=parameters[start : start + PARAMS])
-    if metrics or parameters or run_tags:
-        client.log_batch(run_id, metrics=metrics, params=parameters[:PARAMS], tags=run_tags)
 
 
 @contextlib.contextmanager
@@ -419,31 +313,5 @@ def _undisturbed() -> Iterator[None]:
             signal.raise_signal(pending[0])
 
 
-def _create(database: Path) -> None:
-    """Makes MLflow's database whole or not at all: one that an interrupt left half made would break every later run."""
-    if database.exists():
-        return
-    # a name that was never used: MLflow keeps a process's stores by their address
-    temporary = database.with_name(f".{database.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        client = MlflowClient(_sqlite(temporary))
-        if any(found.experiment_id == DEFAULT for found in client.search_experiments()):
-            client.delete_experiment(DEFAULT)  # an empty row; `mlflow experiments restore` restores it
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            os.link(temporary, database)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
-
-
-def _text(value: Any) -> str:
-    return redact(value if isinstance(value, str) else json.dumps(value))[:PARAM_LENGTH]
-
-
-def _without_user(uri: str) -> str:
-    """A server's address without user and password, so that a link to it works; the browser asks for them."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri

@@ -9,7 +9,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from distrecon.kinds import KINDS
 from distrecon.record.kind import Served
-from distrecon.record.tracking import FILES
+from distrecon.record.store import FILES
 
 
 class Loader(PythonModel):

@@ -16,7 +16,7 @@ from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
 
 from distrecon.record.kind import Kind, Served
-from distrecon.record.tracking import FILES
+from distrecon.record.store import FILES
 
 _TYPES = {str: DataType.string, int: DataType.long, float: DataType.double}
 

@@ -1,6 +1,7 @@
 """Reads checkpoint files of unknown origin without running anything that is in them."""
 
 import io
+import math
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -70,6 +71,8 @@ def read_state_dict(content: bytes, name: str) -> dict[str, Tensor]:
 
 def _check_tensor(value: Tensor, key: str, name: str) -> None:
     """UserError for a tensor that is not plain numbers in the file; asks for no memory."""
+    if value.is_cpu and value.layout == torch.strided and not value.is_quantized and value.is_contiguous():
+        return  # one number after the other, which torch does not let lie outside of their storage
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
         kind = "quantized" if value.is_quantized else f"{value.layout} on {value.device}"
         raise UserError(f"{name}: not plain tensors ({key!r} is {kind})")
@@ -106,8 +109,9 @@ def to_theta(arch: Architecture, state: dict[str, Tensor], name: str) -> Tensor:
         theta_P = (flatten_as(arch, state) if isinstance(arch, ChainArchitecture) else arch.flatten(state)).float()
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    if not theta_P.isfinite().all():
+    largest = float(theta_P.abs().max())
+    if not math.isfinite(largest):  # the largest of numbers with a NaN is NaN
         raise UserError(f"{name}: non-finite weights")
-    if (largest := float(theta_P.abs().max())) > LARGEST_WEIGHT:
+    if largest > LARGEST_WEIGHT:
         raise UserError(f"{name}: exploded weights (up to {largest:.1e})")
     return theta_P

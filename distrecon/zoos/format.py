@@ -40,6 +40,7 @@ SPLITS = ("train", "val", "test")
 METRICS = ("train_accuracy", "test_accuracy", "generalization_gap", "train_loss")
 ROW_GROUP_BYTES = 512 * 1024
 LARGE, PIECE_BYTES = 512 * 2**20, 8 * 2**20  # a zoo of so many bytes of weights is shuffled, and read, in such pieces
+MOST_ROWS, MOST_GROUPS = 2**31, 2**20  # of a part: what a damaged list asks for beyond that is not counted out
 MANIFEST, UNFINISHED = writer.MANIFEST, writer.UNFINISHED
 
 
@@ -134,6 +135,8 @@ class Part:
         counts = [*self.states.values(), *self.models.values()]
         if not _whole(self.group_rows, 1) or not all(_whole(count, 0) for count in [*counts, self.group]):
             raise ValueError(f"{self.file} has counts that are no whole numbers")
+        if self.rows > MOST_ROWS or self.rows > MOST_GROUPS * self.group_rows:
+            raise ValueError(f"{self.file} has {self.rows} states in row groups of {self.group_rows}")
         if unknown := [split for split in [*self.states, *self.models] if split not in SPLITS]:
             raise ValueError(f"{self.file} has a split {unknown[0]!r}")
 
@@ -340,6 +343,7 @@ def read_manifest(store: Store, edited: bool = False) -> dict[str, Any]:
 
 
 _KINDS = {  # of zoo.json's values
+    "distrecon": str,
     "name": str,
     "architecture": dict,
     "image_set": dict,
@@ -357,6 +361,10 @@ def _check(content: dict[str, Any]) -> None:
     for key, kind in _KINDS.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"its {key!r} must be {kind.__name__}, not {content.get(key)!r:.60}")
+    if not isinstance(content["origin"].get("kind"), str):
+        raise ValueError(f"its origin has no kind: {content['origin']!r:.60}")
+    if not all(isinstance(left_out, dict) for left_out in content["excluded"]):
+        raise ValueError("the models that it excludes are no list of objects")
     images, files, footers = content["image_set"], content.setdefault("files", {}), content.setdefault("footers", {})
     counts = [content["models"], content["states"]]
     counts += [content["splits"][split][key] for split in SPLITS for key in ("models", "states")]

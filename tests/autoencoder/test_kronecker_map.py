@@ -149,3 +149,11 @@ def test_the_residual_starts_from_the_map():
     plain, corrected = coder(), coder("kronecker_residual")
     torch.testing.assert_close(corrected.encode(others), plain.encode(others))
     torch.testing.assert_close(corrected.decode(corrected.encode(others)), plain.decode(plain.encode(others)))
+
+
+def test_a_network_of_one_layer_comes_back_and_other_layers_are_refused(layers):
+    tensors = kronecker_map.fit(layers[:1], sample(4)[:1], 100, 0.01)
+    others = sample(3, seed=50)[:1]
+    torch.testing.assert_close(rebuilt(tensors, others)[1][0], others[0])
+    with pytest.raises(ValueError, match="zip"):
+        kronecker_map.fit(layers, [*sample(4), random(4, 2, 2)], 100, 0.01)

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from distrecon import config
+from distrecon.autoencoder import PAPER
 from distrecon.cluster.space import read_space
 from distrecon.kinds import KINDS
 
@@ -22,3 +24,11 @@ def test_paper_spaces(name):
     small = read_space(SPACES / f"{name}.yaml", KINDS, smoke=True)
     assert small.trials == 2
     assert small.base.model.width < 64
+
+
+def test_the_papers_plan_has_the_papers_settings():
+    """What the shipped space and `PAPER` both say is the same: the networks' sizes among it."""
+    base = yaml.safe_load((SPACES / "paper_losses.yaml").read_text())["base"]
+    both = PAPER.keys() & base.keys()
+    assert both >= {"model.width", "model.layers", "model.heads", "model.latent"}
+    assert {key: PAPER[key] for key in both} == {key: base[key] for key in both}

@@ -120,3 +120,12 @@ def test_early_stopping_is_offered_for_the_metrics_that_every_epoch_has(tmp_path
     path = write(tmp_path, kind="expand_cluster", base={}, space={"seed": {"grid": [0]}}, scheduler="asha")
     with pytest.raises(UserError, match="known at their end only: use scheduler fifo"):
         read_space(path)
+
+
+def test_dimensions_of_other_lengths_are_checked_to_their_ends(tmp_path):
+    """Three choices beside a range of two ends: the third is tried with the range's second."""
+    space = {"optim.batch_size": {"choice": [2, 4, 8]}, "optim.lr": {"loguniform": [1e-4, 1e-2]}}
+    assert read_space(write(tmp_path, space=space)).trials == 1
+    space["optim.batch_size"] = {"choice": [2, 4, 0]}
+    with pytest.raises(UserError, match="batch_size"):
+        read_space(write(tmp_path, space=space))

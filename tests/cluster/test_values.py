@@ -112,3 +112,39 @@ def test_a_training_goes_on_after_its_checkpoints_epoch(tmp_path, monkeypatch, e
     training, first = training_module._prepare(AutoencoderRun(), [])
     assert first == epoch + 1
     assert training.state == ({"steps_done": 7} if epoch else None)
+
+
+# -- how many at once, and on what ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(2, 2), (None, 7)])
+def test_as_many_trials_at_once_as_the_sweep_says_or_the_cluster_holds(monkeypatch, asked, expected):
+    from ray import tune
+
+    from distrecon.cluster import sweeps
+
+    monkeypatch.setattr(sweeps, "concurrent", lambda sweep: 7)
+    monkeypatch.setattr(tune.search.BasicVariantGenerator, "next_trial", lambda self: self.max_concurrent)
+    sweep = type("Sweep", (), {"max_concurrent": asked})()
+    assert sweeps.Variants(sweep, 0).next_trial() == expected
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ({"node_type_mapping": {"10.0.0.1": "head", "10.0.0.2": "gpu"}, "active_nodes": {"gpu": 1}}, {"head", "gpu"}),
+        ({"pending_launches": {"cpu": 1}}, {"cpu"}),
+        ({}, set()),
+        (None, set()),
+    ],
+)
+def test_the_autoscalers_node_types_are_those_that_it_reports(monkeypatch, report, expected):
+    import json
+
+    from ray.experimental import internal_kv
+
+    from distrecon.cluster.session import _node_types
+
+    answer = None if report is None else json.dumps({"autoscaler_report": report}).encode()
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", lambda key: answer)
+    assert _node_types(seconds=0.0) == expected

@@ -10,7 +10,8 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from distrecon.expand_cluster import network, recover_network
 from distrecon.expand_cluster.examination import Examined, examine
-from distrecon.expand_cluster.symptoms import quantum
+from distrecon.expand_cluster.surroundings import Surroundings, unbounded
+from distrecon.expand_cluster.symptoms import Sample, quantum
 from distrecon.nets.activations import ACTIVATIONS
 
 LIMIT_QUERIES, LIMIT_SECONDS = 3000, 10.0
@@ -208,3 +209,16 @@ def test_what_is_constant_only_far_out_is_looked_at_where_it_is_not():
     assert examined.named("constant") is None
     assert examined.named("linear") is None
     assert float(examined.sample.y_QO.std()) > 0
+
+
+def test_a_sample_knows_each_outputs_scale_and_constants_have_one():
+    """Deviations .01, 0 and 100: a constant answer is measured in units of one."""
+
+    def ask(u_QI):
+        return torch.stack([0.01 * u_QI[:, 0], torch.full_like(u_QI[:, 0], 3.0), 100 * u_QI[:, 1]], dim=1)
+
+    around = Surroundings(torch.zeros(2).double(), torch.ones(2).double(), *unbounded(2))
+    sample = Sample.draw(ask, around, torch.Generator().manual_seed(0))
+    expected = torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
+    torch.testing.assert_close(sample.scale_O, expected, rtol=0.2, atol=0)
+    assert float(sample.scale_O[1]) == 1.0

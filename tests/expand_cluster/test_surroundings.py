@@ -7,6 +7,7 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster import network, recover_network
 from distrecon.expand_cluster.surroundings import (
     Surroundings,
+    _reach,
     by_asking,
     from_data,
     from_domain,
@@ -165,3 +166,17 @@ def test_data_far_from_zero_and_of_other_scales_are_recovered(generator):
         torch.nn.functional.normalize(found_HI * scale_I) @ torch.nn.functional.normalize(expected_HI * scale_I).T
     )
     assert (1 - cosine_HH.abs().amax(1)).max() < 1e-12
+
+
+def test_the_scale_at_which_a_box_bends_is_looked_for_over_eleven_decades():
+    """tanh(u / 1000) bends at 1,000; eight triples at each of 10^-5 to 10^5 are 264 queries."""
+    asked = []
+
+    def ask(u_QI):
+        asked.append(len(u_QI))
+        return torch.tanh(u_QI / 1000)
+
+    standard = Surroundings(torch.zeros(1).double(), torch.ones(1).double(), *unbounded(1))
+    found = _reach(ask, standard, torch.Generator().manual_seed(0), 1e-12)
+    assert found in (100.0, 1000.0)
+    assert sum(asked) == 3 * 8 * 11

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,24 @@ def test_images_and_labels_are_those_in_the_files(tmp_path: Path, name: str) -> 
 def test_gzipped_idx_files_are_read_too(tmp_path: Path) -> None:
     written = write_idx(tmp_path, zipped=True)
     assert load("mnist", tmp_path).test.labels_Q.tolist() == written["test"][1].tolist()
+
+
+def test_a_compressed_file_is_unpacked_as_far_as_its_header_says(tmp_path: Path) -> None:
+    """30 MB behind the 40 labels that are promised: told, and never in memory."""
+    write_idx(tmp_path)
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    content = labels.read_bytes()
+    labels.unlink()
+    with gzip.open(f"{labels}.gz", "wb", compresslevel=1) as file:
+        file.write(content)
+        for _ in range(30):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="train-labels-idx1-ubyte"):
+        load("mnist", tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
 
 
 def test_svhn_28_is_grey_as_pillow_makes_it(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Any torch module as an architecture: its groups are those worked out by hand, and what rests on them holds."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from distrecon.errors import UserError
 from distrecon.nets import Architecture, ModuleArchitecture, align, architecture, permute, random_permutation
-from distrecon.nets.trace import of_module, random_models
+from distrecon.nets.trace import _proved, of_module, random_models
 from tests.nets.module_networks import NETWORKS, ResNet20, TorchTransformer
 
 NAMES = [*NETWORKS, "transformer"]
@@ -441,3 +442,59 @@ def test_remeasured_statistics_are_those_of_the_inputs() -> None:
         if not torch.equal(a, b)
     }
     assert moved == {"mean", "variance"}
+
+
+# -- limits and proofs  -----------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """A linear layer beside whole numbers that it keeps."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("index", torch.zeros(numbers, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_very_many_whole_numbers_are_no_constant() -> None:
+    """65,536 of them are kept with the architecture, one more is refused."""
+    assert of_module(Counting(65_536), torch.randn(2, 3)).table.constants[0].shape == (65_536,)
+    with pytest.raises(UserError, match=r"index holds 65537 whole numbers, more than 65536"):
+        of_module(Counting(65_537), torch.randn(2, 3))
+
+
+def test_a_group_whose_permutation_changes_the_outputs_is_kept_in_order() -> None:
+    """As a mistake of a rule would make one: the units of the hidden layer, of which only the rows are said to move."""
+    arch = of_module(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(2, 3))
+    assert len(arch.groups) == 1
+    theta_BP, inputs = random_models(arch, 2), torch.randn(4, 3, dtype=torch.float64)
+    outputs = arch.forward(theta_BP, inputs)
+    assert _proved(arch, theta_BP, inputs, outputs) is arch
+    last = arch.table.entries[-2]
+    assert last.shape == (2, 4)
+    unmoved = replace(last, axes=tuple(tuple(tuple((None, n) for _, n in s) for s in axis) for axis in last.axes))
+    entries = tuple(unmoved if entry is last else entry for entry in arch.table.entries)
+    wrong = replace(arch, table=replace(arch.table, entries=entries))
+    assert not _proved(wrong, theta_BP, inputs, outputs).groups
+
+
+class Heads(nn.Module):
+    """Attention of two heads, written with matrix products of tensors of four axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(len(x), -1, 2, 3).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = torch.matmul(q, k.transpose(-1, -2)).softmax(-1)
+        return self.out(torch.matmul(weights, v).transpose(1, 2).reshape(len(x), -1, 6)).mean(1)
+
+
+def test_heads_of_plain_matrix_products_permute_together() -> None:
+    """By hand: the two heads, the three units that queries and keys share, and those of the values in each head."""
+    arch = of_module(Heads(), torch.randn(2, 5, 6))
+    assert sorted(group.size for group in arch.groups) == [2, 3, 3]

@@ -136,7 +136,7 @@ def test_an_append_that_another_one_overtakes_commits_nothing(
 
 def test_two_commits_of_one_beginning(tmp_path: Path) -> None:
     zoo, where = make(tmp_path / "zoo"), elsewhere(tmp_path / "zoo")
-    said = {"name": "x", "arch": zoo.architecture, "image_set": zoo.info["image_set"], "origin": {}}
+    said = {"name": "x", "arch": zoo.architecture, "image_set": zoo.info["image_set"], "origin": {"kind": "x"}}
     with writing(where) as first, writing(where) as second:
         zoo_format.commit(where, **said, parts=zoo.parts[:2], writer=second)
         with pytest.raises(UserError, match="another writer"):

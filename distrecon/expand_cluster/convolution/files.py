@@ -3,13 +3,13 @@
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from distrecon.errors import UserError
 from distrecon.expand_cluster.convolution.hypothesis import Hypothesis, read_layers
 from distrecon.expand_cluster.convolution.network import Chain
-from distrecon.expand_cluster.weights import natural
+from distrecon.expand_cluster.weights import read_pairs
 from distrecon.nets.activations import activation as find_activation
 
 
@@ -37,25 +37,17 @@ def read_chain(path: Path, hypothesis: Hypothesis, activation: str) -> Chain:
 
     Raises UserError when the file is missing, is no safetensors file, or holds anything else.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
-    names = sorted((name for name in tensors if name.endswith(".weight")), key=natural)
-    biases = [name.removesuffix("weight") + "bias" for name in names]
-    if len(names) != len(hypothesis.stages) + 1 or {*names, *biases} != tensors.keys():
-        wanted = len(hypothesis.stages) + 1
+    layers = read_pairs(path)
+    if len(layers) != (wanted := len(hypothesis.stages) + 1):
         raise UserError(f"{path}: not the {wanted} layers NAME.weight, NAME.bias of {hypothesis.text!r}")
     weights, below = [], hypothesis.input_shape[0]
-    for number, (name, bias) in enumerate(zip(names, biases, strict=True)):
-        w, last = tensors[name], number == len(hypothesis.stages)
+    for number, (name, w, b) in enumerate(layers):
+        last = number == len(hypothesis.stages)
         stage = hypothesis.stages[number - 1 if last else number]
         flat = below * (stage.positions if last else math.prod(stage.kernel))
         shape = (len(w), flat) if last or stage.dense else (len(w), below, *stage.kernel)
-        if tuple(w.shape) != shape or tensors[bias].shape != shape[:1]:
+        if tuple(w.shape) != shape or b.shape != shape[:1]:
             raise UserError(f"{path}: {name} has shape {list(w.shape)}, {hypothesis.text!r} needs {list(shape)}")
-        weights.append((w, tensors[bias]))
+        weights.append((w, b))
         below = len(w)
     return Chain(hypothesis, weights, find_activation(activation))
