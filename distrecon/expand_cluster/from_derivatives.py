@@ -93,7 +93,9 @@ def from_samples(
 
 
 def _sampled(run: Run, coordinates: Coordinates, order: int) -> tuple[Tensor, Tensor, int] | None:
-    """Points z[S, R], derivatives [S, A, R] there and their rank, which is below S; None where no number of points does."""
+    """Points z[S, R], derivatives [S, A, R] there and their rank, which is below S; None where no number of points is
+    enough.
+    """
     rank, box, reserved = coordinates.rank, run.box, RESERVED * run.box.left()
     directions_DR = torch.eye(rank, dtype=torch.float64)
     if rank > 2 * DIRECTIONS:
