@@ -321,7 +321,7 @@ def estimator(name: str, raw: bool = False, given: bool = True) -> Problem:
     )
 
 
-def other_model(kind: str) -> Problem:
+def other_model(kind: str, told: str = "relu") -> Problem:
     from sklearn.datasets import load_diabetes
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -336,7 +336,7 @@ def other_model(kind: str) -> Problem:
         "neighbours": KNeighborsRegressor(),
         "gaussian process": GaussianProcessRegressor(alpha=0.1, random_state=0),
     }
-    return Problem(models[kind].fit(x_QI, y_Q).predict, x_QI.shape[1], {"activation": "relu"})
+    return Problem(models[kind].fit(x_QI, y_Q).predict, x_QI.shape[1], {"activation": told})
 
 
 def over_http() -> Problem:

@@ -161,7 +161,9 @@ CASES = [
         ),
         120,
     ),
-    Case("a Gaussian process", "unverified", partial(other_model, "gaussian process"), 120),
+    Case("a Gaussian process, told relu", "smooth", partial(other_model, "gaussian process"), small=True),
+    Case("a Gaussian process, told tanh", "unverified", partial(other_model, "gaussian process", "tanh"), 200),
+    Case("relu, told tanh", "piecewise linear", partial(dense, NET, "relu", told={"activation": "tanh"}), small=True),
     Case("leaky slope .2", "unverified", other_slope, 120),
     Case("over HTTP, with faults", "exact", over_http, 300),
 ]

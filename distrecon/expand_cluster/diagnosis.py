@@ -22,10 +22,11 @@ Ask = Callable[[Tensor], Tensor]
 REPEATABLE = 1e-5  # relative difference of repeated answers that can still be rounding
 FEW_LEVELS = 20  # answers of so few different values are labels or votes
 CLAMPS, PLACES = 3, 3  # inputs at which limits are looked for at several places
-SMOOTH, STRAIGHT = 0.3, 0.6  # shares of straight places below and above which pieces are curved and straight
+CURVED, STRAIGHT = 0.3, 0.6  # shares of straight places below and above which pieces are curved and straight
 INVARIANT = 0.01
 FLAT = 0.75
 LEAST_KINKS = 3
+PIECEWISE_LINEAR, SMOOTH = "piecewise linear", "smooth"  # findings that leave some of the activations
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ def diagnose_function(sample: Sample) -> list[Finding]:
         f"{lines.straight:.0%} of {lines.places} places are straight"
     )
     if lines.kinks >= LEAST_KINKS and lines.straight >= STRAIGHT:
-        findings.append(Finding("piecewise linear", pieces, "activation='relu' or 'leaky_relu'"))
-    elif lines.kinks >= LEAST_KINKS and lines.straight < SMOOTH and lines.places:
+        findings.append(Finding(PIECEWISE_LINEAR, pieces, "activation='relu' or 'leaky_relu'"))
+    elif lines.kinks >= LEAST_KINKS and lines.straight < CURVED and lines.places:
         advice = "activations of two kinds in one network, or a function round it, cannot be recovered"
         findings.append(Finding("kinks between curves", pieces, advice, True))
+    elif lines.curves == lines.looked_at and lines.straight < CURVED:
+        findings.append(Finding(SMOOTH, f"none of the sharpest bends is a kink, {pieces}", "not relu or leaky_relu"))
     return findings
 
 

@@ -1,9 +1,10 @@
-"""Recovery of relu and leaky_relu networks from their bends, without students: one or two hidden layers.
+"""Recovery of relu and leaky_relu networks from their bends, without students.
 
-One layer, of any width, is the business of one_layer.py. For two, lines are scanned until the layers that their bends
-show explain the answers exactly (see bends.py, hyperplanes.py). The second layer is a shallow problem on what it sees,
-so it is collapsed, freed of its sign flips and of false neurons like students' clusters. Deeper networks, and those of
-two layers whose first is wider than its relevant directions, are left to students.
+One layer, of any width, is the business of one_layer.py. For more, lines are scanned until the layers that their bends
+show explain the answers exactly: the first (bends.py, hyperplanes.py), those between it and the last (between.py), and
+the last. That is a shallow problem on what it sees, so it is collapsed, freed of its sign flips and of false neurons
+like students' clusters. Networks of which a layer but the last is wider than the relevant directions are left to
+students.
 
 Legend: L lines, R relevant input directions, H hidden, K = R + 1 coordinates of a neuron.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.bends import GRID, Lines, random_lines, scan
+from distrecon.expand_cluster.between import layer_behind, passed, rows_behind
 from distrecon.expand_cluster.collapse import exact_network
 from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.hyperplanes import first_layer, second_layer
@@ -29,12 +31,12 @@ from distrecon.expand_cluster.verdict import conclude
 REACHES = (1.0, 4.0, 16.0, 64.0, 256.0)  # half lengths of the first lines, in units of sqrt(R) of the probes
 PILOTS = 2  # lines of each reach before the best is chosen
 AROUND = (0.25, 1.0, 4.0)  # half lengths of the other lines, in units of the best
-ROUNDS = (4, 8, 16, 32)  # lines of each of those in one round
+ROUNDS = (4, 8, 16, 32, 64)  # lines of each of those in one round
+MENDING = (16, 16, 16)  # likewise of further rounds, where a fit is exact but for few answers
 AIMED = 3  # times as many lines towards what does not fit yet
 NEAREST = 4  # bends of each neuron round which probes are drawn
 SPARE = 4  # times its grid that a scan may cost
 RESERVED = 0.5  # share of the query budget that is left to probes, verification and students
-LAYERS = 2  # hidden layers that bends can show
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
 
     Takes at most half of the queries that are left, and no more rounds than `budget.attempts`.
     """
-    if run.activation.symmetry != "scaled" or run.hidden_layers > LAYERS:
+    if run.activation.symmetry != "scaled":
         return None
     if run.hidden_layers == 1:
         return _one_layer(run, coordinates)
@@ -91,7 +93,10 @@ def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
     best: FromBends | None = None
     found: FromBends | None = None
     aimed = 0
-    for lines in ROUNDS[: run.config.budget.attempts]:
+    rounds = ROUNDS[: run.config.budget.attempts]
+    for number, lines in enumerate((*rounds, *MENDING)):
+        if number >= len(rounds) and (best is None or best.recovery.contradictions_QI is None):
+            break
         before = len(scans.parts)
         if found is not None:
             scans.add(*_towards_misfits(found, coordinates, aimed, run.generator))
@@ -161,30 +166,38 @@ def _from_corners(first_HK: Tensor, reach: float, generator: torch.Generator) ->
 
 
 def _explain(run: Run, coordinates: Coordinates, lines: Lines) -> FromBends | None:
-    """The network whose two layers the bends show, fitted and verified; None when they do not show both."""
+    """The network whose layers the bends show, fitted and verified; None when they do not show all."""
     if len(lines.line_S) < 2:
         return None
     on_lines_HK, clustering = first_layer(lines)
     if not 0 < len(on_lines_HK) <= coordinates.rank:
         return None
     on_lines_HK, rows = second_layer(lines, on_lines_HK, run.activation)
+    between: list[Tensor] = []
+    for _ in range(run.hidden_layers - 2):
+        next_HK = layer_behind(lines, [on_lines_HK, *between], run.activation, run.generator)
+        if next_HK is None:
+            return None
+        between.append(next_HK)
+        rows = rows_behind(lines, [on_lines_HK, *between], run.activation)
     several = [row for row in rows if len(row.points_SR) > 1]
     if not several:
         return None
     nearest = [row.points_SR[row.points_SR.norm(dim=1).argsort()[:NEAREST]] for row in several]
-    second_HK = torch.stack([row.vector_K for row in several])
+    last_HK = torch.stack([row.vector_K for row in several])
     of_one_bend = [row.vector_K for row in rows if len(row.points_SR) == 1 and row.complete]
-    candidates_HK = torch.stack(of_one_bend) if of_one_bend else second_HK[:0]
+    candidates_HK = torch.stack(of_one_bend) if of_one_bend else last_HK[:0]
     planes = (on_lines_HK[:, -1] / on_lines_HK[:, :-1].norm(dim=1)).abs()
     farthest = max(float(planes.max()), *(float(points_SR[0].norm()) / coordinates.rank**0.5 for points_SR in nearest))
     factor = max(1.0, farthest)  # probes must reach every bend
     probes = Probes(coordinates.rescaled(factor), torch.cat(nearest) @ coordinates.back_IR.T)
     first_HK = torch.cat([on_lines_HK[:, :-1] * factor, on_lines_HK[:, -1:]], dim=1)
-    unknowns = first_HK.numel() + second_HK.numel() + run.box.outputs * (len(second_HK) + 1)
+    known = [first_HK, *between]
+    unknowns = sum(m.numel() for m in [*known, last_HK]) + run.box.outputs * (len(last_HK) + 1)
     problem = run.problem(probes, unknowns)
-    hidden_QH = run.activation(problem.data.z_QR @ first_HK[:, :-1].T + first_HK[:, -1])
+    hidden_QH = run.activation(passed(known, problem.data.z_QR, run.activation)[0])
     inner = dataclasses.replace(problem, data=dataclasses.replace(problem.data, z_QR=hidden_QH))
-    last = exact_network(inner, second_HK, candidates_HK, problem.floor, clustering)
-    network = assemble(problem, [first_HK[None], *last.net.matrices(last.theta_1P)], [clustering])
+    last = exact_network(inner, last_HK, candidates_HK, problem.floor, clustering)
+    network = assemble(problem, [*(m[None] for m in known), *last.net.matrices(last.theta_1P)], [clustering])
     metrics = {"recover/students": 0, "recover/lines": len(lines.start_LR)}
     return FromBends(conclude(run, problem, network, metrics), problem, on_lines_HK)

@@ -66,8 +66,8 @@ def neurons(run: Run, coordinates: Coordinates, order: int) -> Tensor | None:
     sampled = _sampled(run, coordinates, order)
     if sampled is None:
         return None
-    z_SR, samples_SAR = sampled
-    return from_samples(z_SR, samples_SAR, numerical_rank(samples_SAR.flatten(1)), run.activation, order, run.generator)
+    z_SR, samples_SAR, hidden = sampled
+    return from_samples(z_SR, samples_SAR, hidden, run.activation, order, run.generator)
 
 
 def from_samples(
@@ -92,8 +92,10 @@ def from_samples(
     return torch.stack(found) if found else None
 
 
-def _sampled(run: Run, coordinates: Coordinates, order: int) -> tuple[Tensor, Tensor] | None:
-    """Points z[S, R] and derivatives [S, A, R] there, more than their rank; None where no number of points does."""
+def _sampled(run: Run, coordinates: Coordinates, order: int) -> tuple[Tensor, Tensor, int] | None:
+    """Points z[S, R], derivatives [S, A, R] there and their rank, which is below S; None where no number of points is
+    enough.
+    """
     rank, box, reserved = coordinates.rank, run.box, RESERVED * run.box.left()
     directions_DR = torch.eye(rank, dtype=torch.float64)
     if rank > 2 * DIRECTIONS:
@@ -103,6 +105,7 @@ def _sampled(run: Run, coordinates: Coordinates, order: int) -> tuple[Tensor, Te
     if rows < 2 or rank < 2:
         return None
     z_SR, samples_SAR = torch.empty(0, rank).double(), torch.empty(0, rows, rank).double()
+    hessians = order == 2 and len(directions_DR) == rank
     count = rank + FIRST_POINTS
     for _ in range(ROUNDS):
         here = Derivatives(box, coordinates, count - len(z_SR), run.generator)
@@ -110,10 +113,29 @@ def _sampled(run: Run, coordinates: Coordinates, order: int) -> tuple[Tensor, Te
             return None
         matrices_SAR = here.jacobians() if order == 1 else here.along(directions_DR)
         z_SR, samples_SAR = torch.cat([z_SR, here.z_SR]), torch.cat([samples_SAR, matrices_SAR])
-        found = numerical_rank(samples_SAR.flatten(1))
-        if found < min(count, rows * rank):
-            return z_SR, samples_SAR
+        entries_SF = _upper(samples_SAR) if hessians else samples_SAR.flatten(1)
+        found = numerical_rank(entries_SF)
+        if hessians and found > _most_of_hessians(box.outputs, rank):
+            return None
+        if found < min(entries_SF.shape):
+            return z_SR, samples_SAR, found
         if found < count:
             return None
         count *= 2
     return None
+
+
+def _upper(hessians_SAR: Tensor) -> Tensor:
+    """The distinct entries [S, F] of every output's symmetric matrix [R, R], which A stacks: the others are the same to
+    the last digit, so that noise would end in a gap, too.
+    """
+    rank = hessians_SAR.shape[2]
+    row_F, column_F = torch.triu_indices(rank, rank)
+    return hessians_SAR.unflatten(1, (-1, rank))[:, :, row_F, column_F].flatten(1)
+
+
+def _most_of_hessians(outputs: int, rank: int) -> int:
+    """Terms c w w^T [O, R, R] up to which a space of them holds no others in general: as many as leave it no room to
+    meet the variety of all such terms, of O + R - 2 dimensions (R (R - 1) / 2 of one output).
+    """
+    return outputs * rank * (rank + 1) // 2 - (outputs + rank - 1)

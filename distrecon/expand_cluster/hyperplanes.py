@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distrecon.expand_cluster.bends import Lines
 from distrecon.expand_cluster.neurons import LayerClustering, average_linkage, members
-from distrecon.expand_cluster.thresholds import CROSSED, LEAST_COMMON, LEAST_LINES, SAME
+from distrecon.expand_cluster.thresholds import CROSSED, LEAST_COMMON, LEAST_LINES, SAME, SAME_IN_TWO
 from distrecon.nets.activations import Activation
 
 MOST_BENDS = 16_000  # that are clustered: their V (V - 1) / 2 distances, and a copy of these, take 2 GiB
@@ -86,7 +86,8 @@ def second_layer(lines: Lines, first_HK: Tensor, activation: Activation) -> tupl
 def join_rows(rows_SK: Tensor, seen_SK: Tensor) -> list[tuple[Tensor, list[int]]]:
     """Vectors [K] of which every row shows some coordinates, up to scale and sign, each with the rows that show it.
 
-    A row joins a vector when both are parallel in at least LEAST_COMMON coordinates that they share.
+    A row joins a vector when both are parallel in at least LEAST_COMMON coordinates that they share, or very nearly in
+    the last and one more.
     """
     rows_SK = torch.nn.functional.normalize(rows_SK, dim=1)
     found, free_S = [], torch.ones(len(rows_SK), dtype=torch.bool)
@@ -100,8 +101,11 @@ def join_rows(rows_SK: Tensor, seen_SK: Tensor) -> list[tuple[Tensor, list[int]]
             dot_S = (rows_SK * common_SK * vector_K).sum(1)
             own_S = (rows_SK * common_SK).square().sum(1)
             theirs_S = (vector_K * common_SK).square().sum(1)
-            fits_S = free_S & (common_SK.sum(1) >= LEAST_COMMON) & (own_S * theirs_S > 0)
-            fits_S &= own_S * theirs_S - dot_S.square() <= SAME**2 * own_S * theirs_S
+            many_S = common_SK.sum(1) >= LEAST_COMMON
+            two_S = (common_SK.sum(1) == 2) & common_SK[:, -1]
+            fits_S = free_S & (many_S | two_S) & (own_S * theirs_S > 0)
+            same_S = torch.where(many_S, SAME, SAME_IN_TWO)
+            fits_S &= own_S * theirs_S - dot_S.square() <= same_S**2 * own_S * theirs_S
             if not fits_S.any():
                 break
             for i in fits_S.nonzero()[:, 0].tolist():

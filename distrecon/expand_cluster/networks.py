@@ -16,7 +16,8 @@ from torch import Tensor
 
 from distrecon.nets.activations import Activation
 
-ROW_BYTES = 48 << 20  # the Jacobian is built in row chunks of about this size
+ROW_BYTES = 48 << 20  # the Jacobian is built in row chunks of about this size,
+TRACE_BYTES = 64 << 20  # and all layers' pre-activations, a few copies of which are alive, where only a loss is wanted
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,10 @@ class DenseNet:
         return self.trace(theta_NP, x_QI)[1][-1]
 
     def loss(self, theta_NP: Tensor, x_QI: Tensor, y_QO: Tensor) -> Tensor:
-        """Mean squared error of every network, [N]."""
-        return (self(theta_NP, x_QI) - y_QO).square().mean(dim=(1, 2))
+        """Mean squared error of every network, [N]; in chunks of rows, as there may be many wide networks."""
+        step = max(16, TRACE_BYTES // (8 * len(theta_NP) * sum(self.sizes[1:])))
+        parts = zip(x_QI.split(step), y_QO.split(step), strict=True)
+        return torch.stack([(self(theta_NP, x) - y).square().sum(dim=(1, 2)) for x, y in parts]).sum(0) / y_QO.numel()
 
     def loss_gradients(self, theta_NP: Tensor, x_QI: Tensor, y_QO: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Loss[N] and its gradient for every layer's matrix, by hand-written backpropagation."""

@@ -50,10 +50,12 @@ def pool_neurons(net: DenseNet, theta_NP: Tensor, z_QR: Tensor, y_QO: Tensor) ->
     The threshold is max(1e-5, 3 sqrt(loss)) of the standardised outputs. The students must be finite.
     """
     matrices = net.matrices(theta_NP)
-    hidden_NQH = net.activation(net.trace(theta_NP, z_QR)[1][0])
+    first = DenseNet(net.sizes[:2], net.activation)
+    # one student at a time, as there may be many wide ones
+    deviation_NH = torch.stack([net.activation(first(m_HK.flatten()[None], z_QR)[0]).std(0) for m_HK in matrices[0]])
     loss_N = net.loss(theta_NP, z_QR, y_QO)
     outgoing_NH = matrices[1][..., : net.sizes[1]].norm(dim=1)
-    contribution_NH = outgoing_NH * hidden_NQH.std(1)
+    contribution_NH = outgoing_NH * deviation_NH
     threshold_N = (LOSS_MARGIN * loss_N.sqrt()).clamp(min=LEAST_CONTRIBUTION)
     students, neurons = (contribution_NH > threshold_N[:, None]).nonzero().T
     return Pool(matrices[0][students, neurons], students.numpy(), loss_N)

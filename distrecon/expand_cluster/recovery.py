@@ -29,6 +29,7 @@ from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.expand_cluster.convolution.hypothesis import Hypothesis, read_request
 from distrecon.expand_cluster.convolution.recovery import nothing, recover_layers
 from distrecon.expand_cluster.coordinates import Coordinates, find_coordinates
+from distrecon.expand_cluster.diagnosis import PIECEWISE_LINEAR, SMOOTH
 from distrecon.expand_cluster.examination import Examined, examine
 from distrecon.expand_cluster.from_bends import recover_from_bends
 from distrecon.expand_cluster.from_derivatives import recover_from_derivatives
@@ -119,10 +120,12 @@ def recover_network(
         black_box, input_size, own_QI, domain, outputs, max_rows, retries, answers, budget, generator, image
     )
     request = [input_size, layers or hidden_layers, seed, flatten(config)]
-    if examined.stopped is not None and hypotheses:
-        return _finish(examined, nothing(examined.box, names[0], hypotheses[0], str(examined.stopped)), own_QI)
-    if examined.stopped is not None:
-        return _finish(examined, _empty(examined.box, names[0], hidden_layers, str(examined.stopped)), own_QI)
+    possible = _possible(examined, names)
+    reason = str(examined.stopped or "") or ("" if possible else _impossible(examined, names[0]))
+    if reason and hypotheses:
+        return _finish(examined, nothing(examined.box, names[0], hypotheses[0], reason), own_QI)
+    if reason:
+        return _finish(examined, _empty(examined.box, names[0], hidden_layers, reason), own_QI)
 
     def start(name: str, config: RecoveryConfig, folder: str) -> Run:
         kept = stages / folder if stages and folder else stages
@@ -140,9 +143,9 @@ def recover_network(
         )
 
     if hypotheses:
-        recovery = _try_layers(start, hypotheses, _possible(examined, names), config)
+        recovery = _try_layers(start, hypotheses, possible, config)
     elif activation == UNKNOWN:
-        recovery = _try_all(start, _possible(examined, names), config)
+        recovery = _try_all(start, possible, config)
     else:
         recovery = _recover(start(activation, config, ""))
     return _finish(examined, recovery, own_QI)
@@ -159,10 +162,17 @@ def _rows(data: Rows, input_size: int) -> Tensor:
 
 
 def _possible(examined: Examined, names: list[str]) -> list[str]:
-    """The activations of piecewise linear functions, where that was found; else all."""
-    if examined.named("piecewise linear") is None:
-        return names
-    return [name for name in names if ACTIVATIONS[name].symmetry == "scaled"]
+    """The activations that a piecewise linear, or smooth, function may have, where it was found to be one; else all."""
+    if examined.named(PIECEWISE_LINEAR) is not None:
+        return [name for name in names if ACTIVATIONS[name].symmetry == "scaled"]
+    if examined.named(SMOOTH) is not None:
+        return [name for name in names if ACTIVATIONS[name].symmetry != "scaled"]
+    return names
+
+
+def _impossible(examined: Examined, name: str) -> str:
+    """Why a network of this activation is not looked for."""
+    return f"not a network of {name}: {examined.named(PIECEWISE_LINEAR) or examined.named(SMOOTH)}"
 
 
 def _recover(run: Run) -> Recovery:

@@ -27,6 +27,7 @@ PAIRS, HALVINGS = 8, 36
 LINES, GRID = 3, 40  # lines, and points to either side of their middles
 LONG, SHORT = 0.05, 0.005  # steps of long and of short differences on them
 ZOOMS = 8
+KINK_ZOOMS, CURVE_ZOOMS = 4, 5  # in which a bend must be seen
 STRAIGHT = 30.0  # second differences below this many times the noise are none
 RESOLVED = 1e4  # first differences this many times larger would show a curve
 FAR = 1e6  # where bounded activations are constant to the last digit
@@ -166,9 +167,12 @@ def constant_share(sample: Sample, step: float = 1e-4) -> float:
 
 @dataclass(frozen=True)
 class Shape:
-    """Bends met on lines: how many of the sharpest stay as sharp on any scale, and the share of straight places."""
+    """Bends met on lines: how many of the sharpest stay as sharp on any scale, how many surely do not, and the share of
+    straight places.
+    """
 
     kinks: int
+    curves: int
     looked_at: int
     straight: float
     places: int
@@ -201,19 +205,22 @@ def shape(sample: Sample) -> Shape:
             straight, places = int((flat_LT & sees_LT).sum()), int(sees_LT.sum())
         for line in range(LINES):
             top = (second_LTO[line] / sample.scale_O).amax(1).argmax()
-            sharpest.append((line_LTI[line, top + 1], half_LI[line]))
+            sharpest.append(_bend(sample, line_LTI[line, top + 1], half_LI[line]))
     return Shape(
-        sum(_is_kink(sample, at_I, step_I) for at_I, step_I in sharpest),
+        sharpest.count("kink"),
+        sharpest.count("curve"),
         len(sharpest),
         straight / max(places, 1),
         places,
     )
 
 
-def _is_kink(sample: Sample, at_I: Tensor, step_I: Tensor) -> bool:
-    """Whether the change of slope at the sharpest bend near a point stays as steps get 4 times shorter each time."""
+def _bend(sample: Sample, at_I: Tensor, step_I: Tensor) -> str:
+    """What the sharpest bend near a point is, as steps get 4 times shorter each time: a "kink", whose change of slope
+    stays, a "curve", whose change is still shrinking with the steps when these are the shortest, or "unclear".
+    """
     offsets_T1 = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
-    first, last, ratio = 0.0, 0.0, 1.0
+    changes: list[float] = []
     for zoom in range(ZOOMS):
         line_TI = at_I + offsets_T1 * step_I
         y_TO = sample.ask(line_TI)
@@ -223,11 +230,11 @@ def _is_kink(sample: Sample, at_I: Tensor, step_I: Tensor) -> bool:
             break
         change_TO = second_TO * seen_TO / sample.scale_O
         best = int(change_TO.amax(1).argmax())
-        ratio = 4.0**-zoom
-        last = float(change_TO.amax()) / ratio
-        first = first or last
+        changes.append(float(change_TO.amax()) * 4.0**zoom)
         at_I, step_I = line_TI[best + 1], step_I / 4
-    return ratio <= 1 / 60 and last > 0.3 * first
+    if len(changes) >= KINK_ZOOMS and changes[-1] > 0.3 * changes[0]:
+        return "kink"
+    return "curve" if len(changes) >= CURVE_ZOOMS and changes[-1] < 0.5 * changes[-2] else "unclear"
 
 
 def far_slopes(sample: Sample) -> tuple[Tensor, float, float]:

@@ -79,7 +79,8 @@ BEND_MARGIN = 100.0  # x noise: differences above it are bends; there are millio
 MEETING_MARGIN = 1000.0  # x noise: how far two straight pieces may miss the answer at their crossing (extrapolated)
 PURE = 1e-6  # ratio of the second to the first singular value of the gradients' jump, which has rank one at one bend
 SAME = 1e-5  # distance of unit vectors that are one hyperplane, or one row: they are found to about 1e-10
-LEAST_COMMON = 3  # coordinates that two partial rows must share: two vectors of two are too often parallel by chance
+LEAST_COMMON = 3  # coordinates that two partial rows must share: two vectors of two are too often parallel by chance,
+SAME_IN_TWO = 1e-7  # unless they are so to this distance
 LEAST_LINES = 3  # distinct lines that must find a first-layer hyperplane: two bends always lie on one
 CROSSED = 0.95  # share of the lines crossing a hyperplane that must bend there; at flat angles noise may hide it
 
@@ -88,6 +89,7 @@ AGREEMENT = 10.0  # x what is due at each answer: root mean square of an output'
 # float64 black boxes had at most .1 of it, of float32 ones 2
 AGREEMENT_WORST = 100.0  # likewise: the largest of them; these had at most 1 (float64) and 13 (float32)
 NEEDED = 100.0  # x the square of what is due: what dropping any neuron must add; below, the fit does without it
+OPPOSITE = 1e-12  # 1 + cosine of [weights, bias] of two neurons that are one bend; fits leave 1e-16
 VANISHING = 1e-12  # of the largest eigenvalue of a Gram matrix: counts as zero; rounding makes it 1e-15 or so
 
 # Scores against a known teacher

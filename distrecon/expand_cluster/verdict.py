@@ -34,6 +34,7 @@ from distrecon.expand_cluster.thresholds import (
     DIRECTION_MARGIN,
     NEARLY_EXACT,
     NEEDED,
+    OPPOSITE,
     VANISHING,
 )
 from distrecon.expand_cluster.weights import Weights, from_theta, to_theta
@@ -266,6 +267,12 @@ def _weakness(run: Run, problem: Problem, weights: Weights, x_QI: Tensor, relati
         return f"a neuron can be dropped: that costs {needed:.1e} times what a fit may leave (needed: {NEEDED:g})"
     if needed < 1 / float(relative_O.min()) and _fits_without(run, problem, weights, layer, neuron):
         return f"a neuron can be dropped: the others of hidden layer {layer + 1}, fitted again, do without it"
+    layer, opposite = _opposites(activation, weights)
+    if opposite:
+        return (
+            f"{opposite} neurons of hidden layer {layer + 1} are opposites, which carry a linear term together: the "
+            "black box has neurons that never bend where it was asked, or a linear path"
+        )
     straight = _never_bent(activation, weights, x_QI)
     if straight:
         return f"{straight} neurons are on one side of their kink at all queries, which do not determine them"
@@ -308,6 +315,18 @@ def _fits_without(run: Run, problem: Problem, weights: Weights, layer: int, neur
     net = DenseNet((run.box.inputs, *(len(b) for _, b in fewer)), run.activation)
     solution = problem.fit(net, to_theta(fewer, data.mean_O, data.scale), data.x_QI)
     return float(solution.loss_N[0]) <= problem.floor
+
+
+def _opposites(activation: Activation, weights: Weights) -> tuple[int, int]:
+    """The first layer of a piecewise linear network with neurons of which another is the opposite, and how many."""
+    if activation.symmetry != "scaled":
+        return 0, 0
+    for layer, (w, b) in enumerate(weights[:-1]):
+        unit_HK = torch.nn.functional.normalize(torch.cat([w, b[:, None]], dim=1), dim=1)
+        count = int((unit_HK @ unit_HK.T < -1 + OPPOSITE).any(1).sum())
+        if count:
+            return layer, count
+    return 0, 0
 
 
 def _never_bent(activation: Activation, weights: Weights, x_QI: Tensor) -> int:

@@ -8,11 +8,14 @@ import torch
 from distrecon import config as configuration
 from distrecon.expand_cluster import BlackBox, RecoveryConfig, hyperplanes, network, recover_network, score
 from distrecon.expand_cluster.bends import Lines, random_lines, scan
+from distrecon.expand_cluster.between import neurons_signs, rows_behind
 from distrecon.expand_cluster.coordinates import find_coordinates
 from distrecon.expand_cluster.from_bends import recover_from_bends
 from distrecon.expand_cluster.hyperplanes import first_layer, join_rows, second_layer
 from distrecon.expand_cluster.teachers import synthetic_teacher
 from distrecon.nets.activations import activation
+
+ONE_ROUND = configuration.replace(RecoveryConfig(), {"budget.attempts": 4})
 
 
 def deep_weights(sizes, seed):
@@ -101,6 +104,11 @@ def test_partial_rows_are_joined_over_what_they_share():
     assert distance(torch.stack([vector for vector, _ in joined]), truth_HK).max() < 1e-12
     apart = join_rows(rows_SK[[0, 2]], seen_SK[[0, 2]])  # two coordinates in common are not enough
     assert len(apart) == 2
+    masks = torch.tensor([[1, 1, 0, 0, 0, 1], [0, 1, 1, 1, 0, 1]]).bool()  # bias and one weight in common
+    rows_SK = torch.stack([truth_HK[0] * masks[0], truth_HK[0] * masks[1]])
+    assert len(join_rows(rows_SK, masks)) == 1
+    rows_SK[1, 1] *= 1 + 1e-6
+    assert len(join_rows(rows_SK, masks)) == 2
 
 
 def test_a_direction_that_is_off_where_gradients_are_taken_is_found():
@@ -122,6 +130,36 @@ def test_two_hidden_layers_are_recovered_without_students(name):
     assert result.layer_sizes == [6, 5]
     assert metrics["recover/max_cosine_distance"] < 1e-12
     assert result.metrics["recover/students"] == 0
+
+
+def test_neurons_behind_a_layer_show_in_their_bends_and_their_signs_in_deeper_ones():
+    weights = deep_weights((6, 4, 4, 4, 2), seed=0)
+    lines, generator = scanned(weights, "leaky_relu", 150), torch.Generator().manual_seed(0)
+    first_HK, second_NK, third_MK, _ = (torch.cat([w, b[:, None]], dim=1) for w, b in weights)
+    rows = [row.vector_K for row in rows_behind(lines, [first_HK], activation("leaky_relu")) if len(row.points_SR) > 2]
+    assert (distance(torch.stack(rows), second_NK) < 1e-5).sum() >= 3
+    rows = [row.vector_K for row in rows_behind(lines, [first_HK, second_NK], activation("leaky_relu")) if row.complete]
+    assert (distance(torch.stack(rows), third_MK) < 1e-5).any()
+    flips_N = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+    signs_N = neurons_signs(lines, [first_HK], second_NK * flips_N[:, None], activation("leaky_relu"), generator)
+    assert torch.equal(signs_N, flips_N)
+
+
+@pytest.mark.parametrize(("name", "seed"), [("relu", 1), ("leaky_relu", 0)])
+def test_three_hidden_layers_are_recovered_without_students(name, seed):
+    weights = deep_weights((6, 4, 4, 4, 2), seed)
+    result = recover_network(network(weights, name), 6, name, hidden_layers=3)
+    assert result.verified, result.reason
+    assert result.layer_sizes == [4, 4, 4]
+    assert score(result, weights)["recover/max_cosine_distance"] < 1e-12
+    assert result.metrics["recover/students"] == 0
+
+
+def test_opposite_neurons_that_carry_a_linear_term_are_not_called_verified():
+    weights = deep_weights((6, 4, 4, 4, 2), seed=0)  # a neuron of the last layer is on wherever the others can be
+    result = recover_network(network(weights, "relu"), 6, "relu", hidden_layers=3, config=ONE_ROUND)
+    assert not result.verified
+    assert "opposites" in result.reason
 
 
 def test_a_neuron_that_never_turns_is_not_called_verified():

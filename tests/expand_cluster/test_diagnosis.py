@@ -165,9 +165,26 @@ def test_ordinary_networks_raise_no_alarm(activation, sizes, gain):
         examined = look(net(sizes, activation, seed, gain), sizes[0], seed=seed)
         scaled = ACTIVATIONS[activation].symmetry == "scaled"
         names = {found.name for found in examined.findings}
-        assert names <= ({"piecewise linear"} if scaled else set()), [str(found) for found in examined.findings]
+        allowed = {"piecewise linear" if scaled else "smooth"}
+        assert names <= allowed, [str(found) for found in examined.findings]
         assert examined.box.queries <= LIMIT_QUERIES
         assert float(examined.box.noise) < 1e-13
+
+
+@pytest.mark.parametrize(("sizes", "gain"), [([3, 400, 1], 1.5), ([64, 1000, 2], 1.0), ([4, 60, 60, 60, 1], 1.5)])
+def test_kinks_that_lie_close_are_no_curve(sizes, gain):
+    for kind in (torch.float64, torch.float32):
+        inner = net(sizes, "relu", 2, gain)
+        examined = look(lambda x: inner(x).to(kind), sizes[0])  # noqa: B023
+        assert "smooth" not in {found.name for found in examined.findings}
+
+
+@pytest.mark.parametrize(("box", "told"), [(TANH, "relu"), (RELU, "tanh")], ids=["tanh", "relu"])
+def test_an_activation_that_the_black_box_cannot_have_is_not_looked_for(box, told):
+    result = recover_network(box, 8, told)
+    assert not result.verified
+    assert result.reason.startswith(f"not a network of {told}: ")
+    assert result.metrics["recover/queries"] <= LIMIT_QUERIES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -176,7 +193,7 @@ def test_modules_of_other_formats_raise_no_alarm(dtype, layer):
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(8, 10), layer(), torch.nn.Linear(10, 2)).to(dtype)
     examined = look(module, 8)
-    allowed = {"piecewise linear"} if layer is torch.nn.ReLU else set()
+    allowed = {"piecewise linear" if layer is torch.nn.ReLU else "smooth"}
     assert {found.name for found in examined.findings} <= allowed
     eps = torch.finfo(dtype).eps
     assert 0.01 * eps < examined.box.noise < 10 * eps
@@ -188,7 +205,7 @@ def test_answers_of_any_size_are_ordinary(factor):
         return torch.cat([factor * TANH(x), TANH(x)], dim=1)
 
     examined = look(box, 8)
-    assert not examined.findings
+    assert [found.name for found in examined.findings] == ["smooth"]
     assert examined.box(examined.sample.u_QI).std(0).sub(1).abs().max() < 0.01
     assert examined.box.noise_O.max() < 1e-14
 

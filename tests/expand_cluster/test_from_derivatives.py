@@ -16,6 +16,7 @@ from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.problem import NetworkFit
 from distrecon.expand_cluster.profiles import derivative, fit_profile
 from distrecon.expand_cluster.rank_one import rank_one_terms, span
+from distrecon.expand_cluster.teachers import synthetic_problem
 from distrecon.nets.activations import ACTIVATIONS
 
 WITHOUT_STUDENTS = configuration.replace(RecoveryConfig(), {"solver.student_parameters": 0, "budget.attempts": 1})
@@ -153,6 +154,16 @@ def test_more_neurons_than_inputs_are_recovered_from_first_derivatives(name, gen
 def test_of_one_output_second_derivatives_are_taken():
     weights = synthetic_teacher(5, 8, "tanh", seed=2)
     result = recover_network(network(weights, "tanh"), 5, "tanh", config=WITHOUT_STUDENTS)
+    assert result.verified, result.reason
+    assert score(result, weights)["recover/max_cosine_distance"] < 1e-15
+    assert result.metrics["recover/students"] == 0
+
+
+@pytest.mark.parametrize("sizes", [(16, 8), (10, 30)], ids=["as many as directions", "three times as many"])
+def test_noise_of_symmetric_derivatives_is_no_rank(sizes):
+    # second derivatives of one output are symmetric to the last digit, so that their noise ends in a gap as well
+    weights = synthetic_problem(*sizes, "softplus", 3)
+    result = recover_network(network(weights, "softplus"), sizes[0], "softplus", config=WITHOUT_STUDENTS)
     assert result.verified, result.reason
     assert score(result, weights)["recover/max_cosine_distance"] < 1e-15
     assert result.metrics["recover/students"] == 0

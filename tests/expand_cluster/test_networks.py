@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distrecon.expand_cluster import networks
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.nets.activations import ACTIVATIONS
 
@@ -35,3 +36,12 @@ def test_matrices_and_flatten_are_inverse(generator):
     theta_NP = net.random(2, generator)
     assert theta_NP.shape == (2, net.num_parameters)
     torch.testing.assert_close(net.flatten(net.matrices(theta_NP)), theta_NP)
+
+
+def test_a_loss_in_chunks_of_rows_is_the_whole_one(monkeypatch, generator):
+    net = DenseNet((3, 5, 2), ACTIVATIONS["softplus"], skip=True)
+    theta, x = net.random(4, generator), torch.randn(70, 3, generator=generator, dtype=torch.float64)
+    y = torch.randn(70, 2, generator=generator, dtype=torch.float64)
+    whole = (net(theta, x) - y).square().mean(dim=(1, 2))
+    monkeypatch.setattr(networks, "TRACE_BYTES", 1)
+    torch.testing.assert_close(net.loss(theta, x, y), whole, rtol=1e-14, atol=0)
