@@ -318,14 +318,20 @@ def _fits_without(run: Run, problem: Problem, weights: Weights, layer: int, neur
 
 
 def _opposites(activation: Activation, weights: Weights) -> tuple[int, int]:
-    """The first layer of a piecewise linear network with neurons of which another is the opposite, and how many."""
+    """The first layer of a piecewise linear network with neurons of which another is the opposite, and how many.
+
+    f(u) - f(-u) has no bend: opposite incoming and outgoing weights are a linear term and no neurons.
+    """
     if activation.symmetry != "scaled":
         return 0, 0
-    for layer, (w, b) in enumerate(weights[:-1]):
-        unit_HK = torch.nn.functional.normalize(torch.cat([w, b[:, None]], dim=1), dim=1)
-        count = int((unit_HK @ unit_HK.T < -1 + OPPOSITE).any(1).sum())
-        if count:
-            return layer, count
+    for layer, ((w, b), (w_next, _)) in enumerate(itertools.pairwise(weights)):
+        neurons_HK = torch.cat([w, b[:, None]], dim=1)
+        size_H = neurons_HK.norm(dim=1).clamp(min=1e-300)
+        unit_HK, out_HO = neurons_HK / size_H[:, None], w_next.T * size_H[:, None]
+        opposite_HH = torch.cdist(unit_HK, -unit_HK) < OPPOSITE
+        opposite_HH &= torch.cdist(out_HO, -out_HO) < OPPOSITE * out_HO.norm(dim=1)
+        if opposite_HH.any():
+            return layer, int(opposite_HH.any(1).sum())
     return 0, 0
 
 

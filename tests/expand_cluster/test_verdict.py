@@ -194,6 +194,14 @@ def test_a_neuron_that_never_bends_is_refused():
     assert "one side of their kink" in verdict(weights, name="relu")[1].objection
 
 
+def test_opposite_neurons_that_only_carry_a_linear_term_are_refused():
+    w, b = torch.tensor([[1.0, 0.5], [-2.0, -1.0], [0.3, -1.0]]).double(), torch.tensor([0.2, -0.4, 0.1]).double()
+    for last, refused in ((-0.5, True), (-0.4, False)):  # f(u) - f(-u) = u; else they bend
+        out = torch.tensor([[1.0, last, 0.7]]).double()
+        objection = verdict([(w, b), (out, torch.zeros(1).double())], name="relu")[1].objection
+        assert ("opposites" in objection) == refused, objection
+
+
 def test_a_weight_that_no_answer_shows_is_refused():
     weights = [
         (torch.tensor([[1.0], [-1.0]]).double(), torch.zeros(2).double()),
