@@ -31,6 +31,7 @@ from distrecon.nets.activations import Activation
 SETTLED = 3000  # inputs of a round that determine the linear function
 SEARCHED, EXAMINED = 4000, 80  # inputs of a round, and those of them whose Jacobians are taken, at most
 REACHES = (0.5, 100.0)  # of the inputs, in units of their scale
+KEPT = 10  # points at which a unit bends, of each
 REFINED, REFINED_REACHES = 1200, (0.5, 8.0)  # inputs of the fit of what is known, and theirs
 CLEAN, STEPS_OF_REFINEMENT = 1e-4, 4  # of the answers' size: what may be left there; steps of that fit
 CLIMBS, CLIMB = 25, 0.25  # steps at most, and their size over the distance from the centre
@@ -154,7 +155,7 @@ class Search:
         self.linear_NO = torch.zeros(before.num_features, box.outputs, dtype=torch.float64)
         self.constant_O = torch.zeros(box.outputs, dtype=torch.float64)
         self.common_N = torch.ones(before.num_features, dtype=torch.bool)
-        self.points: list[Tensor] = []
+        self.points = [points_SI[:KEPT] for points_SI in layer.bends_CSI]
 
     def run(self, progress: Progress, out_of_time: Callable[[], bool]) -> bool:
         """Searches until some in a row find nothing left; whether they did."""
@@ -227,7 +228,7 @@ class Search:
         """All weights that are known, fitted to answers that they explain nearly: rows read from kinks are too coarse
         to tell what is left. Not where a linear function stands for units that are missing."""
         net, theta_P = self.network()
-        x_QI = self.natural(REFINED, REFINED_REACHES)
+        x_QI = torch.cat([self.natural(REFINED, REFINED_REACHES), self.around(REFINED // 3)])
         left_Q = self.left(x_QI).norm(dim=1) / self.size(x_QI)
         x_QI = x_QI[left_Q < CLEAN]
         y_QO = self.box(x_QI)
@@ -242,6 +243,8 @@ class Search:
         before = self.known, self.units, self.linear_NO, self.constant_O, self.unexplained(x_QI)
         *self.known, matrix_CK = (m.clone() for m in net.matrices(fitted_P))
         outgoing_CLO = readout_FO[:count].unflatten(0, (len(self.units), -1))
+        shown_CL1 = outgoing_CLO.abs().amax(2, keepdim=True) > 0  # the others were off at all these inputs
+        outgoing_CLO = torch.where(shown_CL1, outgoing_CLO, self.units.outgoing_CLO)
         self.units = _Units(matrix_CK, self.units.seen_CK, outgoing_CLO)
         self.linear_NO, self.constant_O = torch.zeros_like(self.linear_NO), readout_FO[-1]
         if self.unexplained(x_QI) > before[-1]:
@@ -284,16 +287,20 @@ class Search:
         shape = (count, self.box.inputs)
         return self.box.place(size_Q1 * torch.randn(shape, generator=self.generator, dtype=torch.float64))
 
+    def around(self, count: int) -> Tensor:
+        """Inputs round points at which units bend, or at which something showed that seldom does."""
+        points_SI = torch.cat(self.points)
+        x_QI = points_SI[torch.randint(len(points_SI), (count,), generator=self.generator)]
+        noise_QI = torch.randn(x_QI.shape, generator=self.generator, dtype=torch.float64)
+        far_Q1 = x_QI.norm(dim=1, keepdim=True) / self.box.inputs**0.5
+        return self.box.place(x_QI + NEAR * far_Q1 * noise_QI)
+
     def draw(self, count: int) -> Tensor:
         """Inputs of every size, most of them moved to where a few numbers of the map are large and the others small, or
         where one is on whose weight a unit lacks."""
         generator, x_QI = self.generator, self.natural(count)
-        if self.points:
-            around, points_SI = int(AROUND * count), torch.cat(self.points)
-            x_QI[:around] = points_SI[torch.randint(len(points_SI), (around,), generator=generator)]
-            noise_QI = torch.randn(around, self.box.inputs, generator=generator, dtype=torch.float64)
-            far_Q1 = x_QI[:around].norm(dim=1, keepdim=True) / self.box.inputs**0.5
-            x_QI[:around] = self.box.place(x_QI[:around] + NEAR * far_Q1 * noise_QI)
+        around = int(AROUND * count)
+        x_QI[:around] = self.around(around)
         net, theta_P = self.network()
         rate_N = (self.signed(net, net.trace(theta_P, x_QI[:2000])) > 0).double().mean(0)
         numbers = len(rate_N)
@@ -303,7 +310,7 @@ class Search:
         chosen_QN.scatter_(1, each, (torch.arange(LOUD) < many_Q1).double())
         quiet_Q1 = torch.rand(count, 1, generator=generator, dtype=torch.float64)
         unit_Q, position_Q, along_Q = self.aim(chosen_QN)
-        if self.points and len(self.partial):  # what the partial units lack, near where units showed
+        if len(self.partial):  # what the partial units lack, near where units showed
             lacking = (~self.partial.seen_CK).nonzero()[:, 1]
             chosen_QN[:around] = 0.0
             if len(lacking):
