@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,15 +71,14 @@ def published_step(
     return step
 
 
-def training_of(
-    paper: bool, models: int, device: torch.device = CPU, queries: int = 256, precision: str = "float32"
-) -> Training:
-    """A training of the demo's or the paper's autoencoder on untrained models."""
+def training_of(paper: bool, models: int, device: torch.device = CPU, queries: int = 256, **optim: Any) -> Training:
+    """A training of the demo's or the paper's autoencoder on untrained models; `optim`: settings of that name."""
     config, arch = config_of(paper), architecture("cnn3" if paper else "cnn_small")
-    optim, data = replace(config.optim, precision=precision), replace(config.data, queries=queries)
+    data = replace(config.data, queries=queries)
     images = random_images(arch) if paper else load("digits")
     sample = ZooSample(arch, random_models(arch, models), images)
-    return Training(replace(config, optim=optim, data=data), [sample], total_steps=1000, device=device)
+    settings = replace(config, optim=replace(config.optim, **optim), data=data)
+    return Training(settings, [sample], total_steps=1000, device=device)
 
 
 def stepper(training: Training, low: int = 0, high: int | None = None) -> Callable[[], object]:
@@ -94,11 +94,7 @@ def stepper(training: Training, low: int = 0, high: int | None = None) -> Callab
 
 def paper_step(models: int, precision: str, device: torch.device, compiled: bool) -> Callable[[], object]:
     """A training step of the paper's size on 256 queries; `compiled`: the transformer by torch.compile."""
-    training = training_of(True, models, device, precision=precision)
-    if compiled:
-        for name in ("encoder", "decoder"):
-            getattr(training.autoencoder.coder, name).compile()
-    return stepper(training)
+    return stepper(training_of(True, models, device, precision=precision, compile=compiled))
 
 
 def whole_step(args: Namespace, paper: bool, models: int, repeats: int) -> list[Row]:

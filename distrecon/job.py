@@ -252,7 +252,9 @@ class _SweepsProgress:
             running = f" ({', '.join(now.running)})" if now.running else ""
             parts.append(f"{sweep.name} {now.ended}/{sweep.trials}{running}")
             shares.append(now.share)
-        self.stage.show(f"{'; '.join(parts)}; {time_left(min(shares), time.monotonic() - self.stage.start)}")
+        told = [share for share in shares if share is not None]
+        left = time_left(min(told), time.monotonic() - self.stage.start) if told else "training done"
+        self.stage.show(f"{'; '.join(parts)}; {left}")
 
     def done(self) -> None:
         self.show()

@@ -78,7 +78,7 @@ def _stage(folder: RunFolder, state: str) -> Iterator[str]:
 def _facts(record: SweepRecord, now: Standing, working: bool) -> dict[str, Any]:
     """What is told of a sweep; its seconds go on while it runs."""
     seconds = record.seconds + (time.time() - record.last if working and record.last and now.ended < now.total else 0.0)
-    left = seconds * (1 / now.share - 1) if working and 0.05 < now.share < 1 else None
+    left = seconds * (1 / now.share - 1) if working and now.share and 0.05 < now.share < 1 else None
     return {
         "name": record.name,
         "trials": now.total,

@@ -62,6 +62,22 @@ def test_a_running_sweep(folder, capsys):
         assert words in text
 
 
+def test_the_last_trials_are_scored_in_unknown_time(folder, capsys):
+    """Three of four trials: another may follow, and the work's share goes on. With all four there is no estimate."""
+    journal = folder.journal("losses")
+    journal.write("metrics", trial="2", epoch=8, metrics={"loss/total": 0.4})
+    with open(folder.path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _, before = told(capsys, "runs/mine")
+        journal.write("started", trial="3", config={"loss.terms": "B"})
+        journal.write("metrics", trial="3", epoch=8, metrics={"loss/total": 0.4})
+        _, after = told(capsys, "runs/mine")
+    losses = before["sweeps"][0]
+    assert losses["seconds_left"] == pytest.approx(losses["seconds"] * (4 / 2.9 - 1))
+    assert after["sweeps"][0]["running"] == ["S+B scored", "B scored"]
+    assert after["sweeps"][0]["seconds_left"] is None
+
+
 def test_one_that_broke_off_says_how_to_go_on(folder, capsys):
     assert status.main(["runs/mine"]) == SOME_FAILED
     text = capsys.readouterr().out

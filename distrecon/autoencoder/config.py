@@ -85,7 +85,7 @@ class OptimConfig:
     precision: str = setting(
         "float32", "of the coder and of networks; losses are float32", choices=("float32", "tf32", "bf16", "float64")
     )
-
+    compile: bool = setting(False, "the transformer's blocks by torch.compile; the first step then takes a minute")
     reduce: str = setting(
         "exact", "how workers send gradients: in the parameters' type, or in half the bytes", choices=("exact", "bf16")
     )

@@ -31,6 +31,7 @@ from distrecon.autoencoder.model import Autoencoder, ZooSample, check_finite, st
 from distrecon.autoencoder.precision import computes_at_once, products
 from distrecon.autoencoder.reduction import GradientSums
 from distrecon.autoencoder.rows import RowCache
+from distrecon.autoencoder.transformer import Block
 from distrecon.errors import UserError
 from distrecon.images.queries import query_pool
 from distrecon.nets import outputs
@@ -98,6 +99,10 @@ class Training:
             torch.manual_seed(config.seed)
             fitted = [statistics(config, zoo) for zoo in zoos]
             self.autoencoder = Autoencoder(config, [zoo.architecture for zoo in zoos], fitted).to(self.device)
+        if config.optim.compile:  # block by block: all of them share one compiled function
+            for module in self.autoencoder.modules():
+                if isinstance(module, Block):
+                    module.compile()
         distributed.broadcast([*self.autoencoder.parameters(), *self.autoencoder.buffers()])
         self.on_cpu = computes_at_once(self.device)
         # on the CPU a parameter is a matter of microseconds, and together they would round otherwise

@@ -21,7 +21,7 @@ from distrecon.autoencoder.store import load_autoencoder as load_folder
 from distrecon.cluster.scoring import score_autoencoder
 from distrecon.cluster.training import AutoencoderRun, train_autoencoder
 from distrecon.errors import UserError, reading
-from distrecon.nets import Architecture, outputs
+from distrecon.nets import Architecture, ModuleArchitecture, outputs
 from distrecon.record.folder import RunFolder
 from distrecon.record.journal import SweepRecord
 from distrecon.record.kind import Arrays, Drawing, Kind, Metric, Needs, Served, Trial, percent, two_digits
@@ -136,10 +136,15 @@ def _serve_autoencoder(autoencoder: Autoencoder, probes: Probes | None) -> Serve
     return Served(autoencoder, call, example, {"task": "reconstruct", "zoo": 0})
 
 
-def _serve_networks(files: Sequence[Path]) -> Served:
-    """Inputs [Q, ...] to the outputs [Q, O] of one of the networks, `number` in the order of the files."""
+def _serve_networks(files: Sequence[Path]) -> Served | None:
+    """Inputs [Q, ...] to the outputs [Q, O] of one of the networks, `number` in the order of the files.
+
+    None for a torch module's state dicts: what runs them is the user's code, which no file brings along.
+    """
     with safe_open(files[0], "pt") as first:
         arch = Architecture.from_dict(json.loads(first.metadata()["description"]))
+    if isinstance(arch, ModuleArchitecture):
+        return None
     theta_BP = torch.stack([arch.flatten(load_file(file)) for file in files])
 
     @torch.no_grad()

@@ -21,7 +21,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#9a7d00", "#56b4e9", "#7
 INK, PAPER = "#222222", "#ffffff"
 SIZE = (6.4, 3.6)
 MIDDLE = ListedColormap(colormaps["viridis"](np.linspace(0.12, 0.88, 128)))  # seen on white and on near-black
-READABLE = 0.79  # least pixels a point on a page: text is legible, and a plain figure fits a phone
+READABLE, LARGEST = 0.79, 1.9  # pixels a point on a page: text is legible, a plain figure fits a phone and fills a page
+TICKS = 48  # letters of a panel's labels that fit side by side
 
 
 class Picture(Figure):
@@ -115,13 +116,14 @@ def place(distance_N: np.ndarray, accuracy_N: np.ndarray, predicted: float, erro
 
 def gradients(layers: Sequence[str], shares: Mapping[str, np.ndarray], cosines: Mapping[str, np.ndarray]) -> Figure:
     """Per layer: each loss's share of its gradient's norm, and cosines between gradients; one line a name."""
-    figure, axes = _figure(7.2, 3.4, 2)
+    upright = sum(map(len, layers)) > TICKS
+    figure, axes = _figure(7.2, 4.4 if upright else 3.4, 2)
     names = [*shares, *cosines]
     for axis, lines, title in zip(axes, (shares, cosines), ("share of the gradient's norm", "cosine"), strict=True):
         for name, values in lines.items():
             colour, marker = _colour(names.index(name)), "os^D"[names.index(name)]
             axis.plot(range(len(layers)), values, color=colour, marker=marker, label=name, linewidth=1.8)
-        axis.set_xticks(range(len(layers)), layers, color=INK)
+        axis.set_xticks(range(len(layers)), layers, color=INK, rotation=90 if upright else 0)
         axis.set_title(title, fontsize=10, color=INK)
         axis.axhline(0, color=INK, linewidth=0.8, linestyle=":")
         axis.set_ylim(min(-0.05, *(np.nanmin([*v, 0.0]) - 0.08 for v in lines.values())), 1.05)
@@ -385,11 +387,13 @@ def inline_svg(figure: Figure, title: str, description: str) -> str:
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
     )
-    least = round(READABLE * 72 * figure.get_figwidth())
+    least, most = (round(pixels * 72 * figure.get_figwidth()) for pixels in (READABLE, LARGEST))
     unique = f"f{abs(hash((title, description))) % 10**8}"  # ids must not clash between the page's figures
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{unique}-", svg)
     text = f"<title>{_escape(title)}</title><desc>{_escape(description)}</desc>"
-    return svg.replace("<svg ", f'<svg role="img" style="min-width: {least}px" ', 1).replace(">", f">{text}", 1)
+    return svg.replace("<svg ", f'<svg role="img" style="min-width: {least}px; max-width: {most}px" ', 1).replace(
+        ">", f">{text}", 1
+    )
 
 
 def _escape(text: str) -> str:

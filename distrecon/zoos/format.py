@@ -4,7 +4,8 @@
     ZOO/states/part-00000.parquet   one row a model state; all states of a model lie together
     ZOO/history/part-00000.parquet  optional: per-epoch metrics of every model, also of epochs without weights
 
-Only the files that `zoo.json` lists belong to the zoo, each with its seal (`seals.py`). A writer that dies leaves files
+Only the files that `zoo.json` lists belong to the zoo, each with its seal (`seals.py`), and each part with that of its
+footer, which lists what its row groups hold (`row_groups.py`). A writer that dies leaves files
 that are not listed, or no `zoo.json` at all: the old zoo or a resumable beginning, never a broken zoo.
 
 Row groups are small (`ROW_GROUP_BYTES`) and never mix splits, so that a split or a shard is read without the rest.
@@ -30,7 +31,7 @@ from torch import Tensor
 from distrecon.errors import UserError, reading, said
 from distrecon.images import ImageSet
 from distrecon.nets import Architecture
-from distrecon.zoos import seals, writer
+from distrecon.zoos import row_groups, seals, writer
 from distrecon.zoos.storage import Store, inside
 from distrecon.zoos.writer import Writer
 
@@ -123,6 +124,7 @@ class Part:
     states: Mapping[str, int]  # split -> number of rows, in the file's order
     models: Mapping[str, int]  # split -> number of models that no earlier part has
     seal: str | None = None  # of the file; None in zoos that were made before there were any
+    footer: str | None = None  # the seal of its footer; None where that lists no row groups
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"states/part-\d{5,}\.parquet", self.file):
@@ -168,19 +170,28 @@ def write_part(store: Store, file: str, table: pa.Table, known: Container[str] =
     size = rows_per_group(table.schema.field("weights").type.shape[0])
     compression = {column: "none" if column == "weights" else "zstd" for column in table.column_names}
     states, models = {}, {}
-    sink = pa.BufferOutputStream()
+    sink = row_groups.Sink()
     with pq.ParquetWriter(
-        sink, table.schema, compression=compression, use_dictionary=["model_id", "split", "config"]
+        pa.PythonFile(sink.content, mode="w"),
+        table.schema,
+        compression=compression,
+        use_dictionary=["model_id", "split", "config"],
+        data_page_size=2**30,  # a row group's weights are one page, however large a model is
     ) as writer:
         for split in SPLITS:
             rows = table.filter(pc.equal(table["split"], split))
+            for first in range(0, rows.num_rows, size):
+                group, start = rows.slice(first, size), sink.content.tell()
+                writer.write_table(group, row_group_size=size)
+                sink.close_group(start, weights_array(group["weights"]))
             if rows.num_rows:
-                writer.write_table(rows, row_group_size=size)
                 states[split] = rows.num_rows
                 models[split] = sum(name not in known for name in rows["model_id"].unique().to_pylist())
-    content = sink.getvalue()
+        writer.add_key_value_metadata(sink.listing())
+    content = pa.py_buffer(sink.content.getbuffer())
     store.write(file, content)
-    return Part(file, size, states, models, seals.seal(content))
+    footer = content.slice(content.size - row_groups.footer_size(content.slice(content.size - 8).to_pybytes()))
+    return Part(file, size, states, models, seals.seal(content), seals.seal(footer))
 
 
 def to_parquet(table: pa.Table) -> pa.Buffer:
@@ -262,8 +273,9 @@ def commit(
         "states": sum(states.values()),
         "splits": {s: {"models": models[s], "states": states[s]} for s in SPLITS},
         "excluded": [dict(e) for e in excluded],
-        "parts": [{key: value for key, value in asdict(part).items() if key != "seal"} for part in parts],
+        "parts": [{key: v for key, v in asdict(part).items() if key not in ("seal", "footer")} for part in parts],
         "files": {**(files or {}), **{part.file: part.seal for part in parts if part.seal is not None}},
+        "footers": {part.file: part.footer for part in parts if part.footer is not None},
     }
     if writer is None:
         store.write(MANIFEST, manifest(content))
@@ -328,7 +340,7 @@ def _check(content: dict[str, Any]) -> None:
     for key, kind in _KINDS.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"its {key!r} must be {kind.__name__}, not {content.get(key)!r:.60}")
-    images, files = content["image_set"], content.setdefault("files", {})
+    images, files, footers = content["image_set"], content.setdefault("files", {}), content.setdefault("footers", {})
     counts = [content["models"], content["states"]]
     counts += [content["splits"][split][key] for split in SPLITS for key in ("models", "states")]
     if not all(_whole(count, 0) for count in counts):
@@ -347,7 +359,7 @@ def _check(content: dict[str, Any]) -> None:
             raise ValueError(f"its images' {key!r} is {value!r:.60}")
     if any(key not in images for key in ("name", "directory", "classes", "preprocessing")):
         raise ValueError(f"its images have only {', '.join(images)}")
-    if not all(isinstance(text, str) for pair in files.items() for text in pair):
+    if not all(isinstance(text, str) for pair in [*files.items(), *footers.items()] for text in pair):
         raise ValueError("its seals are no text")
     if not re.fullmatch(r"images(-[0-9a-f]{8})?", images.get("stored", "images")):
         raise ValueError(f"its images lie in {images['stored']!r}")
@@ -359,4 +371,7 @@ def _check(content: dict[str, Any]) -> None:
 def parts_of(content: Mapping[str, Any]) -> list[Part]:
     """The parts that `zoo.json` lists, each with its seal; UserError for what can be none."""
     with reading(MANIFEST):
-        return [Part(**part, seal=content["files"].get(part["file"])) for part in content["parts"]]
+        files, footers = content["files"], content["footers"]
+        return [
+            Part(**part, seal=files.get(part["file"]), footer=footers.get(part["file"])) for part in content["parts"]
+        ]

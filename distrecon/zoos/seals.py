@@ -1,20 +1,22 @@
 """Seals: what each file of a zoo held when it was written, as its size and SHA-256; the one place that compares them.
 
-`zoo.json` lists a seal for every file (`"files"`), and ends with a SHA-256 of itself. A reader compares a file with its
-seal once per process, in threads beside the reading; `zoo check` compares all of them every time.
+`zoo.json` lists a seal for every file (`"files"`), and ends with a SHA-256 of itself. `zoo check` compares all of them
+every time. A reader compares what it reads once per process: row groups as `row_groups.py` says; files that list none,
+as images and the parts of older zoos, whole, in threads beside the reading.
 """
 
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from distrecon.errors import UserError
 from distrecon.zoos.storage import Store
 
+T = TypeVar("T")
 CHUNK = 4 * 2**20  # bytes of a file in memory at once, in each thread
 THREADS = min(4, os.cpu_count() or 1)  # hashlib and pyarrow let others run
 
@@ -73,8 +75,8 @@ class Comparison:
     """Compares files with their seals in the background, those that this process has not compared yet.
 
     with Comparison(store, sealed, names) as comparison:
-        ...                        # read a file
-        comparison.demand(name)    # UserError where it differs from its seal; one that has none passes
+        comparison.demand(name)         # UserError where it differs from its seal; one that has none passes
+        comparison.held(name, values)   # what is read from it meanwhile, held back until it is known to be sound
     """
 
     def __init__(self, store: Store, sealed: Mapping[str, str], names: Iterable[str]) -> None:
@@ -96,6 +98,17 @@ class Comparison:
             if (text := self.found.pop(name).result()) is not None:
                 raise UserError(f"{self.store}: {text}; zoo check lists all that is wrong")
             _compared.add(self._key(name))
+
+    def held(self, name: str, values: Iterable[T]) -> Iterator[T]:
+        waiting: list[T] = []
+        for value in values:
+            waiting.append(value)
+            if name not in self.found or self.found[name].done():
+                self.demand(name)
+                yield from waiting
+                waiting.clear()
+        self.demand(name)
+        yield from waiting
 
     def __exit__(self, *error: Any) -> None:
         if self.missing:

@@ -16,7 +16,7 @@ from torch import Tensor
 from distrecon.errors import UserError, nearest
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture, inputs_for
-from distrecon.zoos import datasets, seals
+from distrecon.zoos import datasets, row_groups, seals
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.sources import impossible
 from distrecon.zoos.storage import Store, store
@@ -120,6 +120,9 @@ def seal_zoo(path: str | os.PathLike[str] | Store, filesystem: Any = None) -> in
         if gone := [file for file in missing if not where.exists(file)]:
             raise UserError(f"{where}: {gone[0]} is missing; the zoo lists it")
         content["files"] = {**sealed, **seals.seals_of(where, missing)}
+        new = {file: row_groups.footer_seal(where, file) for file in missing if file.startswith("states/")}
+        footers = {file: footer for file, footer in content["footers"].items() if file not in new}
+        content["footers"] = footers | {file: footer for file, footer in new.items() if footer is not None}
         writer.commit(zoo_format.manifest(content))
     return len(missing)
 

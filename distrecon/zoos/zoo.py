@@ -22,7 +22,7 @@ from distrecon.errors import UserError, nearest, reading
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture
 from distrecon.nets.given import Given, module_of, running
-from distrecon.zoos import datasets, seals
+from distrecon.zoos import datasets, row_groups, seals
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.models import Models
 from distrecon.zoos.storage import Store, inside, store
@@ -61,7 +61,7 @@ class Zoo:
     @property
     def digest(self) -> str:
         """A mark of its content: other models, settings or, where the zoo is sealed, other bytes give another one."""
-        content = {key: value for key, value in self.info.items() if key != "files" or value}
+        content = {key: value for key, value in self.info.items() if key != "footers" and (key != "files" or value)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
@@ -154,20 +154,26 @@ class Zoo:
     ) -> Iterator[tuple[RowGroup, pa.Table]]:
         """Row groups in the given order, which must be by file: the one place where parts are read.
 
-        Each file is compared with its seal the first time that this process reads it, while it is read: nothing read
-        may be believed before the next file's begins or all have come. Raises UserError for a file that is missing,
-        damaged, or not as `zoo.json` describes it.
+        Whatever is read is compared with its seal before it is handed on, the first time that this process reads it:
+        row group by row group, or in older zoos file by file. Raises UserError for a file that is missing, damaged, or
+        not as `zoo.json` describes it.
         """
-        kinds = {field.name: field.type for field in zoo_format.schema(self.architecture.num_parameters)}
+        schema = zoo_format.schema(self.architecture.num_parameters)
+        kinds = {field.name: field.type for field in schema}
+        names = schema.names if columns is None else [name for name in schema.names if name in columns]
         by_part = [(self.parts[n], list(of)) for n, of in itertools.groupby(groups, key=lambda group: group.part)]
-        with seals.Comparison(self.store, self.sealed, (part.file for part, _ in by_part)) as comparison:
+        whole = (part.file for part, _ in by_part if part.footer is None)
+        with seals.Comparison(self.store, self.sealed, whole) as comparison:
             for part, of in by_part:
-                tables = zoo_format.read_groups(self.store, part.file, [group.group for group in of], columns)
+                numbers = [group.group for group in of]
+                if part.footer is None:
+                    tables = comparison.held(part.file, zoo_format.read_groups(self.store, part.file, numbers, names))
+                else:
+                    tables = row_groups.read(self.store, part.file, part.footer, numbers, names, kinds["weights"])
                 for group, table in zip(of, tables, strict=True):
-                    if table.num_rows != group.rows or any(kinds.get(f.name) != f.type for f in table.schema):
+                    if table.num_rows != group.rows or any(kinds[f.name] != f.type for f in table.schema):
                         raise UserError(f"{self.store.path(part.file)} is damaged: not as {zoo_format.MANIFEST} says")
                     yield group, table
-                comparison.demand(part.file)
 
     def table(self, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows as one Arrow table with the columns of the format."""

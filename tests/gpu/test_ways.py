@@ -1,9 +1,12 @@
 """The ways in which a step goes on a GPU, taken on the CPU: what it does must be what a step on the CPU does."""
 
+import shutil
+
 import pytest
 import torch
 
 from distrecon.autoencoder import Batch, Training, ZooSample, training
+from distrecon.autoencoder.transformer import Block
 from distrecon.errors import UserError
 from distrecon.images import load
 from distrecon.nets import architecture
@@ -90,3 +93,17 @@ def test_a_step_in_bf16_computes_from_a_smaller_copy(zoo, as_on_a_gpu) -> None:
     found = history(made, zoo, range(12))
     assert made.flat.vector.dtype == torch.float32 == made.flat.vector.grad.dtype
     assert found[-1]["loss/total"] < found[0]["loss/total"]
+
+
+@pytest.mark.slow  # a minute of compiling
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("kind", ["transformer", "kronecker_residual"])
+def test_a_compiled_transformer_computes_the_same(zoo: ZooSample, kind: str, as_on_a_gpu: None) -> None:
+    plain, compiled = (
+        Training(tiny(optim__compile=asked, model__kind=kind, model__layers=2), [zoo], 4) for asked in (False, True)
+    )
+    assert [*compiled.autoencoder.state_dict()] == [*plain.autoencoder.state_dict()]
+    for expected, found in zip(history(plain, zoo, range(4)), history(compiled, zoo, range(4)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert any(isinstance(m, Block) and m._compiled_call_impl is not None for m in compiled.autoencoder.modules())
+    assert not any(m._compiled_call_impl is not None for m in plain.autoencoder.modules())

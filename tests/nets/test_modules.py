@@ -1,7 +1,6 @@
 """Any torch module as an architecture: its groups are those worked out by hand, and what rests on them holds."""
 
 import json
-from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from distrecon.errors import UserError
 from distrecon.nets import Architecture, ModuleArchitecture, align, architecture, permute, random_permutation
 from distrecon.nets.trace import of_module, random_models
-from tests.nets.module_networks import NETWORKS, ResNet18, ResNet20, TorchTransformer
+from tests.nets.module_networks import NETWORKS, ResNet20, TorchTransformer
 
 NAMES = [*NETWORKS, "transformer"]
 
@@ -442,29 +441,3 @@ def test_remeasured_statistics_are_those_of_the_inputs() -> None:
         if not torch.equal(a, b)
     }
     assert moved == {"mean", "variance"}
-
-
-def torchvision_resnet18() -> nn.Module:
-    try:
-        from torchvision.models import resnet18
-    except (ImportError, RuntimeError) as error:  # its operators are for one build of torch
-        pytest.skip(f"torchvision cannot be loaded beside torch {torch.__version__}: {error}")
-    return resnet18()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [ResNet18, torchvision_resnet18])
-def test_resnet18(make: Callable[[], nn.Module]) -> None:
-    """Eight blocks have a group inside each, and four stages have one residual stream each."""
-    torch.manual_seed(0)
-    module, inputs = make().eval(), torch.randn(2, 3, 32, 32)
-    arch = of_module(module, inputs)
-    assert arch.num_parameters == 11_689_512 + 2 * 4800  # and the running statistics
-    assert sorted(group.size for group in arch.groups) == sorted([64, 128, 256, 512] + 2 * [64, 128, 256, 512])
-    theta_BP = random_models(arch, 1)
-    permuted_BP = permute(arch, theta_BP, random_permutation(arch, torch.Generator().manual_seed(0), 1))
-    outputs = arch.forward(theta_BP, inputs.double())
-    torch.testing.assert_close(arch.forward(permuted_BP, inputs.double()), outputs, rtol=0, atol=1e-10)
-    module.double().load_state_dict(arch.unflatten(theta_BP[0]))
-    torch.testing.assert_close(module(inputs.double()), outputs[0], rtol=0, atol=1e-10)
-    assert torch.equal(align(arch, permuted_BP, theta_BP[0]), theta_BP)

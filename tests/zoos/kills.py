@@ -22,7 +22,7 @@ import torch
 
 from distrecon.errors import UserError
 from distrecon.nets import architecture, initialise
-from distrecon.zoos import importing, open_zoo, seals, tasks
+from distrecon.zoos import importing, open_zoo, row_groups, seals, tasks
 from distrecon.zoos.importing import ImportOptions, import_zoo
 from distrecon.zoos.inspection import check
 from distrecon.zoos.settings import GridConfig, ImagesConfig, TrainingConfig, ZooConfig
@@ -81,9 +81,15 @@ def content(zoo: Path) -> list[object]:
     return sorted((row["model_id"], row["epoch"], row["split"], weights) for row, weights in rows)
 
 
+def forget() -> None:
+    """As in a new process: nothing has been compared yet."""
+    seals._compared.clear()
+    row_groups._known.clear()
+
+
 def unseal(folder: Path) -> None:
     manifest = json.loads((folder / "zoo.json").read_text())
-    del manifest["files"], manifest["sha256"]
+    del manifest["files"], manifest["footers"], manifest["sha256"]
     (folder / "zoo.json").write_text(json.dumps(manifest))
 
 
@@ -125,7 +131,7 @@ def main(folder: Path, count: int, seed: int = 0) -> int:
             victim = draw.randrange(2)
             time.sleep(draw.uniform(0, seconds))
             if before is not None:
-                seals._compared.clear()
+                forget()
                 open_zoo(zoo).weights()  # the old zoo is there throughout
             early = {i: ended(pid) for i, pid in enumerate(pids) if os.waitid(os.P_PID, pid, GONE) is not None}
             if 1 - victim not in early and victim in early:  # refused at once: it is the writer's turn
@@ -141,7 +147,7 @@ def main(folder: Path, count: int, seed: int = 0) -> int:
                 if "another" not in refusal or "\n" in refusal:
                     wrong.append((moment, refusal))
             last = ended(begin(partial(work, zoo), folder / "last"))
-            seals._compared.clear()
+            forget()
             problems = check(open_zoo(zoo), sample=0).problems
             if other not in (DONE, REFUSED) or last != DONE or problems or content(zoo) != expected:
                 wrong.append((moment, codes, last, problems[:2], (folder / "last").read_text() if last else ""))

@@ -153,7 +153,7 @@ def rewrite(folder: Path, **changes) -> None:
 def unseal(folder: Path, **changes) -> None:
     """The zoo as versions before there were seals left it."""
     content = json.loads((folder / "zoo.json").read_text())
-    del content["files"], content["sha256"]
+    del content["files"], content["footers"], content["sha256"]
     (folder / "zoo.json").write_text(json.dumps(content | changes, indent=1))
 
 

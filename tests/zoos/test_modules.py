@@ -8,6 +8,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from distrecon import generate
+from distrecon.autoencoder import Training, ZooSample
+from distrecon.autoencoder.store import save_autoencoder
+from distrecon.console import DONE
 from distrecon.errors import UserError
 from distrecon.images import load
 from distrecon.nets import Architecture, evaluate, initialise
@@ -16,6 +20,7 @@ from distrecon.zoos.importing import ImportOptions, import_zoo
 from distrecon.zoos.settings import ArchitectureConfig, ZooConfig, groups
 from distrecon.zoos.train import Group, train_group
 from examples.small_resnet import SmallResNet
+from tests.autoencoder.small import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -130,6 +135,20 @@ def test_training_a_group_writes_states_that_the_module_loads(arch: Architecture
     accuracy = float((predicted == digits.test.labels_Q).float().mean())
     assert accuracy == pytest.approx(table["test_accuracy"][0].as_py(), abs=2e-3)
     assert accuracy > 0.3
+
+
+def test_generated_networks_are_written_for_the_module(
+    zoo: Zoo, arch: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    sample = ZooSample(open_zoo(zoo.store, module=NAMED).architecture, zoo.weights("train"), load("digits"))
+    save_autoencoder(tmp_path / "autoencoder", Training(tiny(model__latent=2), [sample], 1).autoencoder)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--autoencoder", "autoencoder", "--zoo", str(zoo.store), "--count", "2", "--out", "out", "--json"]
+    assert generate.main([*arguments, "--module", NAMED]) == DONE, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["models"]) == 2
+    for model in told["models"]:
+        SmallResNet().load_state_dict(safetensors.torch.load_file(Path("out", model["file"])))  # strictly
 
 
 def test_import_of_state_dicts(arch: Architecture, tmp_path: Path) -> None:

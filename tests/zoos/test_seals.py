@@ -1,17 +1,21 @@
 """Every file of a zoo is as it was written, or that is said: seals, `zoo check`, `zoo seal`."""
 
+import hashlib
 import json
 import random
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from distrecon.errors import UserError
 from distrecon.images import load
 from distrecon.nets import architecture
-from distrecon.zoos import Zoo, open_zoo, seals, write_zoo
+from distrecon.zoos import Zoo, open_zoo, row_groups, seals, write_zoo
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos import write as write_module
 from distrecon.zoos.inspection import check
@@ -42,6 +46,7 @@ def zoo(tmp_path: Path) -> Zoo:
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been compared yet."""
     monkeypatch.setattr(seals, "_compared", set())
+    monkeypatch.setattr(row_groups, "_known", {})
 
 
 def found(folder: Path) -> list[str]:
@@ -107,7 +112,15 @@ DAMAGE = {
 }  # fmt: skip
 
 
+def without_lists(folder: Path) -> None:
+    """As a zoo whose parts list no row groups: they are compared whole."""
+    content = json.loads((folder / "zoo.json").read_text())
+    del content["footers"], content["sha256"]
+    (folder / "zoo.json").write_bytes(zoo_format.manifest(content))
+
+
 @pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(
     "read",
     [
@@ -117,8 +130,10 @@ DAMAGE = {
         lambda zoo: zoo.models("train"),
     ],
 )
-def test_a_file_that_is_not_what_was_written_is_not_believed(zoo: Zoo, name: str, read) -> None:
+def test_a_file_that_is_not_what_was_written_is_not_believed(zoo: Zoo, name: str, whole: bool, read) -> None:
     DAMAGE[name](Path(zoo.store.root))
+    if whole:
+        without_lists(Path(zoo.store.root))
     with pytest.raises(UserError, match=r"part-00001\.parquet is (damaged|missing)"):
         read(open_zoo(zoo.store.root))
     assert any("part-00001.parquet is" in text for text in found(Path(zoo.store.root)))
@@ -137,12 +152,94 @@ def test_what_was_not_damaged_is_still_read(zoo: Zoo) -> None:
 
 
 def test_a_file_is_compared_once_in_a_process(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_lists(Path(zoo.store.root))
+    zoo = open_zoo(zoo.store.root)
     read = []
     real = seals.seal_of
     monkeypatch.setattr(seals, "seal_of", lambda store, name: read.append(name) or real(store, name))
     first, again = zoo.weights(), open_zoo(zoo.store.root).weights()
     assert torch.equal(first, again)
     assert sorted(read) == [part.file for part in zoo.parts]
+
+
+def test_what_is_read_from_an_unlisted_file_waits_until_it_is_compared(zoo: Zoo) -> None:
+    """Nothing of it is handed on, however many row groups it has."""
+    without_lists(Path(zoo.store.root))
+    DAMAGE["zeroed"](Path(zoo.store.root))
+    zoo, came = open_zoo(zoo.store.root), []
+    with pytest.raises(UserError, match=r"part-00001\.parquet is damaged"):
+        came.extend(group.part for group, _ in zoo.read(zoo.row_groups))
+    assert set(came) == {0}
+
+
+@pytest.fixture
+def one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Zoo:
+    """Six models in one file, two in each row group."""
+    monkeypatch.setattr(zoo_format, "ROW_GROUP_BYTES", 2 * 4 * ARCH.num_parameters)
+    theta_SP = torch.randn(6, ARCH.num_parameters, generator=torch.Generator().manual_seed(0))
+    return write_zoo(tmp_path / "one", ARCH, theta_SP, model_id=list("abcdef"), split=["train"] * 6)
+
+
+def flip(zoo: Zoo, at: int) -> None:
+    path = Path(zoo.store.path(zoo.parts[0].file))
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_read_is_verified_and_no_more(one_part: Zoo) -> None:
+    zoo, entries_G = open_zoo(one_part.store.root), listed(one_part)
+    flip(zoo, int(entries_G["after"][1]) - 1)  # the last byte of the second row group's weights
+    assert zoo.read_rows(np.array([0, 5])).shape == (2, ARCH.num_parameters)
+    assert [t.num_rows for t in zoo.tables(columns=["model_id", "epoch"])] == [6]
+    with pytest.raises(UserError, match=r"is damaged: .* the weights of row group 1 is another"):
+        zoo.read_rows(np.array([3]))
+    assert found(Path(zoo.store.root)) == [
+        "states/part-00000.parquet is damaged: it is not what was written there (its SHA-256 is another)"
+    ]
+
+
+def test_each_row_group_is_verified_once_in_a_process(one_part: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests, real = [], row_groups.hashlib.sha256
+    monkeypatch.setattr(row_groups.hashlib, "sha256", lambda *a: digests.append(len(a[0])) or real(*a))
+    zoo = open_zoo(one_part.store.root)
+    digests.clear()
+    zoo.read_rows(np.array([0, 1, 4]))
+    weights = 2 * 4 * ARCH.num_parameters
+    assert digests[1:] == [weights, weights]  # of the footer before, whose list is kept
+    zoo.read_rows(np.array([0, 3, 4]))
+    assert digests[3:] == [weights]
+    zoo.weights()
+    assert len(digests) == 4
+
+
+def listed(zoo: Zoo) -> np.ndarray:
+    zoo.weights()
+    (known,) = row_groups._known.values()
+    row_groups._known.clear()
+    return known.entries_G
+
+
+def test_a_part_lists_where_its_weights_lie(one_part: Zoo) -> None:
+    """By hand: the float32 of the row group's two models, one after the other, at the place that is listed."""
+    content = Path(one_part.store.path(one_part.parts[0].file)).read_bytes()
+    entries_G, theta_SP = listed(one_part), one_part.weights()
+    assert [entry["start"] for entry in entries_G] == [4, *entries_G["end"][:-1]]
+    for group, (_, weights, after, _, sha, _) in enumerate(e.item() for e in entries_G):
+        assert content[weights:after] == theta_SP[2 * group : 2 * group + 2].numpy().tobytes()
+        assert sha == hashlib.sha256(content[weights:after]).digest()
+    parquet = pq.ParquetFile(pa.BufferReader(content))
+    assert int.from_bytes(content[-8:-4], "little") + 8 == int(one_part.parts[0].footer.rpartition(":")[2])
+    assert parquet.metadata.num_row_groups == 3
+
+
+def test_models_of_more_than_a_page_are_read_as_written(tmp_path: Path) -> None:
+    arch = architecture("mlp", sizes=(600, 600, 10), activation="tanh")  # 1.5 MB a model: more than Parquet's page
+    theta_SP = torch.randn(2, arch.num_parameters, generator=torch.Generator().manual_seed(0))
+    zoo = write_zoo(tmp_path / "wide", arch, theta_SP, model_id=["a", "b"], split=["train"] * 2)
+    assert torch.equal(zoo.weights(), theta_SP)
+    decoded = pq.read_table(zoo.store.path(zoo.parts[0].file))["weights"]
+    assert np.array_equal(zoo_format.weights_array(decoded), theta_SP.numpy())
 
 
 def test_another_content_has_another_digest(tmp_path: Path) -> None:
