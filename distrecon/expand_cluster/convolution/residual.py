@@ -78,9 +78,9 @@ class _Units:
         kept_C = torch.arange(len(self)) != number
         return _Units(*(part[kept_C] for part in vars(self).values()))
 
-    def join(self, cause: "_Cause", taken_off: Callable[[int], bool]) -> tuple[int, int] | None:
+    def join(self, cause: "_Cause", off_C: Tensor) -> tuple[int, int] | None:
         """The unit that is the cause, and how many of its unknown weights the cause tells, which it gets; None where it
-        is none of them. `taken_off` says whether a unit counts as off at the cause's point so far."""
+        is none of them. `off_C` says which of them count as off at the cause's point so far."""
         outgoing_CO = self.outgoing_CLO[:, cause.position]
         factor_C = (outgoing_CO @ cause.outgoing_O) / outgoing_CO.square().sum(1).clamp(min=1e-300)
         distance_C = (cause.outgoing_O - factor_C[:, None] * outgoing_CO).norm(dim=1)
@@ -89,7 +89,7 @@ class _Units:
         near = int(distance_C.argmin())
         change_K, row_K = factor_C[near] * cause.row_K, self.matrix_CK[near, :-1]
         shared_K, new_K = cause.told_K & self.seen_CK[near], cause.told_K & ~self.seen_CK[near]
-        size, off = SAME * row_K.norm(), taken_off(near)
+        size, off = SAME * row_K.norm(), bool(off_C[near])
         if off and (change_K - row_K)[shared_K].norm() < size:
             row_K[new_K] = change_K[new_K]
         elif not off and change_K[shared_K].norm() < size:
@@ -427,10 +427,12 @@ class Search:
         net, theta_P = self.network()
         for cause in others:
             on_CL = net.trace(theta_P, cause.x_I[None])[-1].before_QCL[0] > 0
-            told = self.units.join(cause, lambda unit, on_L=on_CL[:, cause.position]: not on_L[unit])
+            told = self.units.join(cause, ~on_CL[:, cause.position])
             told = told or self.units.at_other_position(cause)
             if told is None:
-                told = self.partial.join(cause, lambda unit: True) or self.partial.at_other_position(cause)
+                told = self.partial.join(
+                    cause, torch.ones(len(self.partial), dtype=torch.bool)
+                ) or self.partial.at_other_position(cause)
                 if told is None:
                     self.partial, told = self.partial + cause.unit(self.place_KL.shape[1]), (len(self.partial), 1)
             if told[1]:
