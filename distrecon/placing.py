@@ -17,6 +17,7 @@ from distrecon.autoencoder.scoring import zoo_index
 from distrecon.autoencoder.store import load_autoencoder
 from distrecon.errors import UserError
 from distrecon.kinds.autoencoder import autoencoder_folder, zoo_folder
+from distrecon.nets import Architecture
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos.checkpoints import read_state_dict, to_theta
 
@@ -40,9 +41,14 @@ class Placer:
             raise UserError(f"{zoo.store}: the probes of {args.autoencoder} are of another of its zoos")
         return Placer(args.autoencoder, autoencoder, probes, zoo)
 
-    def layers(self, weights: Sequence[tuple[Tensor, Tensor]], activation: str) -> Place:
-        """The place of a network of dense layers [(W[out, in], b[out]), ...]; UserError when the zoo has no such."""
-        zoo_with([self.zoo.architecture], weights, activation)
+    def layers(
+        self, weights: Sequence[tuple[Tensor, Tensor]], activation: str, images: Architecture | None = None
+    ) -> Place:
+        """The place of a network of layers [(W[out, in, ...], b[out]), ...]; UserError when the zoo has no such.
+
+        `images`: what it is, if it has convolutions.
+        """
+        zoo_with([self.zoo.architecture], weights, activation, images)
         return self._place(torch.cat([part.flatten() for layer in weights for part in layer]))
 
     def file(self, path: str) -> Place:

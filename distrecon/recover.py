@@ -16,6 +16,7 @@ from distrecon.autoencoder.place import Place
 from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover_network, score, synthetic_teacher
 from distrecon.expand_cluster.convolution.hypothesis import UNKNOWN, read_request
+from distrecon.expand_cluster.convolution.network import Chain
 from distrecon.expand_cluster.examination import OUTPUTS
 from distrecon.expand_cluster.sources import Source, load_black_box
 from distrecon.kinds.expand_cluster import KIND, picture_arrays
@@ -162,10 +163,9 @@ def _place(placer: Placer, recovery: Recovery) -> tuple[Place | None, str]:
         return None, "the recovery is not verified"
     if recovery.odds is not None:
         return None, "answers that are probabilities leave open what all scores have in common"
-    if recovery.hypothesis is not None:
-        return None, "the place of convolutional networks is not looked for yet"
+    images = recovery.function.architecture() if isinstance(recovery.function, Chain) else None
     try:
-        return placer.layers(recovery.weights, recovery.activation), ""
+        return placer.layers(recovery.weights, recovery.activation, images), ""
     except UserError as error:
         return None, str(error)
 

@@ -46,9 +46,15 @@ class Place:
     distance_N: Tensor
 
 
-def zoo_with(architectures: Sequence[Architecture], weights: Sequence[tuple[Tensor, Tensor]], activation: str) -> int:
-    """The position of the architecture that has networks with these layers [(W[out, in], b[out]), ...].
+def zoo_with(
+    architectures: Sequence[Architecture],
+    weights: Sequence[tuple[Tensor, Tensor]],
+    activation: str,
+    images: Architecture | None = None,
+) -> int:
+    """The position of the architecture that has networks with these layers [(W[out, in, ...], b[out]), ...].
 
+    `images`: what a network with convolutions is, as weights do not tell padding, pooling and the size of images.
     Raises UserError that says in what they differ.
     """
     shapes = [tuple(weight.shape) for weight, _ in weights]
@@ -57,18 +63,26 @@ def zoo_with(architectures: Sequence[Architecture], weights: Sequence[tuple[Tens
             isinstance(arch, ChainArchitecture)
             and [layer.weight_shape for layer in arch.layers] == shapes
             and arch.activation == activation
+            and (images is None or _described(images) == _described(arch))
         ):
             return index
     sizes = "-".join(map(str, [shapes[0][1], *(shape[0] for shape in shapes)]))
     known = " or ".join(_described(arch) for arch in architectures)
-    raise UserError(f"the network is {sizes} {activation}, the autoencoder's models are {known}")
+    found = f"{sizes} {activation}" if images is None else _described(images)
+    raise UserError(f"the network is {found}, the autoencoder's models are {known}")
 
 
 def _described(arch: Architecture) -> str:
-    if isinstance(arch, ChainArchitecture) and not any(layer.kernel for layer in arch.layers):
+    if not isinstance(arch, ChainArchitecture):
+        return f"{arch.name} ({arch.kind})"
+    if not any(layer.kernel for layer in arch.layers):
         sizes = [arch.layers[0].in_features, *(layer.out_features for layer in arch.layers)]
         return f"{'-'.join(map(str, sizes))} {arch.activation}"
-    return f"{arch.name} ({arch.kind})"
+    words = ["x".join(map(str, arch.input_shape))]
+    for layer in arch.layers:
+        kind = f"conv{layer.kernel}p{layer.padding}" if layer.kernel else "linear"
+        words.append(f"{kind}-{layer.out_features}" + f" pool{layer.pool}" * (layer.pool > 1))
+    return f"{' '.join(words)} {arch.activation}"
 
 
 def place(

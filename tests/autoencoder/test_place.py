@@ -16,9 +16,14 @@ from distrecon.autoencoder import Training, ZooSample, predict
 from distrecon.autoencoder.place import place, zoo_with
 from distrecon.autoencoder.scoring import score
 from distrecon.errors import UserError
+from distrecon.expand_cluster import recover_network
+from distrecon.expand_cluster.convolution.hypothesis import read_layers
+from distrecon.expand_cluster.convolution.network import Chain as ConvChain
 from distrecon.images import LabelledImages
 from distrecon.kinds.autoencoder import KIND
-from distrecon.nets import architecture, permute, random_permutation, rescale
+from distrecon.nets import ChainArchitecture, architecture, permute, random_permutation, rescale
+from distrecon.nets.activations import activation as find_activation
+from distrecon.nets.layers import Layer
 from distrecon.zoos import open_zoo
 from distrecon.zoos.inspection import export
 from tests.autoencoder.small import as_models, related_models, tiny
@@ -152,6 +157,30 @@ def test_a_black_box_is_recovered_and_placed_as_its_weights_are(zoo, run, tmp_pa
     evaluations = client.search_runs([client.get_experiment_by_name("evaluate").experiment_id], "tags.trial_id != ''")
     (again,) = [run for run in evaluations if run.data.tags["run_folder"] == str(tmp_path / "evaluated")]
     assert again.data.metrics["place/distance"] == pytest.approx(expected["nearest"][0]["distance"])
+
+
+def test_a_recovered_convolutional_network_has_the_place_of_its_weights(images):
+    arch = ChainArchitecture("conv", (Layer("a", 1, 2, 3), Layer("b", 72, 10, positions=36)), "tanh", (1, 8, 8))
+    theta_BP = related_models(arch, 40)
+    autoencoder = Training(CONFIG, [ZooSample(arch, theta_BP[:30], images)], 1).autoencoder.eval()
+    few = replace(images, test=LabelledImages(images.test.images[:200], images.test.labels_Q[:200]))
+    train, val, test = (as_models(arch, theta_BP[rows], few) for rows in (slice(30), slice(30, 35), slice(35, 40)))
+    latents = [autoencoder.encode(split.theta_BP) for split in (train, val, test)]
+    probes = predict.predict(autoencoder, (train, val, test), latents)[2]
+    truth = [(weight[0], bias[0]) for weight, bias in arch.weights_and_biases(test.theta_BP[:1].double())]
+    box = ConvChain(read_layers("conv3 linear", (1, 8, 8)), truth, find_activation("tanh"))
+    recovery = recover_network(box.module().requires_grad_(False), (1, 8, 8), "tanh", layers="conv3 linear")
+    assert recovery.verified, recovery.reason
+    assert zoo_with([arch], recovery.weights, "tanh", recovery.function.architecture()) == 0
+    padded = replace(
+        arch, layers=(replace(arch.layers[0], padding=1), replace(arch.layers[1], in_features=128, positions=64))
+    )
+    with pytest.raises(UserError, match=r"the network is 1x8x8 conv3p0-2 linear-10 tanh, .* are 1x8x8 conv3p1-2"):
+        zoo_with([padded], recovery.weights, "tanh", recovery.function.architecture())
+    flat_P = torch.cat([part.flatten() for layer in recovery.weights for part in layer])
+    found, expected = (place(autoencoder, probes, theta_P, train, val) for theta_P in (flat_P, test.theta_BP[0]))
+    assert found.predicted == pytest.approx(expected.predicted, rel=1e-3, abs=1e-4)
+    assert found.novelty == pytest.approx(expected.novelty, rel=1e-3)
 
 
 def test_a_recovery_of_other_sizes_stands_and_says_why_it_has_no_place(zoo, run, tmp_path, monkeypatch, capsys):

@@ -15,9 +15,10 @@ from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.convolution.channels import drop_costs, without
 from distrecon.expand_cluster.convolution.filters import find_filters
 from distrecon.expand_cluster.convolution.hypothesis import read_layers, read_request, usual
-from distrecon.expand_cluster.convolution.kinks import known_layers, next_layer, signs_by_pooling
+from distrecon.expand_cluster.convolution.kinks import Layer, known_layers, next_layer, signs_by_pooling
 from distrecon.expand_cluster.convolution.network import Chain, ConvNet
 from distrecon.expand_cluster.convolution.projection import Projected
+from distrecon.expand_cluster.convolution.residual import Search
 from distrecon.nets import ChainArchitecture, plain
 from distrecon.nets.activations import activation
 
@@ -228,6 +229,26 @@ def test_a_layer_behind_a_pooled_one_shows_in_its_kinks():
     exact = torch.nn.functional.normalize(chain.weights[1][0].flatten(1), dim=1)
     found = torch.nn.functional.normalize(layer.matrix_CK[:, :-1], dim=1)
     assert (found @ exact.T).abs().amax(0).min() > 1 - 1e-9
+
+
+def test_a_last_layer_is_completed_from_what_is_left_of_the_answers():
+    """A unit that is missing, weights that are unknown, and signs that are open."""
+    chain = random_net("conv3p1 pool2 linear linear", (2, 4), "relu", (1, 6, 6), seed=3)
+    known, truth = ([torch.cat([w.flatten(1), b[:, None]], dim=1)] for w, b in chain.weights[:-1])
+    (true_CK,), outgoing_CLO = truth, chain.weights[-1][0].T[:, None]
+    given_CK = true_CK[:3] * torch.tensor([[1.0], [-1.0], [-2.0]])
+    seen_CK = torch.ones(3, 18, dtype=torch.bool)
+    seen_CK[0, 5], given_CK[0, 5] = False, 0.0
+    bends = [images(2, (1, 6, 6))] * 3
+    layer = Layer(given_CK, seen_CK, bends, outgoing_CLO[:3] / torch.tensor([1.0, 1.0, 2.0])[:, None, None])
+    box, generator = BlackBox(chain, 36), torch.Generator().manual_seed(0)
+    search = Search(box, chain.hypothesis, known, layer, chain.activation, 1.0, generator)
+    assert search.run(lambda stage, value: None, lambda: False)
+    assert len(search.units) == 4
+    unit = torch.nn.functional.normalize
+    cosine = unit(search.units.matrix_CK, dim=1) @ unit(true_CK, dim=1).T
+    assert cosine.amax(0).min() > 1 - 1e-12
+    torch.testing.assert_close(chain(x := images(50, (1, 6, 6), 5)) - search.left(x), chain(x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -16,13 +16,14 @@ from torch import Tensor
 from distrecon.expand_cluster.collapse import takes_skip
 from distrecon.expand_cluster.convolution.channels import drop_costs, read_by_next, rows_of, without
 from distrecon.expand_cluster.convolution.network import ConvNet
-from distrecon.expand_cluster.convolution.projection import Projected, Readout
+from distrecon.expand_cluster.convolution.projection import Projected
 from distrecon.expand_cluster.neurons import LayerClustering
 from distrecon.expand_cluster.problem import Problem
 from distrecon.expand_cluster.signs import flip_constant
 from distrecon.expand_cluster.thresholds import CONVERGED, FREE_DROP, KEEPS_FIT, NEARLY_EXACT
 
 EQUATIONS = 3  # for every unknown of a fit
+ENOUGH = 1e-4  # of the floor: where the fit of a relu network of several layers, whose steps cost more, stops
 KINKED_STEPS = 15  # of the fit of a relu network of several layers
 
 
@@ -65,7 +66,7 @@ def fit(problem: Problem, net: ConvNet, theta_P: Tensor, skip: bool, tolerance: 
     target = projected(problem, net, skip)
     steps = problem.config.solver.iterations
     if net.activation.symmetry == "scaled" and len(net.widths) > 1:  # from where kinks put it, or not at all
-        steps = min(steps, KINKED_STEPS)
+        steps, tolerance = min(steps, KINKED_STEPS), max(tolerance, ENOUGH * problem.floor)
     theta_P = target.fit(theta_P, steps, tolerance, problem.deadline).theta_NP[0]
     return solved(problem, net, theta_P, skip)
 
@@ -155,27 +156,3 @@ def _turned(found: Fitted) -> Tensor:
     terms_CE = -flip_constant(net.activation) * torch.einsum("icm,ocm->coi", linear_ICM, readout_OCM).flatten(1)
     shares_C = torch.linalg.lstsq(terms_CE.T, found.linear_OI.flatten()[:, None], driver="gelsd").solution[:, 0]
     return net.flatten([torch.where(shares_C[:, None] > 0.5, -matrix, matrix)])
-
-
-def turned_last(problem: Problem, net: ConvNet, theta_P: Tensor) -> Tensor:
-    """theta with the last hidden layer's channels turned round that a linear path beside that layer explains.
-
-    As `_turned`, where what the layer reads is not the inputs: the path is linear in all that it reads, position by
-    position. Left as they are where max pooling tells the signs.
-    """
-    stage, data = net.hypothesis.stages[-1], problem.data
-    if stage.pool > 1 or not takes_skip(net.activation):
-        return theta_P
-    here, matrices = net.trace(theta_P, data.x_QI)[-1], net.matrices(theta_P)
-    path_QF = matrices[-1][:, :-1] @ here.read_QKL  # the units' own linear terms
-    features_QF = here.after.flatten(1)
-    ones_Q1 = features_QF.new_ones(len(features_QF), 1)
-    solved = Readout.of(torch.cat([features_QF, path_QF.flatten(1), ones_Q1], dim=1), data.y_QO)
-    count = net.num_features
-    readout_FO, linear_FO = solved.coefficients_FO[:count], solved.coefficients_FO[count : 2 * count]
-    kappa = flip_constant(net.activation)
-    shape = (net.widths[-1], -1)
-    against_C = (linear_FO + kappa * readout_FO).unflatten(0, shape).square().sum((1, 2))
-    for_C = linear_FO.unflatten(0, shape).square().sum((1, 2))
-    matrices[-1] = torch.where((against_C < for_C)[:, None], -matrices[-1], matrices[-1])
-    return net.flatten(matrices)

@@ -18,7 +18,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from distrecon.expand_cluster.blackbox import BlackBox
-from distrecon.expand_cluster.convolution.hypothesis import Hypothesis
+from distrecon.expand_cluster.convolution.filters import Filters
+from distrecon.expand_cluster.convolution.hypothesis import Hypothesis, Stage
 from distrecon.expand_cluster.convolution.network import ConvNet, Passed
 from distrecon.nets.activations import Activation
 
@@ -27,9 +28,11 @@ ASKED, EXAMINED = 4000, 300  # of a round, at most: segments, and those whose Ja
 REACHES = (0.5, 100.0)  # of the segments, in units of the inputs' scale
 LENGTHS = (0.5, 0.2, 0.08, 0.03, 0.01, 0.003)  # half lengths over the distance from the centre, in turn
 BENDS = 1e-7  # of the answer: second differences above it are kinks
-INSIDE, STEP = 0.9, 1e-3  # of a segment's half length: where its Jacobians are taken, and their differences
+INSIDE, STEP = 0.9, 5e-3  # of a segment's half length: where its Jacobians are taken, and their differences
 ALONE = 1e-6  # ratio of the second singular value of the Jacobians' difference to the first, at one kink
 READ = 1e-6  # relative residual of a normal as a position's weights
+RIDGE = 1e-9  # of a Gram matrix's trace, where positions are compared
+EXPLAINED = 0.99  # of a normal squared, at positions that are looked at closely
 STEEP = 1e-4  # of the largest singular value of what a position reads: smaller ones leave weights undetermined
 SAME_ROW = 1e-7  # 1 - cosine of two rows of one channel, over the weights they share
 SHARED = 5  # weights that two rows must share
@@ -37,16 +40,19 @@ TARGETED, CLIMBS, CLIMB = 0.7, 12, 0.25  # share of the segments that are moved 
 # most, and their size over the distance from the centre
 LOUD = 0.7  # of those, where a unit is to respond; elsewhere none is
 SAMPLE, SELDOM = 2000, 0.02  # inputs at which it is counted how often units respond; rates below which all count alike
-ROUNDS = 10  # of segments for a layer
+ROUNDS, LAST_ROUNDS = 10, 4  # of segments for a layer; for the last hidden one, which residual.py completes
+KNOWN = 0.5  # share of a channel's weights that must be seen
 SILENT = 1e-6  # of a row's largest coefficient: what does not respond
 
 
 @dataclass(frozen=True)
 class Kinks:
-    """Points x[S, I] of kinks of layers behind the known ones, their unit normals [S, I]."""
+    """Points x[S, I] of kinks of layers behind the known ones, their unit normals [S, I], and by how much the outputs'
+    slope along the normal grows there [S, O]."""
 
     x_SI: Tensor
     normal_SI: Tensor
+    jump_SO: Tensor
 
 
 def pattern(net: ConvNet, passed: list[Passed]) -> Tensor:
@@ -95,7 +101,9 @@ def find_kinks(box: BlackBox, net: ConvNet, theta_P: Tensor, unit: float, genera
     low_S, high_S = ((output_SO * y).sum(1) for y in y_2)
     share_S = (high_S - low_S - after_S - before_S) / (before_S - after_S)
     alone_S &= share_S.abs() < 1
-    return Kinks((x_SI + share_S[:, None] * move_SI)[alone_S], right_SOI[alone_S, 0])
+    normal_SI = right_SOI[:, 0]
+    jump_SO = ((normal_SI * move_SI).sum(1).sign() * values[:, 0])[:, None] * output_SO
+    return Kinks((x_SI + share_S[:, None] * move_SI)[alone_S], normal_SI[alone_S], jump_SO[alone_S])
 
 
 def _towards_rare(net: ConvNet, theta_P: Tensor, x_QI: Tensor, generator: torch.Generator) -> Tensor:
@@ -134,12 +142,20 @@ def _jacobians(box: BlackBox, x_SI: Tensor, step_S: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """[weights, bias] of the channels of a layer, up to sign and size, [C, K + 1], points at which each bends, and the
-    share of their weights that was seen."""
+    """[weights, bias] of the channels of a layer, up to sign and size, [C, K + 1], which of the weights were seen
+    [C, K] (the others are 0), points at which each bends, and what each adds to the outputs at every position if it is
+    of the last hidden layer [C, L, O] (NaN where that was not seen)."""
 
     matrix_CK: Tensor
+    seen_CK: Tensor
     bends_CSI: list[Tensor]
-    seen: float
+    outgoing_CLO: Tensor
+
+
+def first_layer(filters: Filters) -> Layer:
+    """Filters from far out as a layer; what follows them is not told."""
+    seen_CK = torch.ones_like(filters.first_CK[:, :-1], dtype=torch.bool)
+    return Layer(filters.first_CK, seen_CK, filters.bends_CSI, filters.first_CK.new_empty(len(seen_CK), 0, 0))
 
 
 def next_layer(
@@ -155,8 +171,9 @@ def next_layer(
     Where the last known layer is not max-pooled, its signs are settled first (`known` is changed).
     """
     open_signs = hypothesis.stages[len(known) - 1].pool == 1 or hypothesis.stages[len(known) - 1].average
+    last = len(known) + 1 == len(hypothesis.stages)
     rows, before, channels = _Rows(), -1, np.empty(0, dtype=int)
-    for _ in range(ROUNDS):
+    for _ in range(LAST_ROUNDS if last else ROUNDS):
         net, theta_P = known_layers(hypothesis, known, activation)
         kinks = find_kinks(box, net, theta_P, unit, generator)
         if open_signs:
@@ -172,16 +189,17 @@ def next_layer(
             if count == before and whole:
                 break
             before = count
-    found, at, seen = [], [], []
+    found = list[tuple[Tensor, Tensor, Tensor, Tensor]]()
     for channel in range(int(channels.max()) + 1 if len(channels) else 0):
         members = np.flatnonzero(channels == channel)
         if len(members) > 1:
-            row_K, mask_K, bias = rows.joined(members)
-            if mask_K.double().mean() > 0.5:
-                found.append(torch.cat([row_K, row_K.new_tensor([bias])]))
-                at.append(torch.stack([rows.points[i] for i in members]))
-                seen.append(float(mask_K.double().mean()))
-    return Layer(torch.stack(found), at, sum(seen) / len(seen)) if found else None
+            row_K, mask_K, outgoing_LO = rows.joined(members, hypothesis.stages[len(known)])
+            if mask_K.double().mean() > KNOWN:
+                found.append((row_K, mask_K, torch.stack([rows.points[i] for i in members]), outgoing_LO))
+    if not found:
+        return None
+    matrices, masks, points, outgoing = zip(*found, strict=True)
+    return Layer(torch.stack(matrices), torch.stack(masks), list(points), torch.stack(outgoing))
 
 
 def signs_by_pooling(net: ConvNet, theta_P: Tensor, bends_CSI: list[Tensor]) -> Tensor:
@@ -261,31 +279,30 @@ class _Rows:
         self.masks: list[Tensor] = []
         self.points: list[Tensor] = []
         self.biases: list[float] = []
+        self.outgoing: list[tuple[int, Tensor]] = []
 
     def add(self, net: ConvNet, theta_P: Tensor, hypothesis: Hypothesis, kinks: Kinks) -> None:
         """Each kink as the weights of a unit at the position that explains its normal best, where one does."""
         if not len(kinks.x_SI):
             return
         read_SKL, jacobian_SIKL = read_jacobians(net, theta_P, hypothesis, kinks.x_SI)
-        for x_I, normal_I, read_KL, jacobian_IKL in zip(
-            kinks.x_SI, kinks.normal_SI, read_SKL, jacobian_SIKL, strict=True
-        ):
-            solved = [_row(jacobian_IKL[:, :, position], normal_I) for position in range(read_KL.shape[1])]
-            position = int(torch.tensor([residual for _, _, residual in solved]).argmin())
-            row_K, active_K, residual = solved[position]
-            if residual < READ:
+        for number, normal_I in enumerate(kinks.normal_SI):
+            x_I, read_KL = kinks.x_SI[number], read_SKL[number]
+            row_K, active_K, position = row_at_best(jacobian_SIKL[number], normal_I, READ)
+            if position >= 0:
                 size = row_K.norm()
                 self.rows.append(row_K / size)
                 self.masks.append(active_K)
                 self.points.append(x_I)
                 self.biases.append(-float(row_K @ read_KL[:, position] / size))
+                self.outgoing.append((position, kinks.jump_SO[number] * size))
 
-    def joined(self, members: np.ndarray) -> tuple[Tensor, Tensor, float]:
-        """One row [K] of a channel's, which of its weights are known, and its bias."""
+    def joined(self, members: np.ndarray, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
+        """A channel's [weights, bias] [K + 1], which weights are known [K], and what it adds to the outputs [L, O]."""
         order = sorted(members, key=lambda i: -int(self.masks[i].sum()))
         row_K, mask_K = self.rows[order[0]].clone(), self.masks[order[0]].clone()
-        biases = [self.biases[order[0]]]
-        for i in order[1:]:
+        rows, biases, outgoing = list[Tensor](), list[float](), list[tuple[int, Tensor]]()
+        for i in order:
             shared_K = mask_K & self.masks[i]
             if int(shared_K.sum()) < SHARED:
                 continue
@@ -293,8 +310,32 @@ class _Rows:
             new_K = self.masks[i] & ~mask_K
             row_K[new_K] = factor * self.rows[i][new_K]
             mask_K |= self.masks[i]
+            rows.append(torch.where(self.masks[i], factor * self.rows[i], torch.nan))
             biases.append(factor * self.biases[i])
-        return row_K, mask_K, float(np.median(biases))
+            outgoing.append((self.outgoing[i][0], self.outgoing[i][1] / abs(factor)))
+        row_K = torch.stack(rows).nanmedian(0).values.nan_to_num(0.0)  # single ones may be badly conditioned
+        positions = stage.before[0] * stage.before[1]
+        outgoing_LO = row_K.new_full((positions, len(outgoing[0][1])), torch.nan)
+        for position in {position for position, _ in outgoing}:
+            outgoing_LO[position] = torch.stack([o for p, o in outgoing if p == position]).median(0).values
+        return torch.cat([row_K, row_K.new_tensor([np.median(biases)])]), mask_K, outgoing_LO
+
+
+def row_at_best(jacobian_IKL: Tensor, normal_I: Tensor, allowed: float) -> tuple[Tensor, Tensor, int]:
+    """Weights [K] of a unit at the position that explains a normal best, which of them can be told [K], and that
+    position; -1 where every one leaves more than `allowed`."""
+    gram_LKK = torch.einsum("ikl,ijl->lkj", jacobian_IKL, jacobian_IKL)
+    trace_L = gram_LKK.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300)
+    gram_LKK = gram_LKK + RIDGE * trace_L[:, None, None] * torch.eye(gram_LKK.shape[1], dtype=torch.float64)
+    right_LK = torch.einsum("ikl,i->lk", jacobian_IKL, normal_I)
+    explained_L = (right_LK * torch.linalg.solve(gram_LKK, right_LK)).sum(1)
+    for position in explained_L.argsort(descending=True).tolist():
+        if explained_L[position] < EXPLAINED:
+            break
+        row_K, active_K, residual = _row(jacobian_IKL[:, :, position], normal_I)
+        if residual < allowed:
+            return row_K, active_K, position
+    return torch.zeros_like(right_LK[0]), torch.zeros_like(right_LK[0], dtype=torch.bool), -1
 
 
 def _row(matrix_IK: Tensor, normal_I: Tensor) -> tuple[Tensor, Tensor, float]:

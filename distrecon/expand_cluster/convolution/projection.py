@@ -18,6 +18,7 @@ from distrecon.expand_cluster.convolution.network import ConvNet
 from distrecon.expand_cluster.least_squares import Solution, levenberg_marquardt
 
 DEPENDENT = 1e-10  # of a column's norm: what is left of it beside those before, if it is a copy of them
+NEAR, DAMPING, NEAR_DAMPING = 1e-9, 1e-3, 1e-11  # relative loss of a start that is nearly exact; first dampings
 AT_ONCE = 6_000_000  # numbers of the Jacobian that are made at a time
 
 
@@ -108,8 +109,9 @@ class Projected:
         return solved.rest_QO.square().mean(), gradient_P / count, gram_PP / count
 
     def fit(self, theta_P: Tensor, iterations: int, tolerance: float, deadline: float | None = None) -> Solution:
-        """Levenberg-Marquardt from theta."""
-        return levenberg_marquardt(self, theta_P[None], iterations, tolerance, deadline=deadline)
+        """Levenberg-Marquardt from theta, hardly damped at first where the start is nearly exact."""
+        damping = NEAR_DAMPING if float(self._loss(theta_P)) < NEAR else DAMPING
+        return levenberg_marquardt(self, theta_P[None], iterations, tolerance, damping, deadline=deadline)
 
 
 def held_out(problem: Projected, theta_P: Tensor, x_QI: Tensor, y_QO: Tensor) -> float:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.blackbox import BlackBox, OutOfQueries
-from distrecon.expand_cluster.convolution.exact import Fitted, exact_network, turned_last
+from distrecon.expand_cluster.convolution.exact import Fitted, exact_network
 from distrecon.expand_cluster.convolution.filters import find_filters
 from distrecon.expand_cluster.convolution.hypothesis import Hypothesis
-from distrecon.expand_cluster.convolution.kinks import Layer, known_layers, next_layer, signs_by_pooling
+from distrecon.expand_cluster.convolution.kinks import Layer, first_layer, known_layers, next_layer, signs_by_pooling
 from distrecon.expand_cluster.convolution.network import Chain, ConvNet
+from distrecon.expand_cluster.convolution.residual import Search
 from distrecon.expand_cluster.convolution.students import collapse, expand
 from distrecon.expand_cluster.convolution.weakness import weakness
 from distrecon.expand_cluster.coordinates import Coordinates, isotropic
@@ -103,31 +104,42 @@ def _rounds(run: Run, hypothesis: Hypothesis) -> Iterator[Recovery]:
 
 
 def _from_kinks(run: Run, hypothesis: Hypothesis, coordinates: Coordinates) -> Recovery:
-    """Several layers of relu, one after the other from where they bend, then fitted."""
-    unit, generator = coordinates.scale, run.generator
+    """Several layers of relu, one after the other from where they bend; the last one completed, then all fitted."""
     with run.timed("kinks"):
-        filters = find_filters(run.box, hypothesis, run.activation, generator, unit)
-        layer = None if filters is None else Layer(filters.first_CK, filters.bends_CSI, 1.0)
-        known: list[Tensor] = []
-        while layer is not None:
-            known.append(layer.matrix_CK)
-            run.progress(f"layer {len(known)}", len(layer.matrix_CK))
-            last = hypothesis.stages[len(known) - 1]
-            if last.pool > 1 and not last.average:
-                sign_C = signs_by_pooling(*known_layers(hypothesis, known, run.activation), layer.bends_CSI)
-                known[-1] = sign_C[:, None] * known[-1]
-            if len(known) == len(hypothesis.stages) or run.out_of_time():
-                break
-            layer = next_layer(run.box, hypothesis, known, run.activation, unit, generator)
-    if len(known) < len(hypothesis.stages):
+        known, layer = _peeled(run, hypothesis, coordinates.scale)
+    if layer is None or len(known) < len(hypothesis.stages):
         reason = f"no kinks of hidden layer {len(known) + 1} show a unit of such a network"
         return nothing(run.box, run.activation.name, hypothesis, reason)
+    points_SI = torch.cat(layer.bends_CSI)
+    if hypothesis.stages[-1].pool == 1:
+        with run.timed("completion"):
+            search = Search(run.box, hypothesis, known[:-1], layer, run.activation, coordinates.scale, run.generator)
+            search.run(run.progress, run.out_of_time)
+            known = [*search.known, search.units.matrix_CK]
+            points_SI = torch.cat([points_SI, search.witnesses()])
     net, theta_P = known_layers(hypothesis, known, run.activation)
-    assert layer is not None
-    problem = _problem(run, net, coordinates, torch.cat(layer.bends_CSI))
+    problem = _problem(run, net, coordinates, points_SI)
     with run.timed("collapse"):
-        found = exact_network(problem, net, turned_last(problem, net, theta_P))
+        found = exact_network(problem, net, theta_P)
     return conclude(run, problem, hypothesis, found, {"recover/students": 0})
+
+
+def _peeled(run: Run, hypothesis: Hypothesis, unit: float) -> tuple[list[Tensor], Layer | None]:
+    """The matrices of as many layers as show, and the last of them as it was found."""
+    filters = find_filters(run.box, hypothesis, run.activation, run.generator, unit)
+    layer = None if filters is None else first_layer(filters)
+    known: list[Tensor] = []
+    while layer is not None:
+        known.append(layer.matrix_CK)
+        run.progress(f"layer {len(known)}", len(layer.matrix_CK))
+        last = hypothesis.stages[len(known) - 1]
+        if last.pool > 1 and not last.average:
+            sign_C = signs_by_pooling(*known_layers(hypothesis, known, run.activation), layer.bends_CSI)
+            known[-1] = sign_C[:, None] * known[-1]
+        if len(known) == len(hypothesis.stages) or run.out_of_time():
+            break
+        layer = next_layer(run.box, hypothesis, known, run.activation, unit, run.generator)
+    return known, layer
 
 
 def _from_filters(run: Run, hypothesis: Hypothesis, coordinates: Coordinates, first_CK: Tensor) -> Recovery:
