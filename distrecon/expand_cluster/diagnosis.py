@@ -49,7 +49,7 @@ def diagnose_answers(sample: Sample, ask_again: Ask) -> list[Finding]:
     return findings if any(found.stops for found in findings) else findings + _jumps(sample)
 
 
-def diagnose_function(sample: Sample) -> list[Finding]:
+def diagnose_function(sample: Sample, pooled: bool = False) -> list[Finding]:
     """What kind of function gave the answers."""
     bend = symptoms.largest_bend(sample)
     if bend < symptoms.STRAIGHT:
@@ -69,7 +69,7 @@ def diagnose_function(sample: Sample) -> list[Finding]:
         findings.append(Finding(PIECEWISE_LINEAR, pieces, "activation='relu' or 'leaky_relu'"))
     elif lines.kinks >= LEAST_KINKS and lines.straight < CURVED and lines.places:
         advice = "activations of two kinds in one network, or a function round it, cannot be recovered"
-        findings.append(Finding("kinks between curves", pieces, advice, True))
+        findings.append(Finding("kinks between curves", pieces, "as of max pooling" if pooled else advice, not pooled))
     elif lines.curves == lines.looked_at and lines.straight < CURVED:
         findings.append(Finding(SMOOTH, f"none of the sharpest bends is a kink, {pieces}", "not relu or leaky_relu"))
     return findings

@@ -78,10 +78,12 @@ def examine(
     budget: int,
     generator: torch.Generator,
     image: tuple[int, ...] | None = None,
+    pooled: bool = False,
 ) -> Examined:
     """All that can be told of a black box before its recovery. The arguments are `recover_network`'s.
 
-    Where it reads images [Q, *image], all inputs have one scale, and their centre is 0.
+    Where it reads images [Q, *image], all inputs have one scale, and their centre is 0. `pooled`: it may have max
+    pooling, whose kinks lie between curves.
 
     Raises UserError for a wrong request, or when the black box raises or gives no numbers.
     """
@@ -119,7 +121,7 @@ def examine(
         evidence = f"{len(sample.y_QO)} queries gave one answer"
         findings.append(Finding("constant", evidence, "data= may show where it is not", True))
     elif thorough:
-        findings += diagnose_function(sample)
+        findings += diagnose_function(sample, pooled)
     return _examined(findings, sample, raw, odds)
 
 

@@ -116,8 +116,9 @@ def recover_network(
     seeded = config.seed * 1_000_003 + seed
     generator = torch.Generator().manual_seed(seeded)
     budget = config.budget.queries
+    pooled = any(stage.pool > 1 and not stage.average for taken in hypotheses for stage in taken.stages)
     examined = examine(
-        black_box, input_size, own_QI, domain, outputs, max_rows, retries, answers, budget, generator, image
+        black_box, input_size, own_QI, domain, outputs, max_rows, retries, answers, budget, generator, image, pooled
     )
     request = [input_size, layers or hidden_layers, seed, flatten(config)]
     possible = _possible(examined, names)
