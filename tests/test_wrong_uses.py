@@ -142,7 +142,7 @@ USES = {
     "resume of nothing": ("train --resume none", "no run there"),
     "resume of another command's run": ("tune --resume unfinished", "was made by distrecon.train, not distrecon.tune"),
     "resume of an incomplete request": ("train --resume unfinished", "has no 'spaces'; start anew with another --out"),
-    "newer zoo": ("train --zoo newer_zoo", "format version 99, this distrecon reads up to 1: update distrecon"),
+    "newer zoo": ("train --zoo newer_zoo", "format version 99, this distrecon reads up to 2: update distrecon"),
     "newer autoencoder": ("evaluate --autoencoder newer_autoencoder --zoo zoo", "newer than 1: update distrecon"),
     "newer run": ("train --resume newer_run", "was made by a newer distrecon; update to continue it"),
 }
