@@ -13,7 +13,6 @@ map that the layer reads, P parameters.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from distrecon.expand_cluster.convolution.hypothesis import Hypothesis, Stage
 from distrecon.expand_cluster.convolution.kinks import Layer, known_layers, read_jacobians, row_at_best
 from distrecon.expand_cluster.convolution.network import ConvNet, Passed
 from distrecon.expand_cluster.convolution.projection import Projected
+from distrecon.expand_cluster.convolution.units import SAME, Cause, Units
 from distrecon.expand_cluster.run import Progress
 from distrecon.expand_cluster.thresholds import CONVERGED
 from distrecon.nets.activations import Activation
@@ -46,90 +46,8 @@ STEPS = (1e-3, 1e-4)  # of the Jacobians' differences over the distance from the
 STRAIGHT = 1e-12  # of the answers' size: second differences above it show a kink between
 ALONE = 1e-5  # ratio of the second singular value to the first, where one unit is the cause
 READ = 1e-5  # relative residual of a Jacobian's direction as a unit's weights
-PARALLEL = 1e-4  # distance of unit vectors that are one direction of the outputs
-SHARED = 5  # weights that two rows must share
-SAME = 1e-4  # of a unit's weights: how far two readings of them may differ
 DETERMINED = 1e-6  # of the largest singular value: combinations of weights below it are not determined
 FLIPPED = 0.5  # share of a unit's own linear term in the linear function, above which it is turned round
-
-
-@dataclass
-class _Units:
-    """What is known of the layer: weights and biases [C, K + 1] (0 where unseen), which weights were seen [C, K], what
-    a unit adds to the outputs at each position [C, L, O] (0 where unseen)."""
-
-    matrix_CK: Tensor
-    seen_CK: Tensor
-    outgoing_CLO: Tensor
-
-    def __getitem__(self, number: int) -> "_Units":
-        """One of them."""
-        kept = slice(number, number + 1)
-        return _Units(self.matrix_CK[kept], self.seen_CK[kept], self.outgoing_CLO[kept])
-
-    def __add__(self, other: "_Units") -> "_Units":
-        mine, theirs = vars(self).values(), vars(other).values()
-        return _Units(*(torch.cat(pair) for pair in zip(mine, theirs, strict=True)))
-
-    def __len__(self) -> int:
-        return len(self.matrix_CK)
-
-    def without(self, number: int) -> "_Units":
-        kept_C = torch.arange(len(self)) != number
-        return _Units(*(part[kept_C] for part in vars(self).values()))
-
-    def join(self, cause: "_Cause", off_C: Tensor) -> tuple[int, int] | None:
-        """The unit that is the cause, and how many of its unknown weights the cause tells, which it gets; None where it
-        is none of them. `off_C` says which of them count as off at the cause's point so far."""
-        outgoing_CO = self.outgoing_CLO[:, cause.position]
-        factor_C = (outgoing_CO @ cause.outgoing_O) / outgoing_CO.square().sum(1).clamp(min=1e-300)
-        distance_C = (cause.outgoing_O - factor_C[:, None] * outgoing_CO).norm(dim=1)
-        if not len(self) or distance_C.min() > PARALLEL:
-            return None
-        near = int(distance_C.argmin())
-        change_K, row_K = factor_C[near] * cause.row_K, self.matrix_CK[near, :-1]
-        shared_K, new_K = cause.told_K & self.seen_CK[near], cause.told_K & ~self.seen_CK[near]
-        size, off = SAME * row_K.norm(), bool(off_C[near])
-        if off and (change_K - row_K)[shared_K].norm() < size:
-            row_K[new_K] = change_K[new_K]
-        elif not off and change_K[shared_K].norm() < size:
-            row_K[new_K] = change_K[new_K]
-        else:
-            return near, 0
-        self.seen_CK[near] |= cause.told_K
-        return near, int(new_K.sum())
-
-    def at_other_position(self, cause: "_Cause") -> tuple[int, int] | None:
-        """The same for a unit that was not seen at the cause's position yet: its weights tell it."""
-        for number, row_K in enumerate(self.matrix_CK[:, :-1]):
-            shared_K = cause.told_K & self.seen_CK[number]
-            if int(shared_K.sum()) < SHARED or self.outgoing_CLO[number, cause.position].any():
-                continue
-            factor = float(row_K[shared_K] @ cause.row_K[shared_K] / row_K[shared_K].square().sum().clamp(min=1e-300))
-            if (cause.row_K - factor * row_K)[shared_K].norm() < SAME * cause.row_K.norm() and factor > 0:
-                self.outgoing_CLO[number, cause.position] = factor * cause.outgoing_O
-                return number, 1
-        return None
-
-
-@dataclass(frozen=True)
-class _Cause:
-    """One point at which a single unit is the cause of what is left: outgoing (weights x + bias), with a unit outgoing
-    vector [O], the weights that are told there [K], and the unit's own map position."""
-
-    x_I: Tensor
-    row_K: Tensor
-    told_K: Tensor
-    bias: float
-    position: int
-    outgoing_O: Tensor
-
-    def unit(self, positions: int) -> _Units:
-        """The unit that it shows, with weights of norm 1."""
-        size, outgoing_1LO = self.row_K.norm(), self.row_K.new_zeros(1, positions, len(self.outgoing_O))
-        outgoing_1LO[0, self.position] = size * self.outgoing_O
-        row_K = torch.cat([self.row_K, self.row_K.new_tensor([self.bias])]) / size
-        return _Units(row_K[None], self.told_K[None].clone(), outgoing_1LO)
 
 
 class Search:
@@ -147,8 +65,8 @@ class Search:
     ) -> None:
         self.box, self.hypothesis, self.known, self.activation = box, hypothesis, known, activation
         self.unit, self.generator = unit, generator
-        self.units = _Units(layer.matrix_CK.clone(), layer.seen_CK.clone(), layer.outgoing_CLO.nan_to_num(0.0))
-        self.partial = _Units(*(part[:0] for part in vars(self.units).values()))
+        self.units = Units(layer.matrix_CK.clone(), layer.seen_CK.clone(), layer.outgoing_CLO.nan_to_num(0.0))
+        self.partial = Units(*(part[:0] for part in vars(self.units).values()))
         before, _ = known_layers(hypothesis, known, activation)
         self.map_shape = (before.widths[-1], *hypothesis.stages[-2].after)
         self.place_KL = _places(hypothesis.stages[-1], self.map_shape)
@@ -245,7 +163,7 @@ class Search:
         outgoing_CLO = readout_FO[:count].unflatten(0, (len(self.units), -1))
         shown_CL1 = outgoing_CLO.abs().amax(2, keepdim=True) > 0  # the others were off at all these inputs
         outgoing_CLO = torch.where(shown_CL1, outgoing_CLO, self.units.outgoing_CLO)
-        self.units = _Units(matrix_CK, self.units.seen_CK, outgoing_CLO)
+        self.units = Units(matrix_CK, self.units.seen_CK, outgoing_CLO)
         self.linear_NO, self.constant_O = torch.zeros_like(self.linear_NO), readout_FO[-1]
         if self.unexplained(x_QI) > before[-1]:
             self.known, self.units, self.linear_NO, self.constant_O, _ = before
@@ -361,7 +279,7 @@ class Search:
 
     # -- what the causes are ------------------------------------------------------------------------------------------
 
-    def causes(self, x_SI: Tensor) -> list[_Cause]:
+    def causes(self, x_SI: Tensor) -> list[Cause]:
         """Of some of the points where something is left, those at which one unit is the cause."""
         x_SI = x_SI[torch.randperm(len(x_SI), generator=self.generator)][:EXAMINED]
         if not len(x_SI):
@@ -386,7 +304,7 @@ class Search:
             if position >= 0:
                 row_K = size * row_K
                 bias = float(amount_S[number] - row_K @ read_SKL[number, :, position])
-                found.append(_Cause(x_SI[number], row_K, told_K, bias, position, outgoing_SO[number]))
+                found.append(Cause(x_SI[number], row_K, told_K, bias, position, outgoing_SO[number]))
         return found
 
     def jacobians(self, x_SI: Tensor) -> tuple[Tensor, Tensor]:
@@ -413,9 +331,9 @@ class Search:
             done_S[open_S[straight_S]] = True
         return jacobian_SOI, done_S
 
-    def explain(self, causes: list[_Cause]) -> int:
+    def explain(self, causes: list[Cause]) -> int:
         """Weights and units that the causes show are added; how many."""
-        inputs, others = dict[int, list[_Cause]](), list[_Cause]()
+        inputs, others = dict[int, list[Cause]](), list[Cause]()
         for cause in causes:
             shown = (cause.row_K.abs() > SAME * cause.row_K.abs().max()).nonzero()[:, 0]
             number = int(self.place_KL[shown[0], cause.position])
@@ -465,7 +383,7 @@ class Search:
         """By which of their weights, and at which positions, units read a number of the map."""
         return [(int(k), int(position)) for k, position in (self.place_KL == number).nonzero()]
 
-    def weights_of(self, number: int, causes: list[_Cause]) -> int:
+    def weights_of(self, number: int, causes: list[Cause]) -> int:
         """The unknown weights for one number of the map from points where it alone is the cause: there the outputs
         change with it by the sum of these weights times what the units that are on add to the outputs."""
         readers = self.readers(number)
