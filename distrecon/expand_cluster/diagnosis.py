@@ -71,7 +71,7 @@ def diagnose_function(sample: Sample, pooled: bool = False) -> list[Finding]:
         advice = "activations of two kinds in one network, or a function round it, cannot be recovered"
         findings.append(Finding("kinks between curves", pieces, "as of max pooling" if pooled else advice, not pooled))
     elif lines.curves == lines.looked_at and lines.straight < CURVED:
-        findings.append(Finding(SMOOTH, f"none of the sharpest bends is a kink, {pieces}", "not relu or leaky_relu"))
+        findings.append(Finding(SMOOTH, pieces, "not relu or leaky_relu"))
     return findings
 
 
