@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.bends import Lines
-from distrecon.expand_cluster.hyperplanes import Row, join_rows
+from distrecon.expand_cluster.hyperplanes import Row, shown_rows
 from distrecon.expand_cluster.thresholds import CROSSED, LEAST_LINES, SAME
 from distrecon.nets.activations import Activation
 
@@ -40,14 +40,7 @@ def rows_behind(lines: Lines, layers: list[Tensor], activation: Activation) -> l
     active_SHR = slope_SH[:, :, None] * derivative_SHR
     row_SH, told_S = _combinations(active_SHR, normals_SR)
     points_SR, row_SH, u_SH, seen_SH = points_SR[told_S], row_SH[told_S], u_SH[told_S], slope_SH[told_S] > 0
-    offset_S1 = -(row_SH * activation(u_SH)).sum(1, keepdim=True)
-    rows_SK = torch.cat([row_SH, offset_S1], dim=1)
-    seen_SK = torch.cat([seen_SH, torch.ones_like(seen_SH[:, :1])], dim=1)
-    joined = [
-        Row(vector_K, bool(seen_SK[group].any(0).all()), points_SR[group])
-        for vector_K, group in join_rows(rows_SK, seen_SK)
-    ]
-    return sorted(joined, key=lambda row: -len(row.points_SR))
+    return shown_rows(points_SR, row_SH, u_SH, seen_SH, activation)
 
 
 def layer_behind(

@@ -73,6 +73,12 @@ def second_layer(lines: Lines, first_HK: Tensor, activation: Activation) -> tupl
     slope_SH = activation.derivative(u_SH)
     seen_SH = slope_SH > 0
     row_SH = torch.where(seen_SH, m_SH / slope_SH.clamp(min=1e-300), 0.0)
+    return first_HK, shown_rows(points_SR, row_SH, u_SH, seen_SH, activation)
+
+
+def shown_rows(points_SR: Tensor, row_SH: Tensor, u_SH: Tensor, seen_SH: Tensor, activation: Activation) -> list[Row]:
+    """What bends at points [S, R] show of the next layer's neurons, those that most bends show first: weights [S, H] up
+    to their size, where they were seen [S, H], and the pre-activations u [S, H] that they read."""
     offset_S1 = -(row_SH * activation(u_SH)).sum(1, keepdim=True)
     rows_SK = torch.cat([row_SH, offset_S1], dim=1)
     seen_SK = torch.cat([seen_SH, torch.ones_like(seen_SH[:, :1])], dim=1)
@@ -80,7 +86,7 @@ def second_layer(lines: Lines, first_HK: Tensor, activation: Activation) -> tupl
         Row(vector_K, bool(seen_SK[group].any(0).all()), points_SR[group])
         for vector_K, group in join_rows(rows_SK, seen_SK)
     ]
-    return first_HK, sorted(joined, key=lambda row: -len(row.points_SR))
+    return sorted(joined, key=lambda row: -len(row.points_SR))
 
 
 def join_rows(rows_SK: Tensor, seen_SK: Tensor) -> list[tuple[Tensor, list[int]]]:
