@@ -27,17 +27,29 @@ from distrecon.zoos import Zoo
 from distrecon.zoos.storage import store
 
 ASK_SECONDS = 5.0  # how often a sweep looks whether the cluster has grown
+LEAVE_SECONDS = 10.0  # how long an interrupted command waits for Tune to let its trials go
 WAITING = 8  # trials that wait for nodes an autoscaler may bring; each is a small process on the head
 
 # What Tune writes of an actor that ended because its node or process did
 LOST = ("its node has died", "ActorDiedError", "ActorUnavailableError", "The actor died unexpectedly", "actor is dead")
 
 
+leaving = threading.Event()  # set when run_sweeps is left; no part of the callback, which Tune pickles
+
+
+class Left(Exception):
+    """The command was interrupted: Tune's loop ends, and what it saved last is what a resumed run goes on from."""
+
+
 class JournalCallback(Callback):
-    """Writes Tune's events to the journal."""
+    """Writes Tune's events to the journal; ends Tune's loop when the command is left."""
 
     def __init__(self, sweep: Sweep, journal: Journal) -> None:
         self.sweep, self.journal = sweep, journal
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if leaving.is_set():
+            raise Left
 
     def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
         s, kind = self.sweep, self.sweep.kind
@@ -112,39 +124,54 @@ def run_sweeps(
 
     Ray must be connected. An interrupt in `watch` leaves everything resumable.
     """
-    threads = []
+    threads: list[threading.Thread] = []
     failures: list[str] = []
-    for sweep in sweeps:
-        journal = folder.journal(sweep.name)
-        events, offset = journal.read()
-        failed = any(t.status == "failed" for t in folder.read(sweep.name).trials.values())
-        if events and events[-1]["event"] == "done" and not failed:
-            continue
-        thread = threading.Thread(
-            target=_run_sweep, args=(sweep, folder, zoos, seed, journal, failures), name=sweep.name, daemon=True
-        )
-        thread.start()
-        threads.append(thread)
-        # Tune's registry is not thread-safe while a Tuner starts: wait until this one runs before starting the next
-        while thread.is_alive() and not any(e["event"] == "sweep" for e in journal.read(offset)[0]):
-            time.sleep(0.05)
-    while any(thread.is_alive() for thread in threads):
-        watch()
-        time.sleep(0.5)
+    leaving.clear()
+    try:
+        for sweep in sweeps:
+            _start(sweep, folder, zoos, seed, threads, failures)
+        while any(thread.is_alive() for thread in threads):
+            watch()
+            time.sleep(0.5)
+    finally:  # Ray ends a process in which a thread still uses it after the shutdown, with an exit code of its own
+        leaving.set()
+        for thread in threads:
+            thread.join(LEAVE_SECONDS)
     watch()
     if failures:
         raise WorkFailed("; ".join(failures))
 
 
-def _run_sweep(
-    sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo], seed: int, journal: Journal, failures: list[str]
+def _start(
+    sweep: Sweep,
+    folder: RunFolder,
+    zoos: Mapping[str, Zoo],
+    seed: int,
+    threads: list[threading.Thread],
+    failures: list[str],
 ) -> None:
-    try:
-        _tuner(sweep, folder, zoos, seed, journal).fit()
-        journal.write("done")
-    except Exception as error:  # handed to the main thread, which raises it
-        errors = [event["error"] for event in journal.read()[0] if event.get("error")] or [innermost(str(error))]
-        failures.append(f"sweep {sweep.name} broke off: {errors[-1]}")
+    """Starts a sweep's thread, unless all its trials have completed."""
+    journal = folder.journal(sweep.name)
+    events, offset = journal.read()
+    failed = any(t.status == "failed" for t in folder.read(sweep.name).trials.values())
+    if events and events[-1]["event"] == "done" and not failed:
+        return
+
+    def run() -> None:
+        try:
+            _tuner(sweep, folder, zoos, seed, journal).fit()
+            journal.write("done")
+        except Left:
+            return
+        except Exception as error:  # handed to the main thread, which raises it
+            errors = [event["error"] for event in journal.read()[0] if event.get("error")] or [innermost(str(error))]
+            failures.append(f"sweep {sweep.name} broke off: {errors[-1]}")
+
+    threads.append(threading.Thread(target=run, name=sweep.name, daemon=True))
+    threads[-1].start()
+    # Tune's registry is not thread-safe while a Tuner starts: wait until this one runs before starting the next
+    while threads[-1].is_alive() and not any(e["event"] == "sweep" for e in journal.read(offset)[0]):
+        time.sleep(0.05)
 
 
 def _tuner(sweep: Sweep, folder: RunFolder, zoos: Mapping[str, Zoo], seed: int, journal: Journal) -> tune.Tuner:

@@ -1,5 +1,6 @@
 """Sweeps on Ray Tune: trials that failed run again when the sweep is run again in its folder."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,22 @@ def test_sweeps_side_by_side_keep_their_own_settings(tmp_path):
         found = folder.read(name).trials.values()
         assert [trial.metrics["recover/layer_sizes"] for trial in found] == [[size]] * 2
         assert {path.name for path in Path(folder.trials(name)).iterdir()} == {trial.trial for trial in found}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_leaving_sweeps_ends_their_threads_and_they_can_go_on(tmp_path):
+    """A thread that used Ray after its shutdown would end the process with Ray's exit code."""
+    file = tmp_path / "space.yaml"
+    file.write_text(SPACE)
+    folder = RunFolder(tmp_path / "run")
+    sweeps = [read_space(file, KINDS)]
+
+    def leave():
+        if folder.read("recoveries").trials:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweeps(sweeps, folder, {}, 0, leave)
+    assert "recoveries" not in {thread.name for thread in threading.enumerate()}
+    run_sweeps(sweeps, folder, {}, 0, lambda: None)
+    assert [trial.status for trial in folder.read("recoveries").trials.values()] == ["completed"] * 2
