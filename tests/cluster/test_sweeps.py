@@ -58,7 +58,7 @@ def test_sweeps_side_by_side_keep_their_own_settings(tmp_path):
 def test_leaving_sweeps_ends_their_threads_and_they_can_go_on(tmp_path):
     """A thread that used Ray after its shutdown would end the process with Ray's exit code."""
     file = tmp_path / "space.yaml"
-    file.write_text(SPACE)
+    file.write_text(SPACE.replace("[0, 1]", "[0, 1, 2]") + "max_concurrent: 1\n")
     folder = RunFolder(tmp_path / "run")
     sweeps = [read_space(file, KINDS)]
 
@@ -69,5 +69,6 @@ def test_leaving_sweeps_ends_their_threads_and_they_can_go_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_sweeps(sweeps, folder, {}, 0, leave)
     assert "recoveries" not in {thread.name for thread in threading.enumerate()}
+    assert len(folder.read("recoveries").trials) < 3
     run_sweeps(sweeps, folder, {}, 0, lambda: None)
-    assert [trial.status for trial in folder.read("recoveries").trials.values()] == ["completed"] * 2
+    assert [trial.status for trial in folder.read("recoveries").trials.values()] == ["completed"] * 3
