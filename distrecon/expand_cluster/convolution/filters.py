@@ -36,7 +36,9 @@ NEAR_APART, NEAR_STEP = 0.05, 5e-3  # half the distance of their two points, and
 PROFILE, PROFILE_POINTS = 3.0, 61  # half length, and points, of the lines on which size and bias are found
 SUM = 1e-5  # what is left of a direction beside those of other filters, if it is a sum of them
 TWICE = 2  # places that must show a filter: one alone may be an accident
-ENOUGH = 3  # places of every channel at which no more are looked for
+ENOUGH = 3  # places of every direction seen at which no more are looked for
+TIMES = 2  # that every reach has its turn
+INSIDE = 1e-4  # of a bend: what a window that ends before the border leaves of it along the border
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,14 @@ def find_filters(
     """
     parts: list[Places] = []
     groups: list[np.ndarray] = []
-    for reach in REACHES:
+    for reach in TIMES * REACHES:
         parts.append(_places(box, hypothesis, reach, generator, unit))
         found = Places.join(parts)
         if len(found.x_SI) > 1:
             groups = _channels(found.filter_SK)
-            if groups and min(map(len, groups)) >= ENOUGH:
+            if min(map(len, groups)) >= ENOUGH:
                 break
+    groups = [group for group in groups if len(group) >= TWICE]
     if not groups:
         return None
     first_CK = torch.stack([_with_size(box, activation, found, group, unit) for group in groups])
@@ -90,12 +93,12 @@ def find_filters(
 
 
 def _channels(filter_SK: Tensor) -> list[np.ndarray]:
-    """Indices of the places of each channel: those of the same direction, up to its sign, the most frequent first.
+    """Indices of the places of each direction, up to its sign, the most frequent first.
 
     Where the units of one position alone are on, a unit of the next layer bends along a sum of their filters: such a
     direction, rarer than theirs, is no filter.
     """
-    groups = [group for group in members(average_linkage(filter_SK, "odd"), SAME_FILTER) if len(group) >= TWICE]
+    groups = members(average_linkage(filter_SK, "odd"), SAME_FILTER)
     kept: list[np.ndarray] = []
     for group in sorted(groups, key=len, reverse=True):
         before_KC, direction_K = filter_SK[[other[0] for other in kept]].T, filter_SK[group[0]]
@@ -114,8 +117,29 @@ def _places(box: BlackBox, hypothesis: Hypothesis, reach: float, generator: torc
     second_QO = box(x_QI + move_QI) + box(x_QI - move_QI) - 2 * box(x_QI)
     bend_Q = second_QO.abs().amax(1)
     seen_Q = (bend_Q > BENDS * bend_Q.max()).nonzero()[:, 0]
-    chosen_Q = seen_Q[torch.randperm(len(seen_Q), generator=generator)][:EXAMINED]
+    seen_Q = seen_Q[torch.randperm(len(seen_Q), generator=generator)]
+    if _borders_mislead(hypothesis):
+        allowed_Q = INSIDE * bend_Q[seen_Q] / (unit * APART)
+        seen_Q = seen_Q[_along_border(box, hypothesis, x_QI[seen_Q], move_QI[seen_Q], unit * STEP) < allowed_Q]
+    chosen_Q = seen_Q[:EXAMINED]
     return _examined(box, hypothesis, x_QI[chosen_Q], move_QI[chosen_Q], unit * STEP)
+
+
+def _borders_mislead(hypothesis: Hypothesis) -> bool:
+    """Whether windows at the border count for nothing: where that is padded, the difference of two filters that take
+    turns in a max pooling may be cut to a filter's size."""
+    stage = hypothesis.stages[0]
+    return stage.padding > 0 and stage.pool > 1 and not stage.average
+
+
+def _along_border(box: BlackBox, hypothesis: Hypothesis, x_QI: Tensor, move_QI: Tensor, step: float) -> Tensor:
+    """By how much the outputs' slope along one direction that moves all pixels of the border differs between both ends
+    of a place, [Q]: by nothing where a window inside changes."""
+    direction = torch.ones(hypothesis.input_shape, dtype=torch.float64)
+    direction[:, 1:-1, 1:-1] = 0.0
+    direction_I = direction.flatten() * torch.arange(1, box.inputs + 1, dtype=torch.float64).sqrt().cos()  # no pattern
+    after_QO, before_QO = (_along(box, x_QI + sign * move_QI, direction_I, 1, step) for sign in (1, -1))
+    return (after_QO - before_QO).abs().amax(1)
 
 
 def _examined(box: BlackBox, hypothesis: Hypothesis, x_SI: Tensor, move_SI: Tensor, step: float) -> Places:
@@ -175,15 +199,12 @@ def _refined(
 
 
 def _window(image: Tensor, hypothesis: Hypothesis) -> Tensor | None:
-    """The part of a direction [C, H, W] that one whole filter reads; None where it is not that.
-
-    At a padded border the difference of two filters that take turns in a max pooling may be cut to a filter's size.
-    """
+    """The part of a direction [C, H, W] that one whole filter reads; None where it is not that."""
     stage = hypothesis.stages[0]
     seen_HW = image.abs().amax(0) > EMPTY * image.abs().max()
     rows, columns = seen_HW.any(1).nonzero()[:, 0], seen_HW.any(0).nonzero()[:, 0]
     corner = []
-    border = stage.padding > 0 and stage.pool > 1 and not stage.average
+    border = _borders_mislead(hypothesis)
     for places, kernel, side in zip((rows, columns), stage.kernel, image.shape[1:], strict=True):
         low, high = int(places[0]), int(places[-1])
         if border and (low == 0 or high == side - 1):
