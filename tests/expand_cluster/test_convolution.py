@@ -15,10 +15,11 @@ from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.convolution.channels import drop_costs, without
 from distrecon.expand_cluster.convolution.filters import find_filters
 from distrecon.expand_cluster.convolution.hypothesis import read_layers, read_request, usual
-from distrecon.expand_cluster.convolution.kinks import Layer, known_layers, next_layer, signs_by_pooling
+from distrecon.expand_cluster.convolution.kinks import known_layers, next_layer, signs_by_pooling
 from distrecon.expand_cluster.convolution.network import Chain, ConvNet
 from distrecon.expand_cluster.convolution.projection import Projected
 from distrecon.expand_cluster.convolution.residual import Search
+from distrecon.expand_cluster.convolution.rows import Layer
 from distrecon.nets import ChainArchitecture, plain
 from distrecon.nets.activations import activation
 

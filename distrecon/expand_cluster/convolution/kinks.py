@@ -9,50 +9,44 @@ over the weights they share. Compare Rolnick and Kording (arXiv 1910.00744), Car
 Legend: S kinks, Q queries, I inputs, O outputs, C channels, K numbers that a channel reads, L positions, P parameters.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.convolution.filters import Filters
-from distrecon.expand_cluster.convolution.hypothesis import Hypothesis, Stage
+from distrecon.expand_cluster.convolution.hypothesis import Hypothesis
 from distrecon.expand_cluster.convolution.network import ConvNet, Passed
+from distrecon.expand_cluster.convolution.rows import READ, Kinks, Layer, Rows, places, read_jacobians, row_of
 from distrecon.nets.activations import Activation
 
 SEGMENTS = 8_000  # drawn at a time, of which those inside one region of the known layers are asked about
-ASKED, EXAMINED = 4000, 300  # of a round, at most: segments, and those whose Jacobians are taken
+ASKED, CUT, EXAMINED = (
+    8000,
+    1200,
+    300,
+)  # of a round, at most: segments, those that are cut to where they bend, and those
+# whose Jacobians are taken
+PARTS = 8  # of a segment that bends
 REACHES = (0.5, 100.0)  # of the segments, in units of the inputs' scale
 LENGTHS = (0.5, 0.2, 0.08, 0.03, 0.01, 0.003)  # half lengths over the distance from the centre, in turn
 BENDS = 1e-7  # of the answer: second differences above it are kinks
 INSIDE, STEP = 0.9, 5e-3  # of a segment's half length: where its Jacobians are taken, and their differences
 ALONE = 1e-6  # ratio of the second singular value of the Jacobians' difference to the first, at one kink
-READ = 1e-6  # relative residual of a normal as a position's weights
-RIDGE = 1e-9  # of a Gram matrix's trace, where positions are compared
-EXPLAINED = 0.99  # of a normal squared, at positions that are looked at closely
-STEEP = 1e-4  # of the largest singular value of what a position reads: smaller ones leave weights undetermined
-SAME_ROW = 1e-7  # 1 - cosine of two rows of one channel, over the weights they share
-SHARED = 5  # weights that two rows must share
 TARGETED, CLIMBS, CLIMB = 0.7, 12, 0.25  # share of the segments that are moved to where units respond seldom; steps at
 # most, and their size over the distance from the centre
+ASCENTS, ASCENT, FAR = 150, 6, (10.0, 1000.0)  # of a round along the outputs, their steps, and how far out they go on
+BY_ASCENT = 0.5  # share of the segments that lie on them
 LOUD = 0.7  # of those, where a unit is to respond; elsewhere none is
 SAMPLE, SELDOM = 2000, 0.02  # inputs at which it is counted how often units respond; rates below which all count alike
+AIMED, AIMS, AIM = 1500, 12, (1e-3, 0.5)  # segments of a round at points where a unit bends and a weight that it lacks
+# shows; steps towards them; how far on the number it is for is, over the distance from the centre
 ROUNDS, LAST_ROUNDS = 10, 4  # of segments for a layer; for the last hidden one, which residual.py completes
-KNOWN = 0.5  # share of a channel's weights that must be seen
+QUIET = 3  # rounds in a row that show no new channel where every weight is known: there are no others
 SILENT = 1e-6  # of a row's largest coefficient: what does not respond
-
-
-@dataclass(frozen=True)
-class Kinks:
-    """Points x[S, I] of kinks of layers behind the known ones, their unit normals [S, I], and by how much the outputs'
-    slope along the normal grows there [S, O]."""
-
-    x_SI: Tensor
-    normal_SI: Tensor
-    jump_SO: Tensor
 
 
 def pattern(net: ConvNet, passed: list[Passed]) -> Tensor:
@@ -66,27 +60,48 @@ def pattern(net: ConvNet, passed: list[Passed]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def find_kinks(box: BlackBox, net: ConvNet, theta_P: Tensor, unit: float, generator: torch.Generator) -> Kinks:
-    """Kinks of one unit behind the layers of `net`, in regions where these are linear."""
-    shape = (SEGMENTS, box.inputs)
-    low, high = (np.log(unit * reach) for reach in REACHES)
-    size_Q1 = (low + (high - low) * torch.rand(SEGMENTS, 1, generator=generator, dtype=torch.float64)).exp()
-    x_QI = box.place(size_Q1 * torch.randn(shape, generator=generator, dtype=torch.float64))
-    x_QI = _towards_rare(net, theta_P, x_QI, generator)
+def find_kinks(
+    box: BlackBox,
+    net: ConvNet,
+    theta_P: Tensor,
+    unit: float,
+    generator: torch.Generator,
+    wider: tuple[ConvNet, Tensor] | None = None,
+    layer: Layer | None = None,
+) -> Kinks:
+    """Kinks of one unit behind the layers of `net`, in regions where these are linear.
+
+    With what is known of the next layer already, and the network with it, those that it does not explain come first,
+    and weights that it lacks are aimed at.
+    """
+    x_QI = _towards_rare(net, theta_P, _drawn(box, SEGMENTS, unit, REACHES, generator), generator)
+    climbed_SI = along_outputs(box, _drawn(box, ASCENTS, unit, FAR, generator), generator)
+    count = int(BY_ASCENT * SEGMENTS)
+    x_QI[:count] = climbed_SI[torch.randint(len(climbed_SI), (count,), generator=generator)]
+    shape = x_QI.shape
     move_QI = (
         x_QI.norm(dim=1, keepdim=True) / box.inputs**0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
     )
-    length_Q1 = torch.zeros(SEGMENTS, 1, dtype=torch.float64)
+    aimed = 0
+    if wider and layer and not layer.seen_CK.all():
+        lacking_QI, along_QI = _towards_lacking(*wider, layer, generator)
+        aimed, x_QI, move_QI = len(lacking_QI), torch.cat([lacking_QI, x_QI]), torch.cat([along_QI, move_QI])
+    length_Q1 = torch.zeros(len(x_QI), 1, dtype=torch.float64)
     for length in LENGTHS:
         ends = [pattern(net, net.trace(theta_P, x_QI + sign * length * move_QI)) for sign in (-1, 1)]
         inside_Q1 = (ends[0] == ends[1]).all(1, keepdim=True) & (length_Q1 == 0)
         length_Q1 = torch.where(inside_Q1, length, length_Q1)
     chosen_Q = (length_Q1[:, 0] > 0).nonzero()[:, 0]
-    chosen_Q = chosen_Q[torch.randperm(len(chosen_Q), generator=generator)][:ASKED]
+    chosen_Q = chosen_Q[torch.randperm(len(chosen_Q), generator=generator)]
+    chosen_Q = chosen_Q[(chosen_Q >= aimed).long().argsort(stable=True)][:ASKED]
     x_QI, move_QI = x_QI[chosen_Q], (length_Q1 * move_QI)[chosen_Q]
     here_QO, up_QO, down_QO = box(x_QI), box(x_QI + move_QI), box(x_QI - move_QI)
     bends_Q = ((up_QO + down_QO - 2 * here_QO).abs() > BENDS * here_QO.abs().amax(1, keepdim=True)).any(1)
-    x_SI, move_SI = x_QI[bends_Q][:EXAMINED], INSIDE * move_QI[bends_Q][:EXAMINED]
+    x_SI, move_SI = _cut(box, x_QI[bends_Q][:CUT], move_QI[bends_Q][:CUT], generator)
+    if wider and layer:
+        order_S = _explained(*wider, layer, x_SI, move_SI).long().argsort(stable=True)
+        x_SI, move_SI = x_SI[order_S], move_SI[order_S]
+    x_SI, move_SI = x_SI[:EXAMINED], INSIDE * move_SI[:EXAMINED]
     y_2, jacobian_2 = [], []
     for sign in (-1, 1):
         end_SI = x_SI + sign * move_SI
@@ -104,6 +119,31 @@ def find_kinks(box: BlackBox, net: ConvNet, theta_P: Tensor, unit: float, genera
     normal_SI = right_SOI[:, 0]
     jump_SO = ((normal_SI * move_SI).sum(1).sign() * values[:, 0])[:, None] * output_SO
     return Kinks((x_SI + share_S[:, None] * move_SI)[alone_S], normal_SI[alone_S], jump_SO[alone_S])
+
+
+def _drawn(box: BlackBox, count: int, unit: float, reaches: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Inputs of every size."""
+    low, high = (np.log(unit * reach) for reach in reaches)
+    size_Q1 = (low + (high - low) * torch.rand(count, 1, generator=generator, dtype=torch.float64)).exp()
+    return box.place(size_Q1 * torch.randn(count, box.inputs, generator=generator, dtype=torch.float64))
+
+
+def along_outputs(box: BlackBox, x_SI: Tensor, generator: torch.Generator) -> Tensor:
+    """The inputs and those on the way from each along a random combination of the outputs, at the same distance.
+
+    Units that nearly always respond stop there, some that hardly ever do begin: whichever lowers that combination.
+    """
+    size_S1, inputs = x_SI.norm(dim=1, keepdim=True), x_SI.shape[1]
+    weights_SO = torch.randn(len(x_SI), box.outputs, generator=generator, dtype=torch.float64)
+    eye_II, path = torch.eye(inputs, dtype=torch.float64), [x_SI]
+    for _ in range(ASCENT):
+        step_S11 = STEP * size_S1[:, :, None] / inputs**0.5
+        near_SIO = box((x_SI[:, None] + step_S11 * eye_II).flatten(0, 1)).unflatten(0, (-1, inputs))
+        slope_SI = torch.einsum("sio,so->si", near_SIO - box(x_SI)[:, None], weights_SO)
+        x_SI = x_SI + CLIMB * size_S1 * F.normalize(slope_SI, dim=1)
+        x_SI = box.place(x_SI * size_S1 / x_SI.norm(dim=1, keepdim=True))
+        path.append(x_SI)
+    return torch.cat(path)
 
 
 def _towards_rare(net: ConvNet, theta_P: Tensor, x_QI: Tensor, generator: torch.Generator) -> Tensor:
@@ -133,23 +173,83 @@ def _towards_rare(net: ConvNet, theta_P: Tensor, x_QI: Tensor, generator: torch.
     return x_QI
 
 
+def _cut(box: BlackBox, x_SI: Tensor, move_SI: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A shorter segment of each, round one of the places where it bends: it may bend at several."""
+    if not len(x_SI):
+        return x_SI, move_SI
+    t_T = torch.linspace(-1, 1, PARTS + 1, dtype=torch.float64)
+    y_STO = box((x_SI[:, None] + t_T[:, None] * move_SI[:, None]).flatten(0, 1)).unflatten(0, (len(x_SI), -1))
+    second_ST = (y_STO[:, 2:] + y_STO[:, :-2] - 2 * y_STO[:, 1:-1]).abs().amax(2)
+    bends_ST = (second_ST > BENDS * y_STO.abs().amax((1, 2))[:, None]).double()
+    kept_S = bends_ST.any(1)
+    at_S = t_T[1:-1][torch.multinomial(bends_ST[kept_S], 1, generator=generator)]
+    return x_SI[kept_S] + at_S * move_SI[kept_S], 2 / PARTS * move_SI[kept_S]
+
+
+def _explained(wider: ConvNet, wider_P: Tensor, layer: Layer, x_SI: Tensor, move_SI: Tensor) -> Tensor:
+    """[S]: whether a unit of the last layer all of whose weights are known bends on a segment."""
+    on, off = (wider.trace(wider_P, x_SI + sign * move_SI)[-1].before_QCL > 0 for sign in (1, -1))
+    return (on != off)[:, layer.seen_CK.all(1)].any(2).any(1)
+
+
+def _towards_lacking(
+    wider: ConvNet, wider_P: Tensor, layer: Layer, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Points [Q, I] where a unit bends while a number is on whose weight it lacks, and moves [Q, I] through its kink.
+
+    By Newton steps from points where it bends, for two equations: the unit, as far as it is known, is 0, and the number
+    a little above 0. The moves leave that number as it is.
+    """
+    before, stage = wider.hypothesis.stages[-2:]
+    place_KL = places(stage, (wider.widths[-2], *before.after))
+    lacking = (~layer.seen_CK).nonzero()
+    pair_Q = lacking[torch.randint(len(lacking), (AIMED,), generator=generator)]
+    x_QI = torch.stack([_one_of(layer.bends_CSI[unit], generator) for unit in pair_Q[:, 0]])
+    row_Q = torch.arange(AIMED)
+    position_Q = wider.trace(wider_P, x_QI)[-1].before_QCL[row_Q, pair_Q[:, 0]].abs().argmin(1)
+    number_Q = place_KL[pair_Q[:, 1], position_Q] - 1
+    inside_Q = number_Q >= 0  # the others are padding
+    x_QI, pair_Q, position_Q, number_Q = x_QI[inside_Q], pair_Q[inside_Q], position_Q[inside_Q], number_Q[inside_Q]
+    row_Q, size_Q1 = torch.arange(len(x_QI)), x_QI.norm(dim=1, keepdim=True)
+    low, high = map(np.log, AIM)
+    above_Q = (low + (high - low) * torch.rand(len(x_QI), generator=generator, dtype=torch.float64)).exp()
+    above_Q = above_Q * size_Q1[:, 0] / x_QI.shape[1] ** 0.5
+    for step in range(AIMS + 1):
+        with torch.enable_grad():
+            at_QI = x_QI.detach().requires_grad_()
+            passed = wider.trace(wider_P, at_QI)
+            unit_Q = passed[-1].before_QCL[row_Q, pair_Q[:, 0], position_Q]
+            number_Q1 = signed_map(wider, passed)[row_Q, number_Q]
+            slopes = [torch.autograd.grad(v.sum(), at_QI, retain_graph=True)[0] for v in (unit_Q, number_Q1)]
+        slope_Q2I = torch.stack(slopes, 1)
+        if step == AIMS:
+            break
+        wanted_Q2 = torch.stack([-unit_Q, above_Q - number_Q1], 1).detach()
+        move_QI = (torch.linalg.pinv(slope_Q2I) @ wanted_Q2[:, :, None])[:, :, 0]
+        x_QI = x_QI + move_QI * (AIM[1] * size_Q1 / move_QI.norm(dim=1, keepdim=True).clamp(min=1e-300)).clamp(max=1.0)
+    unit_QI, number_QI = F.normalize(slope_Q2I, dim=2).unbind(1)
+    along_QI = F.normalize(unit_QI - (unit_QI * number_QI).sum(1, keepdim=True) * number_QI, dim=1)
+    return x_QI, size_Q1 * along_QI
+
+
+def _one_of(points_SI: Tensor, generator: torch.Generator) -> Tensor:
+    return points_SI[int(torch.randint(len(points_SI), (1,), generator=generator))]
+
+
+def signed_map(net: ConvNet, passed: list[Passed]) -> Tensor:
+    """The map that the last layer reads without its activation, [Q, N]."""
+    stage = net.hypothesis.stages[-2]
+    before = passed[-2].before_QCL.unflatten(2, stage.before)
+    if stage.pool > 1:
+        before = (F.avg_pool2d if stage.average else F.max_pool2d)(before, stage.pool)
+    return before.flatten(1)
+
+
 def _jacobians(box: BlackBox, x_SI: Tensor, step_S: Tensor) -> Tensor:
     """[S, O, I] by central differences, which are exact where the black box is linear."""
     moves_SII = step_S[:, None, None] * torch.eye(box.inputs, dtype=torch.float64)
     up, down = (box((x_SI[:, None] + sign * moves_SII).flatten(0, 1)) for sign in (1, -1))
     return ((up - down).unflatten(0, (len(x_SI), -1)) / (2 * step_S[:, None, None])).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """[weights, bias] of the channels of a layer, up to sign and size, [C, K + 1], which of the weights were seen
-    [C, K] (the others are 0), points at which each bends, and what each adds to the outputs at every position if it is
-    of the last hidden layer [C, L, O] (NaN where that was not seen)."""
-
-    matrix_CK: Tensor
-    seen_CK: Tensor
-    bends_CSI: list[Tensor]
-    outgoing_CLO: Tensor
 
 
 def first_layer(filters: Filters) -> Layer:
@@ -172,10 +272,11 @@ def next_layer(
     """
     open_signs = hypothesis.stages[len(known) - 1].pool == 1 or hypothesis.stages[len(known) - 1].average
     last = len(known) + 1 == len(hypothesis.stages)
-    rows, before, channels = _Rows(), -1, np.empty(0, dtype=int)
+    rows, layer, found, quiet = Rows(hypothesis.stages[len(known)]), None, 0, 0
     for _ in range(LAST_ROUNDS if last else ROUNDS):
         net, theta_P = known_layers(hypothesis, known, activation)
-        kinks = find_kinks(box, net, theta_P, unit, generator)
+        wider = None if layer is None else known_layers(hypothesis, [*known, layer.matrix_CK], activation)
+        kinks = find_kinks(box, net, theta_P, unit, generator, wider, layer)
         if open_signs:
             sign_C = signs_by_next(net, theta_P, hypothesis, kinks)
             if sign_C is None:
@@ -183,23 +284,14 @@ def next_layer(
             known[-1], open_signs = sign_C[:, None] * known[-1], False
             net, theta_P = known_layers(hypothesis, known, activation)
         rows.add(net, theta_P, hypothesis, kinks)
-        if len(rows.rows) > 1:
-            channels = _same_channel(torch.stack(rows.rows), torch.stack(rows.masks))
-            count, whole = _complete(channels, torch.stack(rows.masks))
-            if count == before and whole:
+        layer = rows.layer()
+        if layer is not None:
+            whole = bool(layer.seen_CK.all())
+            quiet = quiet + 1 if whole and len(layer.matrix_CK) == found else 0
+            found = len(layer.matrix_CK)
+            if quiet == QUIET:
                 break
-            before = count
-    found = list[tuple[Tensor, Tensor, Tensor, Tensor]]()
-    for channel in range(int(channels.max()) + 1 if len(channels) else 0):
-        members = np.flatnonzero(channels == channel)
-        if len(members) > 1:
-            row_K, mask_K, outgoing_LO = rows.joined(members, hypothesis.stages[len(known)])
-            if mask_K.double().mean() > KNOWN:
-                found.append((row_K, mask_K, torch.stack([rows.points[i] for i in members]), outgoing_LO))
-    if not found:
-        return None
-    matrices, masks, points, outgoing = zip(*found, strict=True)
-    return Layer(torch.stack(matrices), torch.stack(masks), list(points), torch.stack(outgoing))
+    return layer
 
 
 def signs_by_pooling(net: ConvNet, theta_P: Tensor, bends_CSI: list[Tensor]) -> Tensor:
@@ -233,7 +325,7 @@ def signs_by_next(net: ConvNet, theta_P: Tensor, hypothesis: Hypothesis, kinks: 
     for normal_I, before_KL, jacobian_IKL in zip(kinks.normal_SI, before_SKL, jacobian_SIKL, strict=True):
         for position in range(before_KL.shape[1]):
             matrix_IK = jacobian_IKL[:, :, position]
-            row_K, there_K, residual = _row(matrix_IK, normal_I)
+            row_K, there_K, residual = row_of(matrix_IK, normal_I)
             if residual > READ:
                 continue
             responds_K = row_K.abs() > SILENT * row_K.abs().max()
@@ -247,122 +339,3 @@ def known_layers(hypothesis: Hypothesis, known: list[Tensor], activation: Activa
     first = replace(hypothesis, stages=hypothesis.stages[: len(known)])
     net = ConvNet(first, tuple(len(m) for m in known), activation)
     return net, net.flatten(known)
-
-
-def read_jacobians(
-    net: ConvNet, theta_P: Tensor, hypothesis: Hypothesis, x_SI: Tensor, linear: bool = False
-) -> tuple[Tensor, Tensor]:
-    """What the next layer reads at its positions, [S, K, L], and the derivatives of that, [S, I, K, L].
-
-    `linear`: as if the last known layer had no activation.
-    """
-    stage, passed = hypothesis.stages[len(net.widths)], net.trace(theta_P, x_SI)
-    if linear:
-        last = passed[-1]
-        plain = last.before_QCL.unflatten(2, net.hypothesis.stages[-1].before)
-        passed[-1] = replace(last, before_QCL=torch.ones_like(last.before_QCL), after=plain)
-    eye_FF = torch.eye(net.num_features, dtype=torch.float64)
-    jacobian_SFI = torch.cat(
-        [net.input_jacobian(theta_P, [p[i : i + 1] for p in passed], eye_FF) for i in range(len(x_SI))]
-    )
-    maps = jacobian_SFI.transpose(1, 2).flatten(0, 1).unflatten(1, passed[-1].after.shape[1:])
-    unfolded = F.unfold(maps, stage.kernel, padding=stage.padding, stride=stage.stride)
-    read_SKL = F.unfold(passed[-1].after, stage.kernel, padding=stage.padding, stride=stage.stride)
-    return read_SKL, unfolded.unflatten(0, (len(x_SI), -1))
-
-
-class _Rows:
-    """Kinks as weights of units: unit rows [K] with the mask of what was active, points, and biases."""
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-        self.masks: list[Tensor] = []
-        self.points: list[Tensor] = []
-        self.biases: list[float] = []
-        self.outgoing: list[tuple[int, Tensor]] = []
-
-    def add(self, net: ConvNet, theta_P: Tensor, hypothesis: Hypothesis, kinks: Kinks) -> None:
-        """Each kink as the weights of a unit at the position that explains its normal best, where one does."""
-        if not len(kinks.x_SI):
-            return
-        read_SKL, jacobian_SIKL = read_jacobians(net, theta_P, hypothesis, kinks.x_SI)
-        for number, normal_I in enumerate(kinks.normal_SI):
-            x_I, read_KL = kinks.x_SI[number], read_SKL[number]
-            row_K, active_K, position = row_at_best(jacobian_SIKL[number], normal_I, READ)
-            if position >= 0:
-                size = row_K.norm()
-                self.rows.append(row_K / size)
-                self.masks.append(active_K)
-                self.points.append(x_I)
-                self.biases.append(-float(row_K @ read_KL[:, position] / size))
-                self.outgoing.append((position, kinks.jump_SO[number] * size))
-
-    def joined(self, members: np.ndarray, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
-        """A channel's [weights, bias] [K + 1], which weights are known [K], and what it adds to the outputs [L, O]."""
-        order = sorted(members, key=lambda i: -int(self.masks[i].sum()))
-        row_K, mask_K = self.rows[order[0]].clone(), self.masks[order[0]].clone()
-        rows, biases, outgoing = list[Tensor](), list[float](), list[tuple[int, Tensor]]()
-        for i in order:
-            shared_K = mask_K & self.masks[i]
-            if int(shared_K.sum()) < SHARED:
-                continue
-            factor = float(row_K[shared_K] @ self.rows[i][shared_K] / self.rows[i][shared_K].square().sum())
-            new_K = self.masks[i] & ~mask_K
-            row_K[new_K] = factor * self.rows[i][new_K]
-            mask_K |= self.masks[i]
-            rows.append(torch.where(self.masks[i], factor * self.rows[i], torch.nan))
-            biases.append(factor * self.biases[i])
-            outgoing.append((self.outgoing[i][0], self.outgoing[i][1] / abs(factor)))
-        row_K = torch.stack(rows).nanmedian(0).values.nan_to_num(0.0)  # single ones may be badly conditioned
-        positions = stage.before[0] * stage.before[1]
-        outgoing_LO = row_K.new_full((positions, len(outgoing[0][1])), torch.nan)
-        for position in {position for position, _ in outgoing}:
-            outgoing_LO[position] = torch.stack([o for p, o in outgoing if p == position]).median(0).values
-        return torch.cat([row_K, row_K.new_tensor([np.median(biases)])]), mask_K, outgoing_LO
-
-
-def row_at_best(jacobian_IKL: Tensor, normal_I: Tensor, allowed: float) -> tuple[Tensor, Tensor, int]:
-    """Weights [K] of a unit at the position that explains a normal best, which of them can be told [K], and that
-    position; -1 where every one leaves more than `allowed`."""
-    gram_LKK = torch.einsum("ikl,ijl->lkj", jacobian_IKL, jacobian_IKL)
-    trace_L = gram_LKK.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300)
-    gram_LKK = gram_LKK + RIDGE * trace_L[:, None, None] * torch.eye(gram_LKK.shape[1], dtype=torch.float64)
-    right_LK = torch.einsum("ikl,i->lk", jacobian_IKL, normal_I)
-    explained_L = (right_LK * torch.linalg.solve(gram_LKK, right_LK)).sum(1)
-    for position in explained_L.argsort(descending=True).tolist():
-        if explained_L[position] < EXPLAINED:
-            break
-        row_K, active_K, residual = _row(jacobian_IKL[:, :, position], normal_I)
-        if residual < allowed:
-            return row_K, active_K, position
-    return torch.zeros_like(right_LK[0]), torch.zeros_like(right_LK[0], dtype=torch.bool), -1
-
-
-def _row(matrix_IK: Tensor, normal_I: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Weights [K] that explain a normal, which of them can be told, and what is left (infinite if they cannot)."""
-    active_K = matrix_IK.abs().amax(0) > 0
-    row_K = torch.zeros(len(active_K), dtype=torch.float64)
-    if not 0 < int(active_K.sum()) < len(normal_I):
-        return row_K, active_K, torch.inf
-    left, values, right = torch.linalg.svd(matrix_IK[:, active_K], full_matrices=False)
-    if values[-1] < STEEP * values[0]:
-        return row_K, active_K, torch.inf
-    row_K[active_K] = right.T @ ((left.T @ normal_I) / values)
-    return row_K, active_K, float((matrix_IK @ row_K - normal_I).norm())
-
-
-def _same_channel(rows_SK: Tensor, masks_SK: Tensor) -> np.ndarray:
-    """[S]: which rows are one channel's, over the weights they share."""
-    masks = masks_SK.double()
-    power_SS, shared_SS = rows_SK.square() @ masks.T, masks @ masks.T
-    cosine_SS = (rows_SK @ rows_SK.T).square() / (power_SS * power_SS.T).clamp(min=1e-300)
-    enough_SS = (shared_SS >= SHARED) & (torch.minimum(power_SS, power_SS.T) > 0.1)
-    same_SS = enough_SS & (1 - cosine_SS < SAME_ROW)
-    return connected_components(same_SS.numpy(), directed=False)[1]
-
-
-def _complete(channels: np.ndarray, masks_SK: Tensor) -> tuple[int, bool]:
-    """How many channels are shown twice, and whether all their weights are."""
-    groups = [np.flatnonzero(channels == c) for c in range(int(channels.max()) + 1)]
-    groups = [group for group in groups if len(group) > 2]
-    return len(groups), all(bool(masks_SK[group].any(0).all()) for group in groups)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrecon.expand_cluster.blackbox import BlackBox
-from distrecon.expand_cluster.convolution.hypothesis import Hypothesis, Stage
-from distrecon.expand_cluster.convolution.kinks import Layer, known_layers, read_jacobians, row_at_best
+from distrecon.expand_cluster.convolution.hypothesis import Hypothesis
+from distrecon.expand_cluster.convolution.kinks import known_layers, signed_map
 from distrecon.expand_cluster.convolution.network import ConvNet, Passed
 from distrecon.expand_cluster.convolution.projection import Projected
+from distrecon.expand_cluster.convolution.rows import Layer, places, read_jacobians, row_at_best
 from distrecon.expand_cluster.convolution.units import SAME, Cause, Units
 from distrecon.expand_cluster.run import Progress
 from distrecon.expand_cluster.thresholds import CONVERGED
@@ -69,7 +70,7 @@ class Search:
         self.partial = Units(*(part[:0] for part in vars(self.units).values()))
         before, _ = known_layers(hypothesis, known, activation)
         self.map_shape = (before.widths[-1], *hypothesis.stages[-2].after)
-        self.place_KL = _places(hypothesis.stages[-1], self.map_shape)
+        self.place_KL = places(hypothesis.stages[-1], self.map_shape)
         self.linear_NO = torch.zeros(before.num_features, box.outputs, dtype=torch.float64)
         self.constant_O = torch.zeros(box.outputs, dtype=torch.float64)
         self.common_N = torch.ones(before.num_features, dtype=torch.bool)
@@ -220,7 +221,7 @@ class Search:
         around = int(AROUND * count)
         x_QI[:around] = self.around(around)
         net, theta_P = self.network()
-        rate_N = (self.signed(net, net.trace(theta_P, x_QI[:2000])) > 0).double().mean(0)
+        rate_N = (signed_map(net, net.trace(theta_P, x_QI[:2000])) > 0).double().mean(0)
         numbers = len(rate_N)
         chosen_QN = torch.zeros(count, numbers, dtype=torch.float64)
         each = torch.multinomial((1 / (rate_N + 0.02)).expand(count, -1), LOUD, generator=generator)
@@ -242,7 +243,7 @@ class Search:
             with torch.enable_grad():
                 x_SI = x_QI[moving].requires_grad_()
                 passed = net.trace(theta_P, x_SI)
-                signed_SN = self.signed(net, passed)
+                signed_SN = signed_map(net, passed)
                 wanted = (chosen_QN[moving] * signed_SN).sum() - (quiet_Q1[moving] * signed_SN.clamp(min=0)).sum()
                 u_S = passed[-1].before_QCL[torch.arange(len(moving)), unit_Q[moving], position_Q[moving]]
                 (slope_SI,) = torch.autograd.grad(wanted + (along_Q[moving] * u_S).sum(), x_SI)
@@ -268,14 +269,6 @@ class Search:
             chosen_QN[inside, place_Q[inside]] = 1.0
         size_C = self.units.matrix_CK[:, :-1].norm(dim=1).clamp(min=1e-300)
         return unit_Q, position_Q, 3 * along_Q * aimed_Q / size_C[unit_Q]
-
-    def signed(self, net: ConvNet, passed: list[Passed]) -> Tensor:
-        """The map that the layer reads without its activation, [Q, N]."""
-        stage = net.hypothesis.stages[-2]
-        before = passed[-2].before_QCL.unflatten(2, stage.before)
-        if stage.pool > 1:
-            before = (F.avg_pool2d if stage.average else F.max_pool2d)(before, stage.pool)
-        return before.flatten(1)
 
     # -- what the causes are ------------------------------------------------------------------------------------------
 
@@ -416,13 +409,6 @@ class Search:
                 self.units.seen_CK[unit, weight] = True
         self.points.extend(cause.x_I[None] for cause, kept in zip(causes, kept_Q, strict=True) if kept)
         return int(told_U.sum())
-
-
-def _places(stage: Stage, map_shape: tuple[int, int, int]) -> Tensor:
-    """[K, L]: which number of the map, from 1, every position reads; 0 is padding."""
-    channels, height, width = map_shape
-    numbers = torch.arange(1, channels * height * width + 1, dtype=torch.float64).view(1, *map_shape)
-    return F.unfold(numbers, stage.kernel, padding=stage.padding, stride=stage.stride)[0].round().long()
 
 
 def _trimmed(design_QN: Tensor, y_QO: Tensor) -> Tensor:
