@@ -44,7 +44,7 @@ LOUD = 0.7  # of those, where a unit is to respond; elsewhere none is
 SAMPLE, SELDOM = 2000, 0.02  # inputs at which it is counted how often units respond; rates below which all count alike
 AIMED, AIMS, AIM = 1500, 12, (1e-3, 0.5)  # segments of a round at points where a unit bends and a weight that it lacks
 # shows; steps towards them; how far on the number it is for is, over the distance from the centre
-ROUNDS, LAST_ROUNDS = 10, 4  # of segments for a layer; for the last hidden one, which residual.py completes
+ROUNDS = 10  # of segments for a layer
 QUIET = 3  # rounds in a row that show no new channel where every weight is known: there are no others
 SILENT = 1e-6  # of a row's largest coefficient: what does not respond
 
@@ -271,9 +271,8 @@ def next_layer(
     Where the last known layer is not max-pooled, its signs are settled first (`known` is changed).
     """
     open_signs = hypothesis.stages[len(known) - 1].pool == 1 or hypothesis.stages[len(known) - 1].average
-    last = len(known) + 1 == len(hypothesis.stages)
     rows, layer, found, quiet = Rows(hypothesis.stages[len(known)]), None, 0, 0
-    for _ in range(LAST_ROUNDS if last else ROUNDS):
+    for _ in range(ROUNDS):
         net, theta_P = known_layers(hypothesis, known, activation)
         wider = None if layer is None else known_layers(hypothesis, [*known, layer.matrix_CK], activation)
         kinks = find_kinks(box, net, theta_P, unit, generator, wider, layer)
