@@ -38,13 +38,14 @@ INSIDE, STEP = 0.9, 5e-3  # of a segment's half length: where its Jacobians are 
 ALONE = 1e-6  # ratio of the second singular value of the Jacobians' difference to the first, at one kink
 TARGETED, CLIMBS, CLIMB = 0.7, 12, 0.25  # share of the segments that are moved to where units respond seldom; steps at
 # most, and their size over the distance from the centre
-ASCENTS, ASCENT, FAR = 150, 6, (10.0, 1000.0)  # of a round along the outputs, their steps, and how far out they go on
+ASCENTS, ASCENT, FAR = 100, 5, (10.0, 1000.0)  # of a round along the outputs, their steps, and how far out they go on
 BY_ASCENT = 0.5  # share of the segments that lie on them
 LOUD = 0.7  # of those, where a unit is to respond; elsewhere none is
 SAMPLE, SELDOM = 2000, 0.02  # inputs at which it is counted how often units respond; rates below which all count alike
-AIMED, AIMS, AIM = 1500, 12, (1e-3, 0.5)  # segments of a round at points where a unit bends and a weight that it lacks
+AIMED, AIMS, AIM = 600, 10, (1e-3, 0.5)  # segments of a round at points where a unit bends and a weight that it lacks
 # shows; steps towards them; how far on the number it is for is, over the distance from the centre
 ROUNDS = 10  # of segments for a layer
+ENOUGH = 6  # kinks of a channel all of whose weights are known: others of it are not looked at
 QUIET = 3  # rounds in a row that show no new channel where every weight is known: there are no others
 SILENT = 1e-6  # of a row's largest coefficient: what does not respond
 
@@ -71,43 +72,25 @@ def find_kinks(
 ) -> Kinks:
     """Kinks of one unit behind the layers of `net`, in regions where these are linear.
 
-    With what is known of the next layer already, and the network with it, those that it does not explain come first,
-    and weights that it lacks are aimed at.
+    With what is known of the next layer already, and the network with it, those that it explains are left out, and
+    weights that it lacks are aimed at.
     """
-    x_QI = _towards_rare(net, theta_P, _drawn(box, SEGMENTS, unit, REACHES, generator), generator)
-    climbed_SI = along_outputs(box, _drawn(box, ASCENTS, unit, FAR, generator), generator)
-    count = int(BY_ASCENT * SEGMENTS)
-    x_QI[:count] = climbed_SI[torch.randint(len(climbed_SI), (count,), generator=generator)]
-    shape = x_QI.shape
-    move_QI = (
-        x_QI.norm(dim=1, keepdim=True) / box.inputs**0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    )
-    aimed = 0
-    if wider and layer and not layer.seen_CK.all():
-        lacking_QI, along_QI = _towards_lacking(*wider, layer, generator)
-        aimed, x_QI, move_QI = len(lacking_QI), torch.cat([lacking_QI, x_QI]), torch.cat([along_QI, move_QI])
-    length_Q1 = torch.zeros(len(x_QI), 1, dtype=torch.float64)
-    for length in LENGTHS:
-        ends = [pattern(net, net.trace(theta_P, x_QI + sign * length * move_QI)) for sign in (-1, 1)]
-        inside_Q1 = (ends[0] == ends[1]).all(1, keepdim=True) & (length_Q1 == 0)
-        length_Q1 = torch.where(inside_Q1, length, length_Q1)
-    chosen_Q = (length_Q1[:, 0] > 0).nonzero()[:, 0]
-    chosen_Q = chosen_Q[torch.randperm(len(chosen_Q), generator=generator)]
-    chosen_Q = chosen_Q[(chosen_Q >= aimed).long().argsort(stable=True)][:ASKED]
-    x_QI, move_QI = x_QI[chosen_Q], (length_Q1 * move_QI)[chosen_Q]
+    x_QI, move_QI = _segments(box, net, theta_P, unit, generator, wider, layer)
     here_QO, up_QO, down_QO = box(x_QI), box(x_QI + move_QI), box(x_QI - move_QI)
     bends_Q = ((up_QO + down_QO - 2 * here_QO).abs() > BENDS * here_QO.abs().amax(1, keepdim=True)).any(1)
     x_SI, move_SI = _cut(box, x_QI[bends_Q][:CUT], move_QI[bends_Q][:CUT], generator)
     if wider and layer:
-        order_S = _explained(*wider, layer, x_SI, move_SI).long().argsort(stable=True)
-        x_SI, move_SI = x_SI[order_S], move_SI[order_S]
+        open_S = ~_explained(*wider, layer, x_SI, move_SI)
+        x_SI, move_SI = x_SI[open_S], move_SI[open_S]
     x_SI, move_SI = x_SI[:EXAMINED], INSIDE * move_SI[:EXAMINED]
+    if not len(x_SI):
+        return Kinks(x_SI, x_SI, x_SI.new_empty(0, box.outputs))
     y_2, jacobian_2 = [], []
     for sign in (-1, 1):
         end_SI = x_SI + sign * move_SI
         step_S = STEP * move_SI.norm(dim=1) / box.inputs**0.5
         y_2.append(box(end_SI))
-        jacobian_2.append(_jacobians(box, end_SI, step_S))
+        jacobian_2.append(_jacobians(box, end_SI, y_2[-1], step_S))
     jump_SOI = jacobian_2[1] - jacobian_2[0]
     left_SOO, values, right_SOI = torch.linalg.svd(jump_SOI, full_matrices=False)
     alone_S = values[:, 1] < ALONE * values[:, 0] if values.shape[1] > 1 else values[:, 0] > 0
@@ -119,6 +102,39 @@ def find_kinks(
     normal_SI = right_SOI[:, 0]
     jump_SO = ((normal_SI * move_SI).sum(1).sign() * values[:, 0])[:, None] * output_SO
     return Kinks((x_SI + share_S[:, None] * move_SI)[alone_S], normal_SI[alone_S], jump_SO[alone_S])
+
+
+def _segments(
+    box: BlackBox,
+    net: ConvNet,
+    theta_P: Tensor,
+    unit: float,
+    generator: torch.Generator,
+    wider: tuple[ConvNet, Tensor] | None,
+    layer: Layer | None,
+) -> tuple[Tensor, Tensor]:
+    """Middles [Q, I] and half lengths [Q, I] of segments on which no unit of `net` changes."""
+    climbed_SI = along_outputs(box, _drawn(box, ASCENTS, unit, FAR, generator), generator)
+    count = int(BY_ASCENT * SEGMENTS)
+    others_QI = _towards_rare(net, theta_P, _drawn(box, SEGMENTS - count, unit, REACHES, generator), generator)
+    x_QI = torch.cat([climbed_SI[torch.randint(len(climbed_SI), (count,), generator=generator)], others_QI])
+    shape = x_QI.shape
+    move_QI = (
+        x_QI.norm(dim=1, keepdim=True) / box.inputs**0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    )
+    aimed = 0
+    if wider and layer and not layer.seen_CK.all():
+        lacking_QI, along_QI = _towards_lacking(*wider, layer, generator)
+        aimed, x_QI, move_QI = len(lacking_QI), torch.cat([lacking_QI, x_QI]), torch.cat([along_QI, move_QI])
+    length_Q1 = torch.zeros(len(x_QI), 1, dtype=torch.float64)
+    for length in LENGTHS:
+        open_Q = (length_Q1[:, 0] == 0).nonzero()[:, 0]
+        ends = [pattern(net, net.trace(theta_P, x_QI[open_Q] + sign * length * move_QI[open_Q])) for sign in (-1, 1)]
+        length_Q1[open_Q[(ends[0] == ends[1]).all(1)]] = length
+    chosen_Q = (length_Q1[:, 0] > 0).nonzero()[:, 0]
+    chosen_Q = chosen_Q[torch.randperm(len(chosen_Q), generator=generator)]
+    chosen_Q = chosen_Q[(chosen_Q >= aimed).long().argsort(stable=True)][:ASKED]
+    return x_QI[chosen_Q], (length_Q1 * move_QI)[chosen_Q]
 
 
 def _drawn(box: BlackBox, count: int, unit: float, reaches: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -187,9 +203,10 @@ def _cut(box: BlackBox, x_SI: Tensor, move_SI: Tensor, generator: torch.Generato
 
 
 def _explained(wider: ConvNet, wider_P: Tensor, layer: Layer, x_SI: Tensor, move_SI: Tensor) -> Tensor:
-    """[S]: whether a unit of the last layer all of whose weights are known bends on a segment."""
+    """[S]: whether a unit of the last layer of enough kinks and without unknown weights bends on a segment."""
     on, off = (wider.trace(wider_P, x_SI + sign * move_SI)[-1].before_QCL > 0 for sign in (1, -1))
-    return (on != off)[:, layer.seen_CK.all(1)].any(2).any(1)
+    known_C = layer.seen_CK.all(1) & (torch.tensor([len(points_SI) for points_SI in layer.bends_CSI]) >= ENOUGH)
+    return (on != off)[:, known_C].any(2).any(1)
 
 
 def _towards_lacking(
@@ -245,11 +262,11 @@ def signed_map(net: ConvNet, passed: list[Passed]) -> Tensor:
     return before.flatten(1)
 
 
-def _jacobians(box: BlackBox, x_SI: Tensor, step_S: Tensor) -> Tensor:
-    """[S, O, I] by central differences, which are exact where the black box is linear."""
+def _jacobians(box: BlackBox, x_SI: Tensor, y_SO: Tensor, step_S: Tensor) -> Tensor:
+    """[S, O, I] by differences from the answers y, which are exact where the black box is linear."""
     moves_SII = step_S[:, None, None] * torch.eye(box.inputs, dtype=torch.float64)
-    up, down = (box((x_SI[:, None] + sign * moves_SII).flatten(0, 1)) for sign in (1, -1))
-    return ((up - down).unflatten(0, (len(x_SI), -1)) / (2 * step_S[:, None, None])).transpose(1, 2)
+    moved_SIO = box((x_SI[:, None] + moves_SII).flatten(0, 1)).unflatten(0, (len(x_SI), -1))
+    return ((moved_SIO - y_SO[:, None]) / step_S[:, None, None]).transpose(1, 2)
 
 
 def first_layer(filters: Filters) -> Layer:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.convolution.hypothesis import Hypothesis
-from distrecon.expand_cluster.convolution.kinks import known_layers, signed_map
+from distrecon.expand_cluster.convolution.kinks import ASCENTS, FAR, along_outputs, known_layers, signed_map
 from distrecon.expand_cluster.convolution.network import ConvNet, Passed
 from distrecon.expand_cluster.convolution.projection import Projected
 from distrecon.expand_cluster.convolution.rows import Layer, places, read_jacobians, row_at_best
@@ -37,6 +37,7 @@ REFINED, REFINED_REACHES = 1200, (0.5, 8.0)  # inputs of the fit of what is know
 CLEAN, STEPS_OF_REFINEMENT = 1e-4, 4  # of the answers' size: what may be left there; steps of that fit
 CLIMBS, CLIMB = 25, 0.25  # steps at most, and their size over the distance from the centre
 AROUND, NEAR = 0.25, 0.3  # share of the inputs drawn round points where something seldom showed, and how far from them
+CLIMBED = 0.25  # share of the inputs that lie on climbs along the outputs
 LOUD = 3  # numbers of the map that are to be large at one input, at most
 USUAL, WITNESSES = 30, 3  # of SETTLED inputs that show a pair often enough; inputs that are kept for the others
 ROUNDS, QUIET = 30, 3  # of searches at most, and how many of them in a row must find nothing
@@ -216,10 +217,12 @@ class Search:
 
     def draw(self, count: int) -> Tensor:
         """Inputs of every size, most of them moved to where a few numbers of the map are large and the others small, or
-        where one is on whose weight a unit lacks."""
+        where one is on whose weight a unit lacks; others climbed along the outputs."""
         generator, x_QI = self.generator, self.natural(count)
-        around = int(AROUND * count)
+        around, climbed = int(AROUND * count), int(CLIMBED * count)
         x_QI[:around] = self.around(around)
+        climbed_SI = along_outputs(self.box, self.natural(ASCENTS, FAR), generator)
+        x_QI[-climbed:] = climbed_SI[torch.randint(len(climbed_SI), (climbed,), generator=generator)]
         net, theta_P = self.network()
         rate_N = (signed_map(net, net.trace(theta_P, x_QI[:2000])) > 0).double().mean(0)
         numbers = len(rate_N)
@@ -237,6 +240,7 @@ class Search:
                 place_Q = self.place_KL[weight_Q, position_Q[:around]] - 1
                 chosen_QN[(place_Q >= 0).nonzero()[:, 0], place_Q[place_Q >= 0]] = 1.0
         steps_Q = torch.randint(CLIMBS + 1, (count,), generator=generator)
+        steps_Q[-climbed:] = 0
         length_Q1 = x_QI.norm(dim=1, keepdim=True)
         for step in range(CLIMBS):
             moving = (steps_Q > step).nonzero()[:, 0]
