@@ -79,11 +79,10 @@ class Search:
 
     def run(self, progress: Progress, out_of_time: Callable[[], bool]) -> bool:
         """Searches until some in a row find nothing left; whether they did."""
-        quiet = 0
-        for number in range(ROUNDS):
+        quiet, refined = 0, False
+        for _ in range(ROUNDS):
             self.settle(self.natural(SETTLED))
-            if number == 0:
-                self.refine()
+            refined = refined or self.refine()
             x_QI = self.draw(SEARCHED)
             left_Q = self.left(x_QI).norm(dim=1) / self.size(x_QI)
             open_Q = left_Q > LEFT
@@ -91,7 +90,7 @@ class Search:
             quiet = 0 if open_Q.any() else quiet + 1
             if quiet == QUIET or out_of_time():
                 break
-            self.explain(self.causes(x_QI[open_Q]))
+            refined = not self.explain(self.causes(x_QI[open_Q])) and refined
         return quiet == QUIET
 
     def witnesses(self) -> Tensor:
@@ -144,16 +143,17 @@ class Search:
         self.linear_NO[common_N], self.constant_O = solution_NO[:-1], solution_NO[-1]
         self.turn(common_N)
 
-    def refine(self) -> None:
-        """All weights that are known, fitted to answers that they explain nearly: rows read from kinks are too coarse
-        to tell what is left. Not where a linear function stands for units that are missing."""
+    def refine(self) -> bool:
+        """All weights that are known, fitted to answers that they explain nearly: rows read from kinks, and from what
+        was left, are too coarse to tell what is left. Not where a linear function stands for units that are missing, or
+        too much is not explained; whether it was done."""
         net, theta_P = self.network()
         x_QI = torch.cat([self.natural(REFINED, REFINED_REACHES), self.around(REFINED // 3)])
         left_Q = self.left(x_QI).norm(dim=1) / self.size(x_QI)
         x_QI = x_QI[left_Q < CLEAN]
         y_QO = self.box(x_QI)
         if self.linear_NO.norm() > CLEAN * self.units.outgoing_CLO.norm() or len(x_QI) < REFINED / 2:
-            return
+            return False
         free = [torch.ones_like(m, dtype=torch.bool) for m in self.known]
         free.append(F.pad(self.units.seen_CK, (0, 1), value=True))
         target = Projected(net, x_QI, y_QO / y_QO.std(), free_P=net.flatten(free))
@@ -169,6 +169,7 @@ class Search:
         self.linear_NO, self.constant_O = torch.zeros_like(self.linear_NO), readout_FO[-1]
         if self.unexplained(x_QI) > before[-1]:
             self.known, self.units, self.linear_NO, self.constant_O, _ = before
+        return True
 
     def own_linear(self) -> Tensor:
         """The linear term of every unit as a function of the map, [C, N, O]."""
