@@ -120,7 +120,7 @@ def _places(box: BlackBox, hypothesis: Hypothesis, reach: float, generator: torc
     seen_Q = seen_Q[torch.randperm(len(seen_Q), generator=generator)]
     if _borders_mislead(hypothesis):
         allowed_Q = INSIDE * bend_Q[seen_Q] / (unit * APART)
-        seen_Q = seen_Q[_along_border(box, hypothesis, x_QI[seen_Q], move_QI[seen_Q], unit * STEP) < allowed_Q]
+        seen_Q = seen_Q[along_border(box, hypothesis, x_QI[seen_Q], move_QI[seen_Q], unit * STEP) < allowed_Q]
     chosen_Q = seen_Q[:EXAMINED]
     return _examined(box, hypothesis, x_QI[chosen_Q], move_QI[chosen_Q], unit * STEP)
 
@@ -132,7 +132,7 @@ def _borders_mislead(hypothesis: Hypothesis) -> bool:
     return stage.padding > 0 and stage.pool > 1 and not stage.average
 
 
-def _along_border(box: BlackBox, hypothesis: Hypothesis, x_QI: Tensor, move_QI: Tensor, step: float) -> Tensor:
+def along_border(box: BlackBox, hypothesis: Hypothesis, x_QI: Tensor, move_QI: Tensor, step: float) -> Tensor:
     """By how much the outputs' slope along one direction that moves all pixels of the border differs between both ends
     of a place, [Q]: by nothing where a window inside changes."""
     direction = torch.ones(hypothesis.input_shape, dtype=torch.float64)

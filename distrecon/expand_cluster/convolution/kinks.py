@@ -78,7 +78,7 @@ def find_kinks(
     x_QI, move_QI = _segments(box, net, theta_P, unit, generator, wider, layer)
     here_QO, up_QO, down_QO = box(x_QI), box(x_QI + move_QI), box(x_QI - move_QI)
     bends_Q = ((up_QO + down_QO - 2 * here_QO).abs() > BENDS * here_QO.abs().amax(1, keepdim=True)).any(1)
-    x_SI, move_SI = _cut(box, x_QI[bends_Q][:CUT], move_QI[bends_Q][:CUT], generator)
+    x_SI, move_SI = cut(box, x_QI[bends_Q][:CUT], move_QI[bends_Q][:CUT], generator)
     if wider and layer:
         open_S = ~_explained(*wider, layer, x_SI, move_SI)
         x_SI, move_SI = x_SI[open_S], move_SI[open_S]
@@ -124,7 +124,7 @@ def _segments(
     )
     aimed = 0
     if wider and layer and not layer.seen_CK.all():
-        lacking_QI, along_QI = _towards_lacking(*wider, layer, generator)
+        lacking_QI, along_QI = towards_lacking(*wider, layer, generator)
         aimed, x_QI, move_QI = len(lacking_QI), torch.cat([lacking_QI, x_QI]), torch.cat([along_QI, move_QI])
     length_Q1 = torch.zeros(len(x_QI), 1, dtype=torch.float64)
     for length in LENGTHS:
@@ -189,7 +189,7 @@ def _towards_rare(net: ConvNet, theta_P: Tensor, x_QI: Tensor, generator: torch.
     return x_QI
 
 
-def _cut(box: BlackBox, x_SI: Tensor, move_SI: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def cut(box: BlackBox, x_SI: Tensor, move_SI: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A shorter segment of each, round one of the places where it bends: it may bend at several."""
     if not len(x_SI):
         return x_SI, move_SI
@@ -209,9 +209,7 @@ def _explained(wider: ConvNet, wider_P: Tensor, layer: Layer, x_SI: Tensor, move
     return (on != off)[:, known_C].any(2).any(1)
 
 
-def _towards_lacking(
-    wider: ConvNet, wider_P: Tensor, layer: Layer, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def towards_lacking(wider: ConvNet, wider_P: Tensor, layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Points [Q, I] where a unit bends while a number is on whose weight it lacks, and moves [Q, I] through its kink.
 
     By Newton steps from points where it bends, for two equations: the unit, as far as it is known, is 0, and the number

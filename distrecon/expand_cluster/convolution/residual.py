@@ -34,7 +34,8 @@ SEARCHED, EXAMINED = 4000, 80  # inputs of a round, and those of them whose Jaco
 REACHES = (0.5, 100.0)  # of the inputs, in units of their scale
 KEPT = 10  # points at which a unit bends, of each
 REFINED, REFINED_REACHES = 1200, (0.5, 8.0)  # inputs of the fit of what is known, and theirs
-CLEAN, STEPS_OF_REFINEMENT = 1e-4, 4  # of the answers' size: what may be left there; steps of that fit
+CLEAN, STEPS_OF_REFINEMENT = 1e-4, 4  # of the answers' size: what may be left there, at most; steps of that fit
+USUALLY = 30  # times what is left at most inputs: where more is left, it has a cause
 CLIMBS, CLIMB = 25, 0.25  # steps at most, and their size over the distance from the centre
 AROUND, NEAR = 0.25, 0.3  # share of the inputs drawn round points where something seldom showed, and how far from them
 CLIMBED = 0.25  # share of the inputs that lie on climbs along the outputs
@@ -43,7 +44,7 @@ USUAL, WITNESSES = 30, 3  # of SETTLED inputs that show a pair often enough; inp
 ROUNDS, QUIET = 30, 3  # of searches at most, and how many of them in a row must find nothing
 COMMON = 0.1  # share of the inputs at which a number of the map must be on to have a place in the linear function
 TRIMMED, TRIMS = 0.6, 15  # share of the inputs that the linear function must explain; fits of it
-LEFT = 1e-7  # of the answers' size: what is left above it has a cause
+LEFT, ROUNDED = 1e-7, 1e-11  # of the answers' size: what is left above it has a cause, at most and at least
 STEPS = (1e-3, 1e-4)  # of the Jacobians' differences over the distance from the centre, in turn
 STRAIGHT = 1e-12  # of the answers' size: second differences above it show a kink between
 ALONE = 1e-5  # ratio of the second singular value to the first, where one unit is the cause
@@ -75,6 +76,7 @@ class Search:
         self.linear_NO = torch.zeros(before.num_features, box.outputs, dtype=torch.float64)
         self.constant_O = torch.zeros(box.outputs, dtype=torch.float64)
         self.common_N = torch.ones(before.num_features, dtype=torch.bool)
+        self.limit = LEFT
         self.points = [points_SI[:KEPT] for points_SI in layer.bends_CSI]
 
     def run(self, progress: Progress, out_of_time: Callable[[], bool]) -> bool:
@@ -82,10 +84,10 @@ class Search:
         quiet, refined = 0, False
         for _ in range(ROUNDS):
             self.settle(self.natural(SETTLED))
-            refined = refined or self.refine()
+            if not refined and (refined := self.refine()):
+                self.forget()
             x_QI = self.draw(SEARCHED)
-            left_Q = self.left(x_QI).norm(dim=1) / self.size(x_QI)
-            open_Q = left_Q > LEFT
+            open_Q = self.shares(x_QI) > self.limit
             progress("inputs with something left", int(open_Q.sum()))
             quiet = 0 if open_Q.any() else quiet + 1
             if quiet == QUIET or out_of_time():
@@ -126,6 +128,10 @@ class Search:
         linear_QO = passed[-2].after.flatten(1) @ self.linear_NO + self.constant_O
         return self.box(x_QI) - self.explained(passed) - linear_QO
 
+    def shares(self, x_QI: Tensor) -> Tensor:
+        """What is left over the answers' size [Q]."""
+        return self.left(x_QI).norm(dim=1) / self.size(x_QI)
+
     def size(self, x_QI: Tensor) -> Tensor:
         """Of the answers [Q]."""
         size_Q = self.box(x_QI).norm(dim=1)
@@ -142,6 +148,7 @@ class Search:
         self.linear_NO = self.linear_NO.new_zeros(self.linear_NO.shape)
         self.linear_NO[common_N], self.constant_O = solution_NO[:-1], solution_NO[-1]
         self.turn(common_N)
+        self.limit = float((USUALLY * self.shares(x_QI).median()).clamp(ROUNDED, LEFT))
 
     def refine(self) -> bool:
         """All weights that are known, fitted to answers that they explain nearly: rows read from kinks, and from what
@@ -149,8 +156,8 @@ class Search:
         too much is not explained; whether it was done."""
         net, theta_P = self.network()
         x_QI = torch.cat([self.natural(REFINED, REFINED_REACHES), self.around(REFINED // 3)])
-        left_Q = self.left(x_QI).norm(dim=1) / self.size(x_QI)
-        x_QI = x_QI[left_Q < CLEAN]
+        left_Q = self.shares(x_QI)
+        x_QI = x_QI[left_Q < (USUALLY * left_Q.median()).clamp(max=CLEAN)]
         y_QO = self.box(x_QI)
         if self.linear_NO.norm() > CLEAN * self.units.outgoing_CLO.norm() or len(x_QI) < REFINED / 2:
             return False
@@ -170,6 +177,21 @@ class Search:
         if self.unexplained(x_QI) > before[-1]:
             self.known, self.units, self.linear_NO, self.constant_O, _ = before
         return True
+
+    def forget(self) -> None:
+        """Units are dropped without which no more is left: some were read where too much was not explained yet."""
+        net, theta_P = self.network()
+        x_QI = torch.cat([self.natural(SETTLED), *self.points])
+        on_QCL, left_QO, size_Q = (
+            self.activation(net.trace(theta_P, x_QI)[-1].before_QCL),
+            self.left(x_QI),
+            self.size(x_QI),
+        )
+        for number in reversed(range(len(self.units))):
+            without_QO = left_QO + on_QCL[:, number] @ self.units.outgoing_CLO[number]
+            more = [(part_QO.norm(dim=1) > self.limit * size_Q).sum() for part_QO in (left_QO, without_QO)]
+            if more[1] <= more[0]:
+                self.units, left_QO = self.units.without(number), without_QO
 
     def own_linear(self) -> Tensor:
         """The linear term of every unit as a function of the map, [C, N, O]."""
@@ -375,7 +397,7 @@ class Search:
 
     def unexplained(self, x_QI: Tensor) -> int:
         """Number of inputs at which something is left."""
-        return int((self.left(x_QI).norm(dim=1) > LEFT * self.size(x_QI)).sum())
+        return int((self.shares(x_QI) > self.limit).sum())
 
     def readers(self, number: int) -> list[tuple[int, int]]:
         """By which of their weights, and at which positions, units read a number of the map."""
