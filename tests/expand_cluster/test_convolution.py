@@ -13,9 +13,17 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster import RecoveryConfig, recover_network, score
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.convolution.channels import drop_costs, without
-from distrecon.expand_cluster.convolution.filters import find_filters
+from distrecon.expand_cluster.convolution.filters import along_border, find_filters
 from distrecon.expand_cluster.convolution.hypothesis import read_layers, read_request, usual
-from distrecon.expand_cluster.convolution.kinks import known_layers, next_layer, signs_by_pooling
+from distrecon.expand_cluster.convolution.kinks import (
+    along_outputs,
+    cut,
+    known_layers,
+    next_layer,
+    signed_map,
+    signs_by_pooling,
+    towards_lacking,
+)
 from distrecon.expand_cluster.convolution.network import Chain, ConvNet
 from distrecon.expand_cluster.convolution.projection import Projected
 from distrecon.expand_cluster.convolution.residual import Search
@@ -218,6 +226,59 @@ def test_signs_of_pooled_filters_show_where_they_bend():
         @ torch.nn.functional.normalize(chain.weights[0][0].flatten(1), dim=1).T
     )
     assert cosine.amax(1).min() > 1 - 1e-9
+
+
+def test_a_bend_of_a_window_inside_is_none_along_the_border():
+    """Two units in turn: one reads a window inside, the other the whole image."""
+    inside, x_QI = torch.zeros(6, 6, dtype=torch.float64), images(2, (1, 6, 6))
+    inside[1:4, 2:5] = images(1, (1, 3, 3)).view(3, 3)
+    hypothesis = read_layers("conv3p1 pool2 linear", (1, 6, 6))
+    for normal_I, seen in ((inside.flatten(), False), (x_QI[1], True)):
+        box = BlackBox(lambda x_QI, w_I=normal_I: torch.relu(x_QI @ w_I)[:, None], 36)
+        middle_I = x_QI[0] - (x_QI[0] @ normal_I) / (normal_I @ normal_I) * normal_I
+        bend = along_border(box, hypothesis, middle_I[None], normal_I[None], 1e-3)
+        assert (float(bend) > 0.1) == seen
+        assert seen or float(bend) < 1e-9
+
+
+def test_climbs_along_the_outputs_keep_their_distance_and_go_up():
+    matrix_OI = images(3, (1, 4, 4))
+    box, x_SI = BlackBox(lambda x_QI: x_QI @ matrix_OI.T, 16), images(5, (1, 4, 4), 2)
+    path_TSI = along_outputs(box, x_SI, torch.Generator().manual_seed(0)).unflatten(0, (-1, 5))
+    weights_SO = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    height_TS = (path_TSI @ matrix_OI.T * weights_SO).sum(2)
+    torch.testing.assert_close(path_TSI.norm(dim=2), x_SI.norm(dim=1).expand(len(path_TSI), -1))
+    torch.testing.assert_close(path_TSI[0], x_SI)
+    assert (height_TS.diff(dim=0) > 0).all()
+
+
+def test_a_segment_is_cut_to_one_of_its_bends():
+    """Bends at -0.6 and 0.4 of the segment from -1 to 1."""
+    box = BlackBox(lambda x_QI: torch.relu(x_QI[:, :1] + 0.6) + torch.relu(x_QI[:, :1] - 0.4), 2)
+    x_SI, move_SI = torch.zeros(40, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)[:1].expand(40, -1)
+    middle_SI, part_SI = cut(box, x_SI, move_SI, torch.Generator().manual_seed(0))
+    inside_S2 = (middle_SI[:, :1] - torch.tensor([-0.6, 0.4])).abs() < part_SI[:, :1]
+    assert (inside_S2.sum(1) == 1).all()
+    assert inside_S2.any(0).all()
+
+
+def test_points_aimed_at_have_the_unit_at_its_kink_and_the_number_on():
+    chain = random_net("conv3p1 pool2 conv2 linear", (2, 3), "relu", (1, 6, 6), seed=3)
+    net, theta_P = ConvNet.of(chain.hypothesis, chain.weights, chain.activation)
+    seen_CK = torch.ones(3, 8, dtype=torch.bool)
+    seen_CK[1, 6] = False
+    bends = [images(20, (1, 6, 6), 7)] * 3
+    layer = Layer(net.matrices(theta_P)[1], seen_CK, bends, torch.empty(3, 0, 0))
+    x_QI, move_QI = towards_lacking(net, theta_P, layer, torch.Generator().manual_seed(0))
+    passed = net.trace(theta_P, x_QI)
+    size_Q = x_QI.norm(dim=1)
+    unit_QL = passed[-1].before_QCL[:, 1].abs() / size_Q[:, None]
+    read_QL = passed[-1].read_QKL[:, 6]
+    shown_QL = (unit_QL < 1e-9) & (read_QL > 0)
+    assert shown_QL.any(1).double().mean() > 0.7  # steps across kinks may turn back and forth
+    shown_Q = shown_QL.any(1)
+    near = [signed_map(net, net.trace(theta_P, x_QI + sign * 1e-6 * move_QI))[shown_Q] for sign in (1, -1)]
+    assert ((near[0] - near[1]).abs().amin(1) < 1e-9 * size_Q[shown_Q]).all()  # the moves leave that number as it is
 
 
 def test_a_layer_behind_a_pooled_one_shows_in_its_kinks():
