@@ -83,6 +83,7 @@ class Search:
         """Searches until some in a row find nothing left; whether they did."""
         quiet, refined = 0, False
         for _ in range(ROUNDS):
+            self.units = self.units.distinct()
             self.settle(self.natural(SETTLED))
             if not refined and (refined := self.refine()):
                 self.forget()
@@ -145,8 +146,11 @@ class Search:
         self.common_N = common_N = (map_QN > 0).double().mean(0) > COMMON
         design_QN = torch.cat([map_QN[:, common_N], map_QN.new_ones(len(map_QN), 1)], dim=1) / size_Q1
         solution_NO = _trimmed(design_QN, (self.box(x_QI) - self.explained(passed)) / size_Q1)
+        before, usual = (self.linear_NO, self.constant_O), self.shares(x_QI).median()
         self.linear_NO = self.linear_NO.new_zeros(self.linear_NO.shape)
         self.linear_NO[common_N], self.constant_O = solution_NO[:-1], solution_NO[-1]
+        if self.shares(x_QI).median() > usual:
+            self.linear_NO, self.constant_O = before
         self.turn(common_N)
         self.limit = float((USUALLY * self.shares(x_QI).median()).clamp(ROUNDED, LEFT))
 

@@ -40,6 +40,19 @@ class Units:
         kept_C = torch.arange(len(self)) != number
         return Units(*(part[kept_C] for part in vars(self).values()))
 
+    def distinct(self) -> Units:
+        """Without those whose outgoing vector is a larger one's, which a unit once stood for that was not known yet.
+
+        Of two outputs or fewer that may be chance.
+        """
+        if self.outgoing_CLO.shape[2] <= 2:
+            return self
+        size_C = self.outgoing_CLO.flatten(1).norm(dim=1) * self.matrix_CK[:, :-1].norm(dim=1)
+        unit_CE = torch.nn.functional.normalize(self.outgoing_CLO.flatten(1), dim=1)
+        parallel_CC = (unit_CE @ unit_CE.T).abs() > 1 - PARALLEL**2
+        kept_C = ~(parallel_CC & (size_C[:, None] < size_C)).any(1)
+        return Units(*(part[kept_C] for part in vars(self).values()))
+
     def join(self, cause: Cause, off_C: Tensor) -> tuple[int, int] | None:
         """The unit that is the cause, and how many of its unknown weights the cause tells, which it gets; None where it
         is none of them. `off_C` says which of them count as off at the cause's point so far."""
