@@ -28,6 +28,7 @@ from distrecon.expand_cluster.convolution.network import Chain, ConvNet
 from distrecon.expand_cluster.convolution.projection import Projected
 from distrecon.expand_cluster.convolution.residual import Search
 from distrecon.expand_cluster.convolution.rows import Layer
+from distrecon.expand_cluster.convolution.units import Units
 from distrecon.nets import ChainArchitecture, plain
 from distrecon.nets.activations import activation
 
@@ -311,6 +312,14 @@ def test_a_last_layer_is_completed_from_what_is_left_of_the_answers():
     cosine = unit(search.units.matrix_CK, dim=1) @ unit(true_CK, dim=1).T
     assert cosine.amax(0).min() > 1 - 1e-12
     torch.testing.assert_close(chain(x := images(50, (1, 6, 6), 5)) - search.left(x), chain(x), rtol=0, atol=1e-6)
+
+
+def test_of_units_with_one_outgoing_vector_the_largest_stays():
+    outgoing_CLO = torch.tensor([[1.0, 2.0, 3.0], [-0.1, -0.2, -0.3], [0.1, 0.2, 0.4]])[:, None].double()
+    units = Units(torch.ones(3, 5).double(), torch.ones(3, 4, dtype=torch.bool), outgoing_CLO)
+    torch.testing.assert_close(units.distinct().outgoing_CLO, outgoing_CLO[[0, 2]])
+    two = Units(units.matrix_CK, units.seen_CK, outgoing_CLO[:, :, :2])
+    assert len(two.distinct()) == 3  # two outputs may be parallel by chance
 
 
 @pytest.mark.slow
