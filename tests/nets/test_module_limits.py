@@ -100,7 +100,7 @@ class Deciding(nn.Module):
         (
             Deciding(),
             torch.randn(2, 3),
-            r"Deciding cannot be traced .*test_modules.py.*: return self.last\(x if x.sum\(\) > 0",
+            r"Deciding cannot be traced .*test_module_limits.py.*: return self.last\(x if x.sum\(\) > 0",
         ),
         (nn.Bilinear(3, 3, 2), torch.randn(2, 3), "missing a required argument: 'input2'"),
     ],
