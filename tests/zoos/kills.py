@@ -98,6 +98,7 @@ def main(folder: Path, count: int, seed: int = 0) -> int:
     tasks.run, importing.MODELS_PER_UNIT = serially, 2
     torch.set_num_threads(1)
     draw, bad = random.Random(seed), 0
+    folder.mkdir(parents=True, exist_ok=True)
     source, half, whole = folder / "source", folder / "half", folder / "whole"
     write_source(source)
     first, every = ImportOptions(epochs=(1,), activation="tanh"), ImportOptions(activation="tanh")
