@@ -4,6 +4,8 @@
 - network, files      networks of a hypothesis: features, Jacobians, torch modules; on disk
 - projection          their fit, the readout eliminated
 - filters, kinks      the first layer's filters from far out; layers of relu networks from where they bend
+- rows                kinks as the weights of units
+- residual, units     the last layer of relu networks completed from what is left of the answers
 - students            wider networks, and the clusters of their channels
 - channels, exact     channels dropped; one exact network
 - weakness            what the answers do not determine
