@@ -59,6 +59,7 @@ PARTS = {
     "zoo_stream": Entry("pipeline", "States from disk to the workers"),
     "large_zoo": Entry("large", "Zoos of millions of states"),
     "s3_stream": Entry("remote", "Models from an object store that answers late"),
+    "many_nodes": Entry("many_nodes", "Clusters of 1, 8 and 16 nodes"),
     "recovery": Entry("recovery", "Teachers recovered: synthetic, digits, from files"),
     "ablation": Entry("ablation", "Students and clusters: which does the work"),
     "boxes": Entry("boxes", "Black boxes as people have them"),
