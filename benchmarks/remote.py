@@ -32,6 +32,7 @@ from benchmarks.zoos import random_zoo, rows_of
 from distrecon.nets import architecture
 from distrecon.zoos import Zoo, open_zoo, ranges
 from distrecon.zoos.compact import compact
+from distrecon.zoos.rows import Passing
 from distrecon.zoos.storage import store
 from distrecon.zoos.stream import WINDOWS_AHEAD, plan, stream
 
@@ -150,7 +151,7 @@ class LateStore:
 def s3(address: str) -> pafs.S3FileSystem:
     return pafs.S3FileSystem(
         endpoint_override=address, scheme="http", access_key="any", secret_key="any", region="us-east-1",
-        allow_bucket_creation=True,
+        allow_bucket_creation=True, connect_timeout=60, request_timeout=60,
     )  # fmt: skip
 
 
@@ -240,9 +241,10 @@ def plain(zoo: Zoo, late: LateStore, passes: int, batch_size: int) -> Row:
         return files[file].read_at(length, begin)
 
     asked: list[Callable[[], bytes]] = []
+    rows = Passing(zoo.architecture.num_parameters)
     for number in range(passes):
         for window in range(order.windows):
-            reads = ranges.reads_of(zoo, order.window_spans(number, window, 0, 1), compared_G)
+            reads = ranges.reads_of(zoo, rows.missing(order.window_spans(number, window, 0, 1)), compared_G)
             files |= {file: zoo.store.open(file) for file in reads.files if file not in files}
             asked += [partial(get, reads, those) for those in ranges.requests(reads, zoo.architecture.num_parameters)]
     for file in files.values():
