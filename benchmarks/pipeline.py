@@ -27,13 +27,15 @@ from benchmarks.zoos import ARCH, random_zoo, rows_of
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
 from distrecon.autoencoder.training import Batch, Training
+from distrecon.cluster.session import IDLE
 from distrecon.zoos import Zoo, open_zoo
 from distrecon.zoos import format as zoo_format
 from distrecon.zoos.stream import shard_rows, stream
 
 
 def start_ray(cpus: int, object_store_memory: int | None = None) -> None:
-    """A cluster of this machine alone, without what only people look at."""
+    """A cluster of this machine alone, without what only people look at; idle processes stay as in the commands'."""
+    os.environ |= IDLE
     ray.init(
         "local", num_cpus=cpus, object_store_memory=object_store_memory, include_dashboard=False, log_to_driver=False,
         logging_level=logging.ERROR,
