@@ -39,7 +39,7 @@ from distrecon.zoos.stream import plan
 
 STATES = 3_200  # of each worker's share: 15 MiB
 MODELS = 32  # of each worker in a step
-NODE_MIB = 900  # of memory, of all of a node's processes
+NODE_MIB = 1_000  # of memory, of all of a node's processes
 HELD = 2**30  # bytes of models that a worker may keep: its share, which it reads once
 STORE_BYTES = 100 * 2**20  # of a node's object store
 SMALL = {
