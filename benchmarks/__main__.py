@@ -4,7 +4,7 @@
     python -m benchmarks PART [PART ...] [options]            # some; `PART --help` lists the options of one
     python -m benchmarks --quick                              # small sizes: does it run, not how fast
     python -m benchmarks --page docs/performance.md           # and the tables of the page are replaced
-    python -m benchmarks scaling --page docs/scaling.md
+    python -m benchmarks scaling s3_stream many_nodes --fresh --page docs/scaling.md
 
 Parts marked * keep what is finished in runs/benchmarks/PART.jsonl (`--rows`) and go on from there; `--fresh` begins
 anew. With `--json` everything is also written as JSON; parts that were not measured keep their entries there, and their
@@ -59,6 +59,7 @@ PARTS = {
     "zoo_stream": Entry("pipeline", "States from disk to the workers"),
     "large_zoo": Entry("large", "Zoos of millions of states"),
     "s3_stream": Entry("remote", "Models from an object store that answers late"),
+    "many_nodes": Entry("many_nodes", "Clusters of 1, 8 and 16 nodes"),
     "recovery": Entry("recovery", "Teachers recovered: synthetic, digits, from files"),
     "ablation": Entry("ablation", "Students and clusters: which does the work"),
     "boxes": Entry("boxes", "Black boxes as people have them"),
@@ -104,6 +105,7 @@ def _parser(usage: str, description: str | None, epilog: str | None = None) -> a
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rows there")
     parser.add_argument("--page", type=Path, metavar="FILE", help="the page whose tables are replaced")
+    parser.add_argument("--fresh", action="store_true", help="forget the finished rows of parts marked * first")
     return parser
 
 
@@ -131,7 +133,6 @@ def _one(name: str, options: Sequence[str]) -> int:
     if part.kept:
         default = Path("runs", "benchmarks", f"{name}.jsonl")
         parser.add_argument("--rows", type=Path, default=default, help="where finished rows stay (%(default)s)")
-        parser.add_argument("--fresh", action="store_true", help="forget the finished rows first")
         parser.add_argument("--only", nargs="+", metavar="TEXT", help="cells whose names contain one of these")
     args = _checked(parser, options, [name])
     if part.kept and args.fresh:

@@ -77,10 +77,10 @@ class Reader:
         return {"seen": np.packbits(seen), "rows": rows, "first": first, "last": time.monotonic(), **peaks}
 
 
-def written(states: int, folder: str | None) -> list[Row]:
-    """Written, streamed once by two workers, checked, described."""
+def written(states: int, folder: str | None, kept: str | None) -> list[Row]:
+    """Written, unless it has been `kept`, streamed once by two workers, checked, described."""
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
-    if states * STATE_BYTES * 1.2 > free:
+    if not kept and states * STATE_BYTES * 1.2 > free:
         raise UserError(f"--states {states} take {states * STATE_BYTES / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
     seconds: dict[str, float] = {}
 
@@ -91,9 +91,10 @@ def written(states: int, folder: str | None) -> list[Row]:
         return result
 
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        place = Path(name) / "zoo"
-        numbers = range(-(-states // PART_STATES))
-        clocked("write", lambda: _commit(place, [_write(number, states, str(place)) for number in numbers]))
+        place = Path(kept or Path(name) / "zoo")
+        if not kept:
+            numbers = range(-(-states // PART_STATES))
+            clocked("write", lambda: _commit(place, [_write(number, states, str(place)) for number in numbers]))
         start_ray(2)
         try:
             cpu = cpu_seconds()
@@ -155,7 +156,7 @@ def listed(states: int) -> list[Row]:
 def cells(args: Namespace) -> Iterator[Cell]:
     states, many = (20_000, 1_000_000) if args.quick else (args.states, args.listed)
     yield Cell({"what": "listed", "of": many}, partial(listed, many))
-    yield Cell({"what": "streamed", "of": states}, partial(written, states, args.folder))
+    yield Cell({"what": "streamed", "of": states}, partial(written, states, args.folder, args.kept))
 
 
 _whole = "{:,.0f}".format
@@ -198,5 +199,6 @@ OPTIONS: Options = {
     "--states": {"type": int, "default": 2_600_000, "help": "written for the time: 12 GiB by default"},
     "--listed": {"type": int, "default": 26_000_000},
     "--folder": {"help": "where the zoo is written for the time (default: the system's)"},
+    "--kept": {"metavar": "ZOO", "help": "a zoo of so many states that this part has written; it stays"},
 }
 PARTS = {"large_zoo": Part(cells, _tables, OPTIONS)}

@@ -1,7 +1,9 @@
-"""Streaming from an object store that answers late: moto's S3 server behind a proxy that waits before every request.
+"""Streaming from an object store that answers late.
 
-Server and proxy are processes of their own. The proxy counts requests by kind, so that it is known how many a window of
-the stream costs. The machine's cores also run the server: models a second are a lower bound.
+Two stores: moto's S3 server behind a proxy that waits before every request, and a server of the same answers that
+sends files as they lie, late too, and nearly without processor time. Both are processes of their own on the cores that
+the stream runs on, so models a second are a lower bound. What the requests alone allow is measured beside them: the
+same ranges, as many at once, by plain pyarrow.
 """
 
 import asyncio
@@ -11,24 +13,28 @@ import multiprocessing
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
+from functools import partial
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.fs as pafs
 import ray
 import torch
 
 from benchmarks.harness import Cell, Options, Part, Row, Table, value
-from benchmarks.pipeline import start_ray
+from benchmarks.pipeline import cpu_of, cpu_seconds, start_ray
 from benchmarks.zoos import random_zoo, rows_of
 from distrecon.nets import architecture
-from distrecon.zoos import Zoo, open_zoo
+from distrecon.zoos import Zoo, open_zoo, ranges
 from distrecon.zoos.compact import compact
+from distrecon.zoos.rows import Passing
 from distrecon.zoos.storage import store
-from distrecon.zoos.stream import plan, stream
+from distrecon.zoos.stream import WINDOWS_AHEAD, plan, stream
 
 KINDS = ("GET", "HEAD", "PUT", "POST", "DELETE")
 BUCKET = "zoos"
@@ -49,11 +55,11 @@ def _serve(port: "Synchronized[int]") -> None:
     time.sleep(1e6)
 
 
-def _delay(upstream: int, seconds: float, port: "Synchronized[int]", counts: "SynchronizedArray[int]") -> None:
-    asyncio.run(_proxy(upstream, seconds, port, counts))
+def _delay(upstream: int, seconds: float, counts: Any, port: Any) -> None:
+    asyncio.run(_proxy(upstream, seconds, counts, port))
 
 
-async def _proxy(upstream: int, seconds: float, port: Any, counts: Any) -> None:
+async def _proxy(upstream: int, seconds: float, counts: Any, port: Any) -> None:
     async def requests(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.readuntil(b"\r\n\r\n"):
             kind = head.split(b" ", 1)[0].decode()
@@ -71,6 +77,7 @@ async def _proxy(upstream: int, seconds: float, port: Any, counts: Any) -> None:
 
     async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while block := await reader.read(BLOCK):
+            counts[-1] += len(block)
             writer.write(block)
             await writer.drain()
         writer.close()
@@ -90,52 +97,96 @@ async def _proxy(upstream: int, seconds: float, port: Any, counts: Any) -> None:
     await server.serve_forever()
 
 
+def _send(folder: str, seconds: float, counts: Any, port: Any) -> None:
+    asyncio.run(_files(Path(folder), seconds, counts, port))
+
+
+async def _files(folder: Path, seconds: float, counts: Any, port: Any) -> None:
+    """Answers for the objects BUCKET/KEY that are files of the folder; the system sends them."""
+    from aiohttp import web
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        counts[KINDS.index(request.method)] += 1
+        await asyncio.sleep(seconds)
+        path = folder / request.path.lstrip("/")
+        if not path.is_file():
+            return web.Response(status=404)
+        wanted = request.http_range
+        counts[-1] += len(range(path.stat().st_size)[wanted]) if request.method == "GET" else 0
+        return web.FileResponse(path)
+
+    app = web.Application()
+    app.router.add_route("*", "/{key:.*}", answer)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port.value = runner.addresses[0][1]
+    await asyncio.Event().wait()
+
+
 @dataclass
 class LateStore:
-    """Where it answers, at once and late, and what was asked of the late one."""
+    """A filesystem that fills it at once, where it answers late, what was asked of it, and the processes it is."""
 
-    direct: str
-    late: str
+    direct: pafs.FileSystem
+    address: str
     counts: Any
+    processes: Sequence[Any]
 
-    def client(self, endpoint: str) -> pafs.S3FileSystem:
-        return pafs.S3FileSystem(
-            endpoint_override=endpoint, scheme="http", access_key="any", secret_key="any", region="us-east-1",
-            allow_bucket_creation=True,
-        )  # fmt: skip
+    def client(self) -> pafs.S3FileSystem:
+        return s3(self.address)
 
     def asked(self) -> dict[str, int]:
-        return dict(zip(KINDS, self.counts, strict=True))
+        """Requests by kind, and `bytes` sent."""
+        return dict(zip((*KINDS, "bytes"), self.counts, strict=True))
+
+    def requests(self) -> int:
+        return sum(self.counts[: len(KINDS)])
+
+    def cpu_seconds(self) -> float:
+        return sum(cpu_of(str(process.pid)) for process in self.processes)
+
+
+def s3(address: str) -> pafs.S3FileSystem:
+    return pafs.S3FileSystem(
+        endpoint_override=address, scheme="http", access_key="any", secret_key="any", region="us-east-1",
+        allow_bucket_creation=True, connect_timeout=60, request_timeout=60,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
-def late_store(milliseconds: float) -> Iterator[LateStore]:
-    """An S3 server that answers so much later."""
+def late_store(server: str, milliseconds: float) -> Iterator[LateStore]:
+    """A store with an empty bucket that answers so much later. `server`: "moto", or "files", which is only filled by
+    `direct` and read."""
     spawn = multiprocessing.get_context("spawn")
-    ports = [spawn.Value("i", 0) for _ in range(2)]
-    counts = spawn.Array("i", len(KINDS))
-    server = spawn.Process(target=_serve, args=(ports[0],), daemon=True)
-    proxy = None
-    try:
-        server.start()
-        _wait(ports[0], server)
-        proxy = spawn.Process(target=_delay, args=(ports[0].value, milliseconds / 1e3, ports[1], counts), daemon=True)
-        proxy.start()
-        _wait(ports[1], proxy)
-        direct, late = (f"127.0.0.1:{port.value}" for port in ports)
-        yield LateStore(direct, late, counts)
-    finally:
-        for process in (server, proxy):
-            if process is not None and process.pid is not None:
+    counts, processes = spawn.Array("q", len(KINDS) + 1), []
+
+    def started(target: Callable[..., None], *args: Any) -> int:
+        port = spawn.Value("i", 0)
+        processes.append(spawn.Process(target=target, args=(*args, port), daemon=True))
+        processes[-1].start()
+        while not port.value:
+            if not processes[-1].is_alive():
+                raise RuntimeError(f"the {server} server did not start: are the test extras installed?")
+            time.sleep(0.05)
+        return port.value
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if server == "moto":
+                upstream = started(_serve)
+                late = started(_delay, upstream, milliseconds / 1e3, counts)
+                direct: pafs.FileSystem = s3(f"127.0.0.1:{upstream}")
+            else:
+                late = started(_send, folder, milliseconds / 1e3, counts)
+                direct = pafs.SubTreeFileSystem(folder, pafs.LocalFileSystem())
+            direct.create_dir(BUCKET)
+            yield LateStore(direct, f"127.0.0.1:{late}", counts, processes)
+        finally:
+            for process in processes:
                 process.terminate()
                 process.join()
-
-
-def _wait(port: Any, process: Any) -> None:
-    while not port.value:
-        if not process.is_alive():
-            raise RuntimeError("the server did not start: is moto installed?")
-        time.sleep(0.05)
 
 
 # -- the stream --------------------------------------------------------------------------------------------------------
@@ -145,37 +196,83 @@ def streamed(zoo: Zoo, late: LateStore, passes: int, batch_size: int) -> Row:
     """One worker's stream: models a second and requests a window once the first windows have come."""
     order = plan([zoo], batch_size=batch_size).orders[0]
     skipped = 2 * order.window_steps  # steps of the first two windows: processes start, files are opened
-    start, asked, steps, models = 0.0, late.asked(), 0, 0
+    steps, models = 0, 0
     for batch in stream([zoo], batch_size=batch_size, last_epoch=passes - 1):
         assert torch.equal(rows_of(batch.theta_bP), batch.row_b)
         steps += 1
         if steps == skipped:
-            start, asked, models = time.monotonic(), late.asked(), 0
+            ends, models = _Ends(late), 0
         models += len(batch.row_b)
-    seconds, windows = time.monotonic() - start, (steps - skipped) / order.window_steps
-    requests = sum(late.asked().values()) - sum(asked.values())
-    return {"models_per_second": models / seconds, "requests_per_window": requests / windows, "windows": windows}
+    return ends.row(models, (steps - skipped) / order.window_steps)
 
 
-def s3_stream(args: Namespace) -> list[Row]:
-    """A zoo of CNN3 models in a bucket, in files as an import writes them, and compacted."""
+class _Ends:
+    """What was spent since it was made."""
+
+    def __init__(self, late: LateStore) -> None:
+        self.late, self.begun = late, self._now(late)
+
+    @staticmethod
+    def _now(late: LateStore) -> np.ndarray:
+        own = time.process_time() + cpu_seconds()
+        return np.array([time.monotonic(), late.requests(), own, late.cpu_seconds()])
+
+    def row(self, models: int, windows: float) -> Row:
+        seconds, requests, own, theirs = self._now(self.late) - self.begun
+        return {
+            "models_per_second": models / seconds,
+            "requests_per_window": requests / windows,
+            "cpu_ms": 1e3 * own / models,
+            "server_cpu_ms": 1e3 * theirs / models,
+            "windows": windows,
+        }
+
+
+def plain(zoo: Zoo, late: LateStore, passes: int, batch_size: int) -> Row:
+    """The ranges that the stream asks for, window by window and as many at once, by pyarrow alone."""
+    order = plan([zoo], batch_size=batch_size).orders[0]
+    compared_G = np.zeros(len(zoo.layout.rows_G), bool)
+    row_bytes, files = 4 * zoo.architecture.num_parameters, dict[str, Any]()
+
+    def get(reads: ranges.Reads, those: Sequence[int]) -> bytes:
+        file = reads.files[reads.file_N[those[0]]]
+        begin = int(reads.offset_N[those[0]])
+        length = int(reads.offset_N[those[-1]] + reads.rows_N[those[-1]] * row_bytes) - begin
+        return files[file].read_at(length, begin)
+
+    asked: list[Callable[[], bytes]] = []
+    rows = Passing(zoo.architecture.num_parameters)
+    for number in range(passes):
+        for window in range(order.windows):
+            reads = ranges.reads_of(zoo, rows.missing(order.window_spans(number, window, 0, 1)), compared_G)
+            files |= {file: zoo.store.open(file) for file in reads.files if file not in files}
+            asked += [partial(get, reads, those) for those in ranges.requests(reads, zoo.architecture.num_parameters)]
+    for file in files.values():
+        file.size()
+    with ThreadPoolExecutor(WINDOWS_AHEAD * ranges.REQUESTS) as pool:
+        ends = _Ends(late)
+        for _ in pool.map(lambda one: one(), asked):
+            pass
+        return ends.row(passes * zoo.num_states, passes * order.windows)
+
+
+def s3_stream(args: Namespace, server: str) -> list[Row]:
+    """A zoo of CNN3 models in a bucket, in files as an import writes them, and compacted; and its ranges alone."""
     states, rows = (1_500 if args.quick else args.states), []
     arch = architecture("cnn3")
-    with late_store(args.latency) as late, tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    with late_store(server, args.latency) as late, tempfile.TemporaryDirectory(dir=args.folder) as folder:
         written = random_zoo(Path(folder) / "zoo", states, arch, IMPORTED)
         start_ray(2)
         try:
-            direct = late.client(late.direct)
-            direct.create_dir(BUCKET)
             for way in ("as imported", "compacted"):
                 if way == "compacted":
                     compact(written.store)
-                pafs.copy_files(written.store.root, f"{BUCKET}/{way[:2]}", destination_filesystem=direct)
-                zoo = open_zoo(store(f"{BUCKET}/{way[:2]}", late.client(late.late)))
-                found = streamed(zoo, late, args.passes, args.batch_size)
-                rows.append(
-                    {"way": f"{way}, {len({part.file for part in zoo.parts})} files", "states": states, **found}
-                )
+                pafs.copy_files(written.store.root, f"{BUCKET}/{way[:2]}", destination_filesystem=late.direct)
+                zoo = open_zoo(store(f"{BUCKET}/{way[:2]}", late.client()))
+                files = f"{len({part.file for part in zoo.parts})} files"
+                for what, measured in (("stream", streamed), ("gets alone", plain)):
+                    found = measured(zoo, late, args.passes, args.batch_size)
+                    rows.append({"way": f"{server}, {way}, {files}: {what}", "states": states, **found})
         finally:
             ray.shutdown()
     return rows
@@ -183,7 +280,8 @@ def s3_stream(args: Namespace) -> list[Row]:
 
 def cells(args: Namespace) -> Iterator[Cell]:
     key = {"states": args.states, "latency": args.latency, "passes": args.passes, "batch_size": args.batch_size}
-    yield Cell(key, lambda: s3_stream(args))
+    for server in args.servers:
+        yield Cell(key | {"server": server}, partial(s3_stream, args, server))
 
 
 TABLE = Table(
@@ -193,10 +291,13 @@ TABLE = Table(
         value("models/s", "models_per_second", "{:,.0f}".format),
         value("requests a window", "requests_per_window", "{:.1f}".format),
         value("windows", "windows", "{:.0f}".format),
+        value("CPU ms a model", "cpu_ms", "{:.2f}".format),
+        value("the server's", "server_cpu_ms", "{:.2f}".format),
     ),
     by=lambda row: row["way"],
 )
 OPTIONS: Options = {
+    "--servers": {"nargs": "+", "choices": ("moto", "files"), "default": ["moto", "files"]},
     "--states": {"type": int, "default": 12_800},
     "--latency": {"type": float, "default": 25.0, "help": "milliseconds before each request (%(default)s)"},
     "--passes": {"type": int, "default": 3},

@@ -3,7 +3,7 @@
 A worker holds the rows [offset, offset + b) of a global batch of G; b may differ between workers and may be 0.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -51,3 +51,15 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     if active():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
+
+
+def from_first(make: Callable[[], Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """What `make` gives on the first worker, the only one that calls it, on all: float32 of this shape, on the CPU.
+
+    `device`: of this worker, over which it is sent.
+    """
+    if not active():
+        return make()
+    values = (make() if dist.get_rank() == 0 else torch.empty(shape)).to(device)
+    broadcast([values])
+    return values.cpu()

@@ -25,6 +25,9 @@ QUIET = {
     "RAY_worker_maximum_startup_concurrency": "8",  # trials start several small processes each; fewer is warned about
 }
 
+IDLE = {"RAY_idle_worker_killing_time_threshold_ms": "60000"}  # of a node's processes beyond one a CPU; Ray's second
+# would end a reading process between two windows, and the next one takes seconds to import what it needs
+
 
 def connect(address: str | None, *, verbose: bool = False) -> None:
     """Starts a local Ray session, or joins the cluster at `address` ("auto", "host:port").
@@ -36,6 +39,8 @@ def connect(address: str | None, *, verbose: bool = False) -> None:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         warnings.filterwarnings("ignore", category=FutureWarning)
+    for name, value in IDLE.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # objectives come with a trial's last report
     import ray

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from distrecon import config as configuration
+from distrecon.autoencoder import distributed
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import ZooSample
 from distrecon.autoencoder.store import save_autoencoder
@@ -184,7 +185,7 @@ def _prepare(run: AutoencoderRun, zoos: Sequence[Zoo]) -> tuple[Training, int]:
     from ray import train
 
     device = _device(run.resources)
-    samples = [ZooSample(zoo.architecture, _sample(zoo, run.seed), zoo.images()) for zoo in zoos]
+    samples = [ZooSample(zoo.architecture, sample_of(zoo, run.seed, device), zoo.images()) for zoo in zoos]
     steps = plan(zoos, batch_size=run.optim.batch_size, shards=run.data.shards, seed=run.seed)
     training = Training(run.autoencoder, samples, sum(steps.steps(epoch) for epoch in range(run.epochs)), device)
     checkpoint = train.get_checkpoint()
@@ -208,8 +209,11 @@ def _device(resources: ResourcesConfig) -> torch.device:
     return device
 
 
-def _sample(zoo: Zoo, seed: int) -> torch.Tensor:
-    return zoo.sample(min(SAMPLE, len(zoo.rows("train"))), seed)
+def sample_of(zoo: Zoo, seed: int, device: torch.device) -> torch.Tensor:
+    """States [S, P] drawn from all over the zoo, which the first worker reads and sends to the others: they lie in as
+    many row groups, gigabytes of a large zoo."""
+    count = min(SAMPLE, len(zoo.rows("train")))
+    return distributed.from_first(lambda: zoo.sample(count, seed), (count, zoo.architecture.num_parameters), device)
 
 
 def _report(epoch: int, metrics: Mapping[str, float], training: Training, rank: int) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FEW = 8  # merges of a round that are not worth its operations on arrays
+
 
 def roots(above: np.ndarray) -> np.ndarray:
     """Where each node's path ends, if `above` says where it goes next (and of an end: to itself)."""
@@ -77,15 +79,22 @@ class Tree:
         return np.where(size == 1, 1.0, (np.einsum("ik,ik->i", sums, sums) - size) / np.maximum(size * (size - 1), 1))
 
     def _agreeing_sums(self, unit_VK: np.ndarray) -> np.ndarray:
-        """[2 V - 1, K], each up to its sign; in every round all merges whose two sides are known."""
+        """[2 V - 1, K], each up to its sign: in every round all merges whose two sides are known, and one by one those
+        that are left when a round has few, as above the clusters."""
         sums, known = np.empty((2 * self.total - 1, unit_VK.shape[1])), np.arange(2 * self.total - 1) < self.total
         sums[: self.total], pending = unit_VK, np.arange(self.total - 1)
-        while len(pending):
+        now = pending
+        while len(now) >= FEW:
             ready = known[self.left[pending]] & known[self.right[pending]]
             now, pending = pending[ready], pending[~ready]
             left, right = sums[self.left[now]], sums[self.right[now]]
-            sums[self.total + now] = left + np.where((left * right).sum(1) < 0, -1.0, 1.0)[:, None] * right
+            right *= np.where(np.einsum("ik,ik->i", left, right) < 0, -1.0, 1.0)[:, None]
+            right += left
+            sums[self.total + now] = right
             known[self.total + now] = True
+        for merge in pending.tolist():  # in their order, in which both sides come first
+            one, other = sums[self.left[merge]], sums[self.right[merge]]
+            sums[self.total + merge] = one - other if one @ other < 0 else one + other
         return sums
 
 

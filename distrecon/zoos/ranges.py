@@ -100,7 +100,7 @@ def read(store: Store, num_parameters: int, reads: Reads) -> np.ndarray:
                 _from_disk(store.path(file), reads, np.flatnonzero(reads.file_N == number).tolist(), out_N)
     else:
         with ThreadPoolExecutor(REQUESTS) as pool:
-            for _ in pool.map(lambda those: _from_store(store, reads, those, out_N), _ranges(reads, num_parameters)):
+            for _ in pool.map(lambda those: _from_store(store, reads, those, out_N), requests(reads, num_parameters)):
                 pass
     return out_RP
 
@@ -161,8 +161,8 @@ def _opened(store: Store, file: str, seal: str | None) -> pa.NativeFile:
     return _open[key]
 
 
-def _ranges(reads: Reads, num_parameters: int) -> list[list[int]]:
-    """The row groups by request: neighbours in a file are read at once."""
+def requests(reads: Reads, num_parameters: int) -> list[list[int]]:
+    """The row groups (positions in `reads`) by request to an object store: neighbours in a file are read at once."""
     ranges: list[list[int]] = []
     end, file, begin = -1, -1, 0
     for n in np.lexsort((reads.offset_N, reads.file_N)).tolist():

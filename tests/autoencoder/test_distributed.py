@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from distrecon.autoencoder import Batch, Training, ZooSample, reduction, training
+from distrecon.autoencoder import Batch, Training, ZooSample, distributed, reduction, training
 from distrecon.images import load
 from distrecon.nets import architecture
 from tests.autoencoder.small import random_models, tiny
@@ -112,6 +112,9 @@ def work(rank: int, folder: str) -> None:
     split = CASES["uneven"].split
     torch.save(events(split, rank), f"{folder}/events-{rank}.pt")
     torch.save(train(TRANSFORMER | {"optim__reduce": "bf16"}, *split[rank]), f"{folder}/bf16-{rank}.pt")
+    made = mock.Mock(return_value=torch.arange(6.0).reshape(2, 3) + rank)
+    values = distributed.from_first(made, (2, 3), torch.device("cpu"))
+    torch.save({"values": values, "made": made.call_count}, f"{folder}/first-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -178,3 +181,12 @@ def test_gradients_sent_in_bf16_are_as_good_as_that(workers, alone):
     assert 2**-12 < error < 2**-8
     assert torch.equal(one["gradients"][0], one["gradients"][0].bfloat16().double())
     assert one["losses"][0] == pytest.approx(exact["losses"][0], rel=1e-9)
+
+
+def test_only_the_first_worker_makes_what_all_need(workers):
+    found = [workers("first", rank) for rank in range(2)]
+    assert [each["made"] for each in found] == [1, 0]
+    for each in found:
+        assert torch.equal(each["values"], torch.arange(6.0).reshape(2, 3))
+    alone = distributed.from_first(lambda: torch.ones(2), (2,), torch.device("cpu"))
+    assert torch.equal(alone, torch.ones(2))

@@ -221,7 +221,7 @@ def test_neighbours_are_one_request(zoo: Zoo) -> None:
     spans_N2 = joined.layout.spans("train")
     reads = ranges.reads_of(joined, spans_N2[np.random.default_rng(0).permutation(len(spans_N2))], compared_G)
     assert len(reads.files) == 1
-    found = ranges._ranges(reads, ARCH.num_parameters)
+    found = ranges.requests(reads, ARCH.num_parameters)
     assert sorted(n for those in found for n in those) == list(range(len(reads.rows_N)))
     assert len(found) == 1
 
