@@ -88,6 +88,17 @@ def forget() -> None:
     row_groups._known.clear()
 
 
+def read(zoo: Path) -> None:
+    """The old zoo or the new one is there throughout; files that a compaction joined go once the new zoo is there."""
+    forget()
+    try:
+        open_zoo(zoo).weights()
+    except UserError as error:
+        if "missing; the zoo lists it" not in str(error):
+            raise
+        open_zoo(zoo).weights()
+
+
 def unseal(folder: Path) -> None:
     manifest = json.loads((folder / "zoo.json").read_text())
     del manifest["files"], manifest["footers"], manifest["sha256"]
@@ -98,6 +109,7 @@ def main(folder: Path, count: int, seed: int = 0) -> int:
     tasks.run, importing.MODELS_PER_UNIT = serially, 2
     torch.set_num_threads(1)
     draw, bad = random.Random(seed), 0
+    folder.mkdir(parents=True, exist_ok=True)
     source, half, whole = folder / "source", folder / "half", folder / "whole"
     write_source(source)
     first, every = ImportOptions(epochs=(1,), activation="tanh"), ImportOptions(activation="tanh")
@@ -133,14 +145,13 @@ def main(folder: Path, count: int, seed: int = 0) -> int:
             pids = [begin(partial(work, zoo), said[i]) for i in range(2)]
             victim = draw.randrange(2)
             time.sleep(draw.uniform(0, seconds))
-            if before is not None:
-                forget()
-                open_zoo(zoo).weights()  # the old zoo is there throughout
             early = {i: ended(pid) for i, pid in enumerate(pids) if os.waitid(os.P_PID, pid, GONE) is not None}
             if 1 - victim not in early and victim in early:  # refused at once: it is the writer's turn
                 victim = 1 - victim
             if victim not in early:
                 os.kill(pids[victim], signal.SIGKILL)
+            if before is not None:
+                read(zoo)
             codes = [early[i] if i in early else ended(pid) for i, pid in enumerate(pids)]
             outcomes["killed" if codes[victim] < 0 else "too late"] += 1
             other = codes[1 - victim]
