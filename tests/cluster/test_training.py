@@ -85,6 +85,10 @@ def test_scoring_finds_the_trainings_workers_gone(zoo, tmp_path):
     """Two workers trained; while the autoencoder is scored, one place is taken and nothing else is reserved."""
     run = small_run(**{"resources.num_workers": 2, "resources.cpus_per_worker": 0.9, "optim.epochs": 1})
     train(run, zoo, tmp_path)
+    deadline = time.monotonic() + 60  # what is free is told to this process a moment after the training let it go
+    while ray.available_resources().get("CPU", 0.0) != 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     with ThreadPoolExecutor(1) as pool:
         scoring = pool.submit(score_autoencoder, run, zoo, f"{tmp_path}/run")
         free, working = [], set()
