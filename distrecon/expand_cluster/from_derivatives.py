@@ -31,6 +31,7 @@ FIRST_POINTS = 48  # beside one for each relevant direction; then twice as many,
 ROUNDS = 4
 DIRECTIONS = 8  # along which Jacobians are differentiated; all axes, where these are not many more
 MOST_QUERIES = 1_000_000  # for third derivatives at a round's points; those of more than some 16 directions take more
+TOO_NOISY = 1e-10  # relative noise: third derivatives then have errors of 1e-6 and more, which hide weak terms
 RESERVED = 0.5  # share of the query budget that is left to probes, verification and students
 
 
@@ -112,6 +113,8 @@ def _sampled(run: Run, coordinates: Coordinates, order: int) -> tuple[Tensor, Te
     count = rank + FIRST_POINTS
     for _ in range(ROUNDS):
         here = Derivatives(box, coordinates, count - len(z_SR), run.generator)
+        if order == 3 and here.noise > TOO_NOISY:
+            return None
         cost = here.cost(order, len(directions_DR))
         if cost > box.left() - reserved or (order == 3 and cost > MOST_QUERIES):
             return None
