@@ -43,7 +43,10 @@ def test_run_tasks_gives_every_number(autoencoder, splits, images):
     assert found.generated_theta_BP.shape == (6, autoencoder.architectures[0].num_parameters)
     assert found.generated_theta_BP.dtype == torch.float32
     assert found.arrays["reconstruct/accuracy"].shape == (2, 9)
-    assert found.arrays["gradients/structural_share"].shape == (4,)
+    for kind in ("structural", "behavioral"):  # shares of the norm, the mean over models: nearly 1
+        shares = found.arrays[f"gradients/{kind}_share"]
+        assert shares.shape == (4,)
+        assert np.square(shares).sum() == pytest.approx(1, abs=0.05)
     assert -1 <= found.metrics["gradients/predicted_cosine"] <= 1
     assert found.metrics["zoo/accuracy_max"] == pytest.approx(float(splits[2].test_accuracy_B.max()))
     again = run_tasks(autoencoder, *splits, images, config)

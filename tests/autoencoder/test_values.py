@@ -145,6 +145,7 @@ def test_held_out_models_are_as_novel_as_themselves(judged):
     assert metrics["novelty"] == pytest.approx(1, abs=1e-5)
     metrics, _ = judged(judged.train_NP[:4])
     assert metrics["novelty"] == pytest.approx(0, abs=1e-5)
+    assert metrics["novelty_iou"] == pytest.approx(1, abs=1e-3)
 
 
 def test_accuracies_of_generated_models_by_hand(arch, images, judged):

@@ -132,6 +132,15 @@ def test_two_hidden_layers_are_recovered_without_students(name):
     assert result.metrics["recover/students"] == 0
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e7])
+def test_answers_of_any_size_show_which_neurons_are_needed(size):
+    weights = deep_weights((5, 6, 2), seed=0)
+    weights[1] = tuple(size * part for part in weights[1])
+    result = recover_network(network(weights, "relu"), 5, "relu", config=ONE_ROUND)
+    assert result.verified, result.reason
+    assert result.layer_sizes == [6]
+
+
 def test_neurons_behind_a_layer_show_in_their_bends_and_their_signs_in_deeper_ones():
     weights = deep_weights((6, 4, 4, 4, 2), seed=0)
     lines, generator = scanned(weights, "leaky_relu", 150), torch.Generator().manual_seed(0)

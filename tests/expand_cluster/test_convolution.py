@@ -12,8 +12,9 @@ import distrecon
 from distrecon.errors import UserError
 from distrecon.expand_cluster import RecoveryConfig, recover_network, score
 from distrecon.expand_cluster.blackbox import BlackBox
+from distrecon.expand_cluster.convolution import recovery
 from distrecon.expand_cluster.convolution.channels import drop_costs, without
-from distrecon.expand_cluster.convolution.filters import find_filters
+from distrecon.expand_cluster.convolution.filters import Filters, find_filters
 from distrecon.expand_cluster.convolution.hypothesis import read_layers, read_request, usual
 from distrecon.expand_cluster.convolution.kinks import Layer, known_layers, next_layer, signs_by_pooling
 from distrecon.expand_cluster.convolution.network import Chain, ConvNet
@@ -196,6 +197,25 @@ def test_a_small_convolutional_network_is_recovered_exactly(tmp_path):
     module.load_state_dict(load_file(tmp_path / "net.safetensors"))
     torch.testing.assert_close(result(x), module(x), rtol=0, atol=1e-13)
     assert distrecon.architecture(module, inputs=x).num_parameters == result.function.architecture().num_parameters
+
+
+def test_students_of_two_layers_begin_with_the_filters_found(monkeypatch):
+    chain = random_net("conv3 conv2 linear", (2, 3), "tanh", (1, 5, 5))
+    w, b = chain.weights[0]
+    first_CK, given = torch.cat([w.flatten(1), b[:, None]], dim=1), []
+
+    class Expanded(Exception):
+        pass
+
+    def expand(run, problem, net, first_CK, *how):
+        given.append((net.widths[0], first_CK))
+        raise Expanded
+
+    monkeypatch.setattr(recovery, "find_filters", lambda *_: Filters(first_CK, []))
+    monkeypatch.setattr(recovery, "expand", expand)
+    with pytest.raises(Expanded):
+        recover_network(chain.module(), (1, 5, 5), "tanh", layers="conv3 conv2 linear")
+    assert given == [(2, first_CK)]
 
 
 def test_a_wrong_hypothesis_is_unverified_and_says_so():

@@ -57,6 +57,15 @@ def test_no_transition_is_met_where_nothing_bends(generator):
     assert found.input_scales(None) is None
 
 
+@pytest.mark.parametrize(("distance", "within"), [(2.0, False), (12.0, True)])
+def test_hyperplanes_pass_as_near_as_they_do(distance, within, generator):
+    """Kinks 5 away from 0 along the first of 16 inputs, met far from that place."""
+    at_KI = torch.randn(8, 16, generator=generator, dtype=torch.float64) * 20
+    at_KI[:, 0] = 5.0
+    found = Transitions(at_KI, 1e-3 * torch.eye(16, dtype=torch.float64)[:1].expand(8, -1))
+    assert found.pass_within(lambda x: torch.relu(x[:, :1] - 5.0), distance, generator, VISIBLE) == within
+
+
 def planes(normal_KI, point_I, misses_K, width=1.0, kinks=False):
     normal_KI = torch.nn.functional.normalize(normal_KI, dim=1)
     offset_K = normal_KI @ point_I + misses_K
