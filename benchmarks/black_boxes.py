@@ -174,6 +174,25 @@ def redundant() -> Problem:
     return Problem(function, 6, {"activation": "tanh"}, function, [4], bends=(w, b))
 
 
+def far_bump() -> Problem:
+    """A tanh network, and a bump of .001 with a radius of 5 deviations, 30 of them off."""
+    net, (at_1I, _) = network(weights([5, 4, 2], 1), "tanh"), weights([5, 1], 9)[0]
+    at_1I = 30 * at_1I / at_1I.norm()
+
+    def box(x_QI: Tensor) -> Tensor:
+        return net(x_QI) + 1e-3 * (-(x_QI - at_1I).square().sum(1, keepdim=True) / (2 * 5.0**2)).exp()
+
+    return Problem(box, 5, {"activation": "tanh"}, box, None)
+
+
+def opposites() -> Problem:
+    """relu 6-6-2 of which a neuron is the opposite of another, with half of its outgoing weights, turned."""
+    (w, b), (a, c) = weights([6, 5, 2], 3)
+    layers = [(torch.cat([w, -w[:1]]), torch.cat([b, -b[:1]])), (torch.cat([a, -0.5 * a[:, :1]], dim=1), c)]
+    function = network(layers, "relu")
+    return Problem(function, 6, {"activation": "relu"}, function, [6], bends=(w, b))
+
+
 class Drifts:
     """A box that is replaced by another one after 6,000 queries."""
 

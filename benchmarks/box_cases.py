@@ -13,6 +13,7 @@ from benchmarks.black_boxes import (
     estimator,
     fails_once,
     faint_neuron,
+    far_bump,
     far_kink,
     flaky,
     hidden_gate,
@@ -21,6 +22,7 @@ from benchmarks.black_boxes import (
     moved_inputs,
     one_hot,
     only_inside,
+    opposites,
     other_model,
     other_slope,
     over_http,
@@ -66,7 +68,9 @@ CASES = [
     Case("tanh 10-30-1", "exact", partial(dense, [10, 30, 1], "tanh"), 600),
     Case("tanh 10-100-1", "exact", partial(dense, [10, 100, 1], "tanh"), 600),
     Case("sigmoid 10-100-1", "exact", partial(dense, [10, 100, 1], "sigmoid"), 600),
-    Case("relu 8-6-6-6-2", "exact", partial(dense, [8, 6, 6, 6, 2], "relu"), 300),
+    Case("relu 8-6-6-6-2", "exact", partial(dense, [8, 6, 6, 6, 2], "relu", 2), 300),
+    # two neurons of the third layer are on only where one of their inputs is off: these weights no answer shows
+    Case("relu 8-6-6-6-2, weights that never show", "unverified", partial(dense, [8, 6, 6, 6, 2], "relu"), 300),
     # scikit-learn's defaults
     *(Case(f"scikit-learn 100 relu, {name}", "exact", partial(estimator, name), 300) for name in ESTIMATORS),
     *(
@@ -141,6 +145,9 @@ CASES = [
         small=True,
     ),
     Case("bfloat16 module", "unverified", partial(module, torch.bfloat16, 0.1), 120),
+    Case("float16 module", "unverified", partial(module, torch.float16, 0.05), 120),
+    Case("a bump 30 deviations off", "unverified", far_bump, 120),
+    Case("relu, a neuron and its opposite", "unverified", opposites, small=True),
     Case("pixels outside [0, 1] are refused", "exact", only_inside, 120),
     Case(
         "probabilities rounded to 4 decimals",

@@ -106,7 +106,9 @@ TEACHERS = {
         },
         seeds=2, command=True,
     ),
-    "narrow": Teachers({(10, 30, 1): ("tanh", "sigmoid", "g")}, synthetic, seeds=2, command=True),
+    "narrow": Teachers(
+        {(10, 30, 1): ("tanh", "sigmoid", "g"), (10, 100, 1): ("tanh", "sigmoid")}, synthetic, seeds=2, command=True
+    ),
 }  # fmt: skip
 
 

@@ -10,12 +10,14 @@ Legend: S points, R relevant input directions, O outputs, A rows of a derivative
 coordinates of a neuron, D directions.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.collapse import exact_network, reduced, takes_skip
 from distrecon.expand_cluster.coordinates import Coordinates, numerical_rank
-from distrecon.expand_cluster.derivatives import Derivatives
+from distrecon.expand_cluster.derivatives import Derivatives, unfolded
 from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.profiles import fit_profile
 from distrecon.expand_cluster.rank_one import rank_one_terms, span
@@ -28,15 +30,17 @@ from distrecon.nets.activations import Activation
 FIRST_POINTS = 48  # beside one for each relevant direction; then twice as many, until the rank shows
 ROUNDS = 4
 DIRECTIONS = 8  # along which Jacobians are differentiated; all axes, where these are not many more
+MOST_QUERIES = 1_000_000  # for third derivatives at a round's points; those of more than some 16 directions take more
+TOO_NOISY = 1e-10  # relative noise: third derivatives then have errors of 1e-6 and more, which hide weak terms
 RESERVED = 0.5  # share of the query budget that is left to probes, verification and students
 
 
 def recover_from_derivatives(run: Run, coordinates: Coordinates) -> Recovery | None:
-    """The network that first derivatives show, or else second ones; None where they show none."""
+    """The network that first derivatives show, or else second or third ones; None where they show none."""
     if run.hidden_layers > 1 or run.activation.symmetry == "scaled":
         return None
     best: Recovery | None = None
-    for order in (1, 2):
+    for order in (1, 2, 3):
         with run.timed("derivatives"):
             neurons_HK = neurons(run, coordinates, order)
         if neurons_HK is None or run.out_of_time():
@@ -46,7 +50,7 @@ def recover_from_derivatives(run: Run, coordinates: Coordinates) -> Recovery | N
         polished = polishable(run, coordinates, weights)
         problem = run.problem(Probes(coordinates), weights if polished else neurons_HK.numel() + outgoing)
         with run.timed("collapse"):
-            if order == 2 and takes_skip(run.activation):  # its second derivative is even: signs are open
+            if order > 1 and takes_skip(run.activation):  # its second derivative is even: signs are open
                 found = exact_network(problem, neurons_HK, neurons_HK[:0], problem.floor)
             else:
                 found = reduced(problem, neurons_HK, fitted=not polished)
@@ -101,21 +105,30 @@ def _sampled(run: Run, coordinates: Coordinates, order: int) -> tuple[Tensor, Te
     if rank > 2 * DIRECTIONS:
         normal_RD = torch.randn(rank, DIRECTIONS, generator=run.generator, dtype=torch.float64)
         directions_DR = torch.linalg.qr(normal_RD)[0].T
-    rows = box.outputs * (1 if order == 1 else len(directions_DR))
-    if rows < 2 or rank < 2:
+    if rank < 2 or (box.outputs < 2 and order == 1):
         return None
-    z_SR, samples_SAR = torch.empty(0, rank).double(), torch.empty(0, rows, rank).double()
-    hessians = order == 2 and len(directions_DR) == rank
+    symmetric = order == 3 or (order == 2 and len(directions_DR) == rank)
+    most = _most_symmetric(box.outputs, rank, order)
+    z_SR, samples_SAR, entries_SF = torch.empty(0, rank).double(), None, None
     count = rank + FIRST_POINTS
     for _ in range(ROUNDS):
         here = Derivatives(box, coordinates, count - len(z_SR), run.generator)
-        if here.cost(order, len(directions_DR)) > box.left() - reserved:
+        if order == 3 and here.noise > TOO_NOISY:
             return None
-        matrices_SAR = here.jacobians() if order == 1 else here.along(directions_DR)
-        z_SR, samples_SAR = torch.cat([z_SR, here.z_SR]), torch.cat([samples_SAR, matrices_SAR])
-        entries_SF = _upper(samples_SAR) if hessians else samples_SAR.flatten(1)
+        cost = here.cost(order, len(directions_DR))
+        if cost > box.left() - reserved or (order == 3 and cost > MOST_QUERIES):
+            return None
+        if order == 3:
+            thirds_SOE = here.thirds(run.generator)
+            new_SAR, new_SF = unfolded(thirds_SOE, rank), thirds_SOE.flatten(1)
+        else:
+            new_SAR = here.jacobians() if order == 1 else here.along(directions_DR)
+            new_SF = _upper(new_SAR) if symmetric else new_SAR.flatten(1)
+        z_SR = torch.cat([z_SR, here.z_SR])
+        samples_SAR = new_SAR if samples_SAR is None else torch.cat([samples_SAR, new_SAR])
+        entries_SF = new_SF if entries_SF is None else torch.cat([entries_SF, new_SF])
         found = numerical_rank(entries_SF)
-        if hessians and found > _most_of_hessians(box.outputs, rank):
+        if symmetric and found > most:
             return None
         if found < min(entries_SF.shape):
             return z_SR, samples_SAR, found
@@ -134,8 +147,8 @@ def _upper(hessians_SAR: Tensor) -> Tensor:
     return hessians_SAR.unflatten(1, (-1, rank))[:, :, row_F, column_F].flatten(1)
 
 
-def _most_of_hessians(outputs: int, rank: int) -> int:
-    """Terms c w w^T [O, R, R] up to which a space of them holds no others in general: as many as leave it no room to
-    meet the variety of all such terms, of O + R - 2 dimensions (R (R - 1) / 2 of one output).
+def _most_symmetric(outputs: int, rank: int, order: int) -> int:
+    """Terms c w w^T [O, R, R], or c w w w [O, R, R, R], up to which a space of them holds no others in general: as many
+    as leave it no room to meet the variety of all such terms, of O + R - 1 dimensions.
     """
-    return outputs * rank * (rank + 1) // 2 - (outputs + rank - 1)
+    return outputs * math.comb(rank + order - 1, order) - (outputs + rank - 1)

@@ -41,6 +41,7 @@ from distrecon.expand_cluster.weights import Weights, from_theta, to_theta
 from distrecon.nets.activations import Activation
 
 DETERMINING = 5000  # training queries that are asked, besides the fresh ones, whether they determine all weights
+NEAR_NUMBERS = 10_000_000  # of further answers' inputs that are looked at for this: .1 GiB
 FRESH_SCALES = (1.0, 3.0, 10.0, 30.0)  # of the queries that verify a result, in turn
 ELSEWHERE = 4  # for so many of them one is drawn in other rounds' coordinates, and one in the range of all answers
 BEYOND = 1.05  # x the range of all answers: how far these go
@@ -276,11 +277,20 @@ def _weakness(run: Run, problem: Problem, weights: Weights, x_QI: Tensor, relati
     straight = _never_bent(activation, weights, x_QI)
     if straight:
         return f"{straight} neurons are on one side of their kink at all queries, which do not determine them"
-    asked_QI = torch.cat([x_QI, problem.data.x_QI[:DETERMINING]])
-    loose = _undetermined(activation, weights, asked_QI, asked_QI @ problem.probes.coordinates.to_RI.T)
+    asked_QI, to_RI = torch.cat([x_QI, problem.data.x_QI[:DETERMINING]]), problem.probes.coordinates.to_RI
+    loose = _undetermined(activation, weights, asked_QI, asked_QI @ to_RI.T)
+    if loose:  # what seldom shows was met on scanned lines; all answers of the run are compared, too
+        asked_QI = torch.cat([asked_QI, _as_near(run.box.asked()[0], asked_QI)])
+        loose = _undetermined(activation, weights, asked_QI, asked_QI @ to_RI.T)
     if loose:
         return f"{loose} neurons respond to an input at none of the queries, which do not determine its weight"
     return ""
+
+
+def _as_near(x_QI: Tensor, others_QI: Tensor) -> Tensor:
+    """Those of the inputs that are no farther out than the others (farther ones would outweigh these), thinned out."""
+    near_QI = x_QI[x_QI.norm(dim=1) <= others_QI.norm(dim=1).max()]
+    return near_QI[:: max(1, math.ceil(near_QI.numel() / NEAR_NUMBERS))]
 
 
 def _least_needed(activation: Activation, weights: Weights, x_QI: Tensor, relative_O: Tensor) -> tuple[float, int, int]:

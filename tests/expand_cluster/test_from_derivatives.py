@@ -9,7 +9,7 @@ from distrecon import config as configuration
 from distrecon.expand_cluster import RecoveryConfig, network, recover_network, score, synthetic_teacher
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.coordinates import Coordinates
-from distrecon.expand_cluster.derivatives import Derivatives
+from distrecon.expand_cluster.derivatives import Derivatives, triples, unfolded
 from distrecon.expand_cluster.least_squares import levenberg_marquardt
 from distrecon.expand_cluster.matrix_free import matrix_free
 from distrecon.expand_cluster.networks import DenseNet
@@ -82,8 +82,24 @@ def test_derivatives_by_hand(generator):
     assert here.cost(1, 0) == 5 * 4 * 2
 
 
+def test_third_derivatives_by_hand(generator):
+    def box(x):  # x0^2 x1 has d^3 / dx0 dx0 dx1 = 2, x1^4 has 24 x1
+        return torch.stack([x[:, 0] ** 2 * x[:, 1], x[:, 1] ** 4], dim=1)
+
+    eye = torch.eye(2, dtype=torch.float64)
+    here = Derivatives(BlackBox(box, 2), Coordinates(eye / 2, 2 * eye, 0 * eye, 2.0, 0.0), 5, generator)
+    thirds = here.thirds(generator)  # in z = x / 2: 8 times as large
+    assert triples(2).tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 1], [1, 1, 1]]
+    expected = torch.zeros(5, 2, 4, dtype=torch.float64)
+    expected[:, 0, 1], expected[:, 1, 3] = 8 * 2, 8 * 24 * 2 * here.z_SR[:, 1]
+    torch.testing.assert_close(thirds, expected, rtol=0, atol=1e-4)
+    entries = torch.tensor([[[7.0, 8, 9, 10]]]).double()
+    assert unfolded(entries, 2).tolist() == [[[7, 8], [8, 9], [9, 10]]]  # rows of the pairs 00, 01, 11
+    assert here.cost(3, 0) == 5 * 8 * 6
+
+
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "g", "softplus", "gelu", "silu"])
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, 3])
 def test_a_response_gives_slope_and_bias(name, order, generator):
     t = 2 * torch.randn(200, generator=generator, dtype=torch.float64)
     values = -0.3 * derivative(ACTIVATIONS[name], order)(0.8 * t - 0.5).detach()
@@ -154,6 +170,14 @@ def test_more_neurons_than_inputs_are_recovered_from_first_derivatives(name, gen
 def test_of_one_output_second_derivatives_are_taken():
     weights = synthetic_teacher(5, 8, "tanh", seed=2)
     result = recover_network(network(weights, "tanh"), 5, "tanh", config=WITHOUT_STUDENTS)
+    assert result.verified, result.reason
+    assert score(result, weights)["recover/max_cosine_distance"] < 1e-15
+    assert result.metrics["recover/students"] == 0
+
+
+def test_of_one_output_more_neurons_than_second_derivatives_hold_are_found_by_third_ones():
+    weights = synthetic_teacher(4, 9, "tanh", seed=2)  # 6 at most by second ones
+    result = recover_network(network(weights, "tanh"), 4, "tanh", config=WITHOUT_STUDENTS)
     assert result.verified, result.reason
     assert score(result, weights)["recover/max_cosine_distance"] < 1e-15
     assert result.metrics["recover/students"] == 0

@@ -211,6 +211,18 @@ def test_a_weight_that_no_answer_shows_is_refused():
     assert "respond to an input at none" in verdict(weights, name="relu")[1].objection
 
 
+def test_a_weight_that_only_answers_of_the_run_show_is_determined_by_these():
+    weights = [
+        (torch.tensor([[1.0], [-1.0]]).double(), torch.tensor([0.0, 0.001]).double()),  # both on for x below .001
+        (torch.tensor([[1.0, -1.0], [0.5, 1.0]]).double(), torch.tensor([-0.0001, -0.1]).double()),
+        (torch.tensor([[1.0, 1.0]]).double(), torch.zeros(1).double()),
+    ]
+    assert "1 neurons respond to an input at none" in verdict(weights, name="relu")[1].objection
+    earlier_QI = torch.linspace(0.0005, 0.0011, 50, dtype=torch.float64)[:, None]
+    assert not verdict(weights, name="relu", earlier_QI=earlier_QI)[1].objection
+    assert "at none" in verdict(weights, name="relu", earlier_QI=earlier_QI + 1)[1].objection
+
+
 def test_an_inexact_fit_is_called_that():
     right, wrong = teacher(), teacher()
     wrong[1][0][0, 0] += 1e-3
