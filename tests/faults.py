@@ -101,7 +101,7 @@ NAMED = (
     named("autoencoder/scoring.py", 'for split in ("train", "val", "test"))', 'for split in ("train", "test", "val"))', VALUES),
     named("expand_cluster/thresholds.py", "AGREEMENT = 10.0", "AGREEMENT = 10000.0", "expand_cluster/test_verdict.py"),
     named("expand_cluster/thresholds.py", "AGREEMENT_WORST = 100.0", "AGREEMENT_WORST = 100000.0", "expand_cluster/test_verdict.py"),
-    named("expand_cluster/thresholds.py", "FREE_DROP = 1e-8", "FREE_DROP = 1e-2", "expand_cluster/test_recovery.py", "expand_cluster/test_verdict.py"),
+    named("expand_cluster/thresholds.py", "FREE_DROP = 1e-8", "FREE_DROP = 1e-2", "expand_cluster/test_collapse.py"),
     named("expand_cluster/verdict.py", "BEYOND = 1.05", "BEYOND = 0.5", "expand_cluster/test_verdict.py"),
     named("expand_cluster/verdict.py", "if not needed > NEEDED:", "if needed < 0:", "expand_cluster/test_verdict.py"),
     named("expand_cluster/verdict.py", "    if straight:\n", "    if not straight and straight:\n", "expand_cluster/test_verdict.py"),
