@@ -82,7 +82,7 @@ def shape(rows: np.ndarray) -> list[int]:
 
 
 def test_no_two_passes_windows_lanes_or_keys_share_an_order() -> None:
-    whole = spans([(i * 8, 8) for i in range(64)])
+    whole = spans([(i * 8, 8) for i in range(1024)])
 
     def window(number: int = 0, window: int = 0, lane: int = 0, key: tuple[int, ...] = (0, 1, 0)) -> list[int]:
         return shape(Order(whole, 16, 4, 8, key).lane_window(lane, number, window))
