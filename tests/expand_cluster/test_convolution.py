@@ -19,9 +19,11 @@ from distrecon.expand_cluster.convolution.hypothesis import read_layers, read_re
 from distrecon.expand_cluster.convolution.kinks import (
     along_outputs,
     cut,
+    find_kinks,
     known_layers,
     next_layer,
     signed_map,
+    signs_by_next,
     signs_by_pooling,
     towards_lacking,
 )
@@ -247,6 +249,17 @@ def test_signs_of_pooled_filters_show_where_they_bend():
         @ torch.nn.functional.normalize(chain.weights[0][0].flatten(1), dim=1).T
     )
     assert cosine.amax(1).min() > 1 - 1e-9
+
+
+def test_signs_of_filters_show_in_the_next_layers_kinks():
+    """Of two channels given turned round, in a network whose next layer has another number of channels."""
+    chain = random_net("conv3 conv2 linear", (3, 4), "relu", (1, 6, 6))
+    w, b = chain.weights[0]
+    turned_C = torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
+    first_CK = turned_C[:, None] * torch.cat([w.flatten(1), b[:, None]], dim=1)
+    net, theta_P = known_layers(chain.hypothesis, [first_CK], chain.activation)
+    kinks = find_kinks(BlackBox(chain, 36), net, theta_P, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(signs_by_next(net, theta_P, chain.hypothesis, kinks), turned_C)
 
 
 def test_a_bend_of_a_window_inside_is_none_along_the_border():
