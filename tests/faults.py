@@ -116,7 +116,7 @@ NAMED = (
     named("record/journal.py", '0.0 if what in ("sweep", "restart") else at - self.last', "at - self.last", "record/test_journal.py"),
     named("cluster/training.py", 'return training, state["epoch"] + 1', 'return training, state["epoch"]', "cluster/test_values.py"),
     named("cluster/training.py", "sums[key] += value * batch.global_size", "sums[key] += value * 4", "cluster/test_values.py"),
-    named("kinds/expand_cluster.py", "image_set.test.images.flatten(1).double()", "image_set.train.images.flatten(1).double()", "test_recovery_trial.py", "test_values.py"),
+    named("kinds/expand_cluster.py", "image_set.test.images.flatten(1).double()", "image_set.train.images.flatten(1).double()", "test_recovery_trial.py"),
     named("record/tracking.py", '"stopped_early": "KILLED"', '"stopped_early": "FINISHED"', "test_tracking.py"),
     named("report/tables.py", 'mark = " *" if trial is best else ""', 'mark = "" if trial is best else " *"', "test_tables.py"),
     named("record/kind.py", '{100 * value:.1f}', '{value:.1f}', "test_tables.py"),
