@@ -1,4 +1,4 @@
-"""One recovery trial without Ray: synthetic teachers, what a trained one's scores are taken on, which clustering shows."""
+"""One recovery trial without Ray: synthetic teachers, scores of trained ones, the clustering shown."""
 
 from types import SimpleNamespace
 

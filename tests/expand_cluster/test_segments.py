@@ -72,8 +72,7 @@ def test_neurons_are_dropped_by_their_share_of_the_answers(size):
     draw = torch.Generator().manual_seed(0)
     w, b, a = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((3, 2), (3,), (1, 3)))
     black_box = BlackBox(network([(w, b), (size * a, torch.zeros(1).double())], "relu"), 2)
-    silent = lambda stage, value: None  # noqa: E731
-    run = Run(black_box, activation("relu"), 1, RecoveryConfig(), draw, None, None, silent, None)
-    *_, (problem, found, _) = networks_from_bends(run, find_coordinates(black_box, run.activation, False, draw))
+    run = Run(black_box, activation("relu"), 1, RecoveryConfig(), draw, None, None, lambda stage, value: None, None)
+    *_, (_, found, _) = networks_from_bends(run, find_coordinates(black_box, run.activation, False, draw))
     assert found.net.sizes == (2, 3, 1)
     assert found.loss < 1e-20

@@ -137,7 +137,7 @@ def test_a_smooth_layer_and_a_linear_path_are_fitted_exactly_and_said():
 
 
 def test_twelve_more_bits_of_the_equations_are_reduced_at_a_time(monkeypatch):
-    """Terms of up to 2^30 roundings: multiplied so that their largest is 2^12, 2^24, then 2^30 and 2^27 whole numbers."""
+    """Terms of up to 2^30 roundings: multiplied so that their largest is 2^12, 2^24, then 2^30 and 2^27."""
     largest = []
 
     def unchanged(chosen_NN, terms_NE, depth):
