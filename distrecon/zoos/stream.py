@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import floor
-from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -220,8 +219,8 @@ def _read_ahead(
     def table(batch: dict[str, np.ndarray]) -> pa.Table:
         return pa.table({"weights": zoo_format.weights_column(read(int(batch["id"][0])))})
 
-    item_bytes = [4 * zoo.architecture.num_parameters * int(of[:, 1].sum()) for of in wanted]
-    with ray.data.DataContext.current(_context(item_bytes)):
+    row_bytes = 4 * zoo.architecture.num_parameters
+    with ray.data.DataContext.current(_context(max(int(of[:, 1].sum()) for of in wanted) * row_bytes)):
         items = [{"id": item} for item in range(len(wanted))]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             table,
@@ -241,11 +240,8 @@ def _read_ahead(
         raise error.cause from error
 
 
-def _context(item_bytes: Sequence[int]) -> "ray.data.DataContext":
-    """Results in order, a few windows in memory at most, and no messages: a training run has hundreds of streams.
-
-    A pass of a large zoo begins with a window that reads a piece for every lane, several times as much as the others.
-    """
+def _context(item_bytes: int) -> "ray.data.DataContext":
+    """Results in order, a few windows in memory at most, and no messages: a training run has hundreds of streams."""
     import ray.data
     from ray.data import ExecutionResources
 
@@ -254,7 +250,7 @@ def _context(item_bytes: Sequence[int]) -> "ray.data.DataContext":
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=max(ITEMS_IN_MEMORY * median(item_bytes), 2 * max(item_bytes), ITEMS_IN_MEMORY * 2**20)
+        object_store_memory=ITEMS_IN_MEMORY * max(item_bytes, 2**20)
     )
     context.raise_original_map_exception = True
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
