@@ -213,6 +213,29 @@ def test_each_row_group_is_verified_once_in_a_process(one_part: Zoo, monkeypatch
     assert len(digests) == 4
 
 
+def test_what_was_verified_before_is_read_again_the_same_and_what_was_not_is_compared(one_part: Zoo) -> None:
+    """Weights, ids and all columns of three row groups, in turn; then a bit of the last one's config."""
+
+    def seen() -> list[list[bool]]:
+        (known,) = row_groups._known.values()
+        return known.seen_G2.tolist()
+
+    whole = one_part.table()
+    row_groups._known.clear()
+    groups = one_part.row_groups
+    assert [table for _, table in one_part.read(groups[:2], ["model_id"])][1]["model_id"].to_pylist() == ["c", "d"]
+    assert seen() == [[False, True], [False, True], [False, False]]
+    for _ in range(2):  # the weights are compared still, the other columns are not
+        assert pa.concat_tables([table for _, table in one_part.read(groups[:2])]).equals(whole.slice(0, 4))
+    assert seen() == [[True, True], [True, True], [False, False]]
+    path = Path(one_part.store.path(one_part.parts[0].file))
+    content, (known,) = bytearray(path.read_bytes()), row_groups._known.values()
+    content[known.entries_G["after"][2]] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="the SHA-256 of row group 2 is another"):
+        one_part.table(columns=["model_id"])
+
+
 def listed(zoo: Zoo) -> np.ndarray:
     zoo.weights()
     (known,) = row_groups._known.values()
