@@ -30,7 +30,7 @@ Show = Callable[[str, int, int], None]  # called when a stage begins, with its n
 
 @dataclass(frozen=True)
 class TaskResults:
-    """Metrics by DESIGN's names, arrays for figures by the same names, the generated models [M, P], the probes."""
+    """Metrics `<task>/<name>`, arrays for figures by the same names, the generated models [M, P], the probes."""
 
     metrics: dict[str, float]
     arrays: dict[str, np.ndarray]

@@ -14,7 +14,7 @@ from distrecon.images import LabelledImages
 from distrecon.nets import align, architecture, evaluate, fit, permute, random_permutation
 from tests.autoencoder.small import as_models, random_models, related_models, tiny
 
-DESIGN = """predict/test_accuracy_r2 predict/generalization_gap_r2 predict/epoch_r2
+NAMES = """predict/test_accuracy_r2 predict/generalization_gap_r2 predict/epoch_r2
 predict/baseline_statistics/test_accuracy_r2 reconstruct/accuracy_mean reconstruct/accuracy_max reconstruct/agreement
 reconstruct/agreement_on_errors reconstruct/accuracy_correlation reconstruct/own_nearest reconstruct/weight_l2
 reconstruct/output_mse reconstruct/refined/agreement generate/accuracy_mean generate/accuracy_max generate/accuracy_p10
@@ -38,7 +38,7 @@ def test_run_tasks_gives_every_number(autoencoder, splits, images):
     settings = {"tasks__refine": 2, "tasks__generate_refine": 2, "tasks__finetune_epochs": 1, "tasks__select": 2}
     config = tiny(tasks__samplers=["joint_kde", "gaussian"], **settings)
     found = run_tasks(autoencoder, *splits, images, config)
-    assert set(DESIGN) <= set(found.metrics)
+    assert set(NAMES) <= set(found.metrics)
     assert all(np.isfinite(value) for value in found.metrics.values())
     assert found.generated_theta_BP.shape == (6, autoencoder.architectures[0].num_parameters)
     assert found.generated_theta_BP.dtype == torch.float32
