@@ -39,7 +39,7 @@ FORMAT, VERSION = "distrecon-zoo", 2  # 1, unless several parts lie in one file
 SPLITS = ("train", "val", "test")
 METRICS = ("train_accuracy", "test_accuracy", "generalization_gap", "train_loss")
 ROW_GROUP_BYTES = 512 * 1024
-LARGE, PIECE_BYTES = 512 * 2**20, 16 * 2**20  # a zoo of so many bytes of weights is shuffled, and read, in such pieces
+LARGE, PIECE_BYTES = 512 * 2**20, 10 * 2**20  # a zoo of so many bytes of weights is shuffled, and read, in such pieces
 MOST_ROWS, MOST_GROUPS = 2**31, 2**20  # of a part: what a damaged list asks for beyond that is not counted out
 MANIFEST, UNFINISHED = writer.MANIFEST, writer.UNFINISHED
 
