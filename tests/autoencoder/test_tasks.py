@@ -1,5 +1,6 @@
 """The tasks' metrics against references by hand, and what they may not look at."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -168,6 +169,15 @@ def test_missing_and_damaged_probes_are_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no probes"):
         load_probes(tmp_path)
     save_probes(tmp_path, Probes(0, {"epoch": PropertyProbe(Probe(*np.ones((3, 2)), 0.0), "whole", 0.9, 0.1)}))
+    content = json.loads((tmp_path / "probes.json").read_text())
+    for damaged in ([], {**content, "properties": []}):
+        (tmp_path / "probes.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="cannot be read"):
+            load_probes(tmp_path)
+    (tmp_path / "probes.json").write_text(json.dumps({**content, "version": 99}))
+    with pytest.raises(UserError, match=r"^\S+probes\.json: not probes that this distrecon can read"):
+        load_probes(tmp_path)
+    (tmp_path / "probes.json").write_text(json.dumps(content))
     (tmp_path / "probes.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read"):
         load_probes(tmp_path)
