@@ -134,6 +134,28 @@ def test_a_property_that_does_not_vary_has_no_r2(splits):
     assert set(metrics) == {"p/test_accuracy_r2", "p/generalization_gap_r2"}
 
 
+def test_a_property_that_the_zoo_does_not_have_is_not_predicted(splits):
+    """Of no model: there is nothing to predict. Of some models: those would be left out in silence."""
+    features = {"f": [s.theta_BP[:, :20].double().numpy() for s in splits]}
+    none = [replace(s, generalization_gap_B=torch.full((len(s),), torch.nan)) for s in splits]
+    assert set(predict._probe(features, none, "p")[2]) == {"test_accuracy", "epoch"}
+    with pytest.raises(UserError, match="the zoo has generalization_gap of some models only"):
+        predict._probe(features, [splits[0], none[1], splits[2]], "p")
+
+
+def test_the_tasks_do_without_accuracies(autoencoder, splits, images):
+    """As `write_zoo` writes zoos of weights alone."""
+    unknown = [
+        replace(
+            s, **{f"{name}_B": torch.full((len(s),), torch.nan) for name in ("test_accuracy", "generalization_gap")}
+        )
+        for s in splits
+    ]
+    found = run_tasks(autoencoder, *unknown, images, tiny())
+    assert {"predict/epoch_r2", "reconstruct/agreement", "generate/novelty"} <= found.metrics.keys()
+    assert all(np.isfinite(value) for value in found.metrics.values())
+
+
 def test_saved_probes_predict_what_the_scoring_run_did(autoencoder, splits, images, tmp_path):
     scored = run_tasks(autoencoder, *splits, images, tiny())
     save_probes(tmp_path, scored.probes)
