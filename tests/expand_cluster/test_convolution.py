@@ -29,8 +29,8 @@ from distrecon.expand_cluster.convolution.kinks import (
 )
 from distrecon.expand_cluster.convolution.network import Chain, ConvNet
 from distrecon.expand_cluster.convolution.projection import Projected
-from distrecon.expand_cluster.convolution.residual import Search
 from distrecon.expand_cluster.convolution.rows import Layer
+from distrecon.expand_cluster.convolution.search import Search
 from distrecon.expand_cluster.convolution.units import Units
 from distrecon.nets import ChainArchitecture, plain
 from distrecon.nets.activations import activation

@@ -21,8 +21,8 @@ from distrecon.expand_cluster.convolution.filters import find_filters
 from distrecon.expand_cluster.convolution.hypothesis import Hypothesis
 from distrecon.expand_cluster.convolution.kinks import first_layer, known_layers, next_layer, signs_by_pooling
 from distrecon.expand_cluster.convolution.network import Chain, ConvNet
-from distrecon.expand_cluster.convolution.residual import Search
 from distrecon.expand_cluster.convolution.rows import Layer
+from distrecon.expand_cluster.convolution.search import Search
 from distrecon.expand_cluster.convolution.students import collapse, expand
 from distrecon.expand_cluster.convolution.weakness import weakness
 from distrecon.expand_cluster.coordinates import Coordinates, isotropic
