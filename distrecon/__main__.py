@@ -7,11 +7,11 @@ import sys
 from distrecon.errors import nearest
 
 COMMANDS = {
-    "tune": "sweeps on Ray Tune, recorded in MLflow; with no arguments both digits sweeps",
+    "tune": "sweeps on Ray Tune, recorded in MLflow; with no arguments the digits sweeps",
     "train": "one distributed autoencoder training, scored and recorded",
     "evaluate": "predict, reconstruct and generate with a trained autoencoder on any zoo",
     "generate": "new models from a trained autoencoder",
-    "zoo": "train, import, check, describe and export model zoos",
+    "zoo": "train, import, describe, check, seal, compact and export model zoos",
     "status": "how far a run is, or what it came to",
     "recover": "recover a black box's layer sizes and weights from its answers",
 }

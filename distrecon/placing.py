@@ -104,6 +104,6 @@ class Placer:
 
 
 def metrics(found: Place) -> dict[str, float]:
-    """As DESIGN names metrics."""
+    """What was found as metrics `place/...`, which the kinds list."""
     named = {f"place/{name}": value for name, value in found.predicted.items()}
     return {**named, "place/distance": found.nearest[0].distance, "place/novelty": found.novelty}

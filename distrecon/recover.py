@@ -13,7 +13,7 @@ import torch
 from distrecon import config as configuration
 from distrecon import console, placing, recording
 from distrecon.autoencoder.place import Place
-from distrecon.errors import UserError
+from distrecon.errors import UserError, said
 from distrecon.expand_cluster import Recovery, RecoveryConfig, network, recover_network, score, synthetic_teacher
 from distrecon.expand_cluster.convolution.hypothesis import UNKNOWN, read_request
 from distrecon.expand_cluster.convolution.network import Chain
@@ -229,8 +229,8 @@ def _data(path: Path) -> torch.Tensor:
         raise UserError(f"--data: {path} does not exist")
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False)).double()
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--data: {path} is not a .npy file of numbers: {error}") from None
+    except (EOFError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"--data: {path} is not a .npy file of numbers ({said(error)})") from None
 
 
 def _folder(args: argparse.Namespace) -> RunFolder:

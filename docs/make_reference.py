@@ -81,10 +81,11 @@ def options(command: str) -> str:
         if isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
             continue
         name = action.dest if not action.option_strings else " ".join(action.option_strings)
-        value = "|".join(action.choices or ()) or action.metavar or ("N" if action.type else action.dest.upper())
+        metavar = " ".join(action.metavar) if isinstance(action.metavar, tuple) else action.metavar
+        value = "|".join(action.choices or ()) or metavar or ("N" if action.type else action.dest.upper())
         takes = action.option_strings and action.nargs != 0
-        shown = f"{name} {value}" if takes else str(action.metavar or name)
-        cells = (f"`{shown}`", str(action.help).replace("<", "&lt;"))
+        shown = f"{name} {value}" if takes else str(metavar or name)
+        cells = (f"`{shown}`", (str(action.help) % vars(action)).replace("<", "&lt;"))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

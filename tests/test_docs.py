@@ -33,6 +33,18 @@ def test_files_and_commands_that_a_page_names_exist(page):
         assert (CHECKOUT / "tune_spaces" / f"{option}.yaml").exists()
 
 
+def anchors(page):
+    """What links into a page may name: its headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_headings_that_a_page_links_to_exist(page):
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)]+)\)", page.read_text()):
+        assert anchor in anchors(page.parent / target if target else page), f"{page.name} links to {target}#{anchor}"
+
+
 def test_every_command_is_listed_and_has_a_module(capsys):
     assert commands.main([]) == 0
     told = capsys.readouterr().out

@@ -1,9 +1,12 @@
 """Tables show the right metric, in the right unit, under its heading, and mark the best trial alone."""
 
+import math
+from pathlib import Path
+
 import pytest
 
 from distrecon.kinds import KINDS
-from distrecon.record.journal import SweepRecord, TrialRecord
+from distrecon.record.journal import Journal, SweepRecord, TrialRecord, read_sweep
 from distrecon.record.kind import percent, scientific, two_digits
 from distrecon.report import tables
 
@@ -29,6 +32,20 @@ def test_a_column_shows_the_metric_of_its_heading(kind: str) -> None:
         assert row[1:] == [metric.write(trial.metrics[metric.name]) for metric in columns]
         assert len(set(row[1:])) > len(columns) // 2
     assert len(lines) == 3
+
+
+def test_numbers_that_are_not_finite_stand_in_their_column(tmp_path: Path) -> None:
+    """As the journal keeps them; they cost neither the table nor the run."""
+    journal = Journal(tmp_path / "demo" / "journal.jsonl")
+    journal.write("sweep", name="demo", kind="autoencoder", metric="reconstruct/agreement", mode="max", trials=1)
+    journal.write("started", trial="t", config={})
+    found = {
+        metric.name: value
+        for metric, value in zip(KINDS["autoencoder"].columns, (math.nan, math.inf, 0.5), strict=False)
+    }
+    journal.write("metrics", trial="t", epoch=0, metrics=found)
+    journal.write("finished", trial="t", status="completed", error=None)
+    assert tables.rows(read_sweep(journal.path), KINDS["autoencoder"])[0][1:5] == ["nan", "inf", "50.0", "-"]
 
 
 @pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 0)])

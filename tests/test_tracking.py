@@ -6,6 +6,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from distrecon.record.folder import RunFolder
+from distrecon.record.store import record_once
 from distrecon.record.tracking import Tracker
 
 DEAD = "http://127.0.0.1:9"
@@ -223,6 +224,16 @@ def test_any_error_of_the_store_is_a_problem(journal, tmp_path, monkeypatch):
     tracker.conclude("demo", "t", {}, "table", "advice", "about")
     tracker.interrupt()
     assert tracker.problem.endswith("Odd: first line")
+
+
+def test_any_error_of_the_store_leaves_work_without_a_run_folder_alone(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("first line\nsecond")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(MlflowClient, "create_run", fail)
+    assert record_once("zoos", "mine", 0.0, {}, {}, {}, [], "about").endswith("RuntimeError: first line")
 
 
 @pytest.mark.parametrize("begun", [False, True])

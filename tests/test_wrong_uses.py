@@ -118,6 +118,7 @@ USES = {
     "torn autoencoder": ("evaluate --autoencoder torn_autoencoder --zoo zoo", "torn_autoencoder cannot be read"),
     "autoencoder that does not tell its zoo": ("generate --autoencoder autoencoder", "name one with --zoo"),
     "NaN model": ("evaluate --autoencoder autoencoder --zoo nan_zoo", "model m3 has a weight that is not finite"),
+    "data that are a folder": ("recover --teacher nan.safetensors --data zoo", "--data: zoo is not a .npy file of"),
     "NaN teacher": ("recover --teacher nan.safetensors", "not finite"),
     "too little memory to train": ("train --zoo huge", "scoring holds its 1000000000000 states 3 times"),
     "too little memory to evaluate": ("evaluate --autoencoder autoencoder --zoo huge", "import fewer states"),

@@ -75,14 +75,20 @@ class Ridge:
 def _probe(
     candidates: dict[str, list[np.ndarray]], splits: list[Models], prefix: str
 ) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, PropertyProbe]]:
-    """R2 on the test models for each property that varies in every split, by the features and the link that are best on
-    validation models; the values, actual and predicted; and the probes."""
+    """R2 on the test models for each property that is known and varies in every split, by the features and the link
+    that are best on validation models; the values, actual and predicted; and the probes."""
     metrics, arrays, chosen = {}, {}, {}
     ridges = {key: Ridge(*parts[:2]) for key, parts in candidates.items()}
     for name, attribute in PROPERTIES.items():
         values = [getattr(split, attribute).double().numpy() for split in splits]
-        if any(not np.isfinite(v).all() for v in values):
-            raise UserError(f"predict: {name} of a model is not finite")
+        known = np.isfinite(np.concatenate(values))
+        if not known.any():
+            continue  # the zoo does not have it
+        if not known.all():
+            raise UserError(
+                f"predict: the zoo has {name} of some models only, or one that is not finite: "
+                "all of them must have it, or none"
+            )
         if any(v.std() < 1e-12 for v in values):
             continue  # nothing to explain: a zoo with one epoch, say
         links = LINKS if name in SHARES else ("identity",)

@@ -116,5 +116,7 @@ def load_probes(folder: Path) -> Probes:
             probe = Probe(mean_F, scale_F, weight_F, described["intercept"], described["link"])
             of[name] = PropertyProbe(probe, described["features"], described["r2"], described["error"])
         return Probes(content["zoo"], of)
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"the probes in {folder} cannot be read: {error}") from None

@@ -10,7 +10,7 @@ from torch import Tensor
 from distrecon import config as configuration
 from distrecon.autoencoder.config import AutoencoderConfig
 from distrecon.autoencoder.model import Autoencoder
-from distrecon.errors import UserError
+from distrecon.errors import UserError, reading
 from distrecon.nets import Architecture
 
 FORMAT = "distrecon.autoencoder"
@@ -53,10 +53,11 @@ def load_autoencoder(folder: str | Path) -> Autoencoder:
             f"the autoencoder in {folder} has format version {description.get('version')}, newer than {VERSION}: "
             "update distrecon"
         )
-    config = configuration.replace(AutoencoderConfig(), description["config"], str(folder / JSON))
-    architectures = [Architecture.from_dict(data) for data in description["architectures"]]
-    fitted = [_statistics(tensors, i) for i in range(len(architectures))]
-    autoencoder = Autoencoder(config, architectures, fitted)
+    with reading(folder / JSON):
+        config = configuration.replace(AutoencoderConfig(), description["config"], str(folder / JSON))
+        architectures = [Architecture.from_dict(data) for data in description["architectures"]]
+        fitted = [_statistics(tensors, i) for i in range(len(architectures))]
+        autoencoder = Autoencoder(config, architectures, fitted)
     try:
         autoencoder.load_state_dict(tensors)
     except RuntimeError as error:

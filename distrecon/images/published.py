@@ -117,10 +117,11 @@ def published(name: str, directory: Path | None) -> ImageSet:
     spec = PUBLISHED[name]
     (pixels, labels_Q), (test_pixels, test_labels_Q) = spec.read(directory, name)
     for labels in (labels_Q, test_labels_Q):
-        if int(labels.min()) < 0 or int(labels.max()) >= len(spec.classes):
-            raise UserError(
-                f"{directory}: {name} has labels from 0 to {len(spec.classes) - 1}, found {int(labels.max())}"
-            )
+        if not len(labels):
+            raise UserError(f"{directory}: {name} needs images in its training and in its test files")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= len(spec.classes):
+            raise UserError(f"{directory}: {name} has labels from 0 to {len(spec.classes) - 1}, found {low} to {high}")
     held_out = min(spec.validation, -(-len(pixels) // 5))  # an excerpt of the files keeps most images for training
 
     def prepare(images: Tensor, labels: Tensor) -> LabelledImages:

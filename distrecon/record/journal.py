@@ -120,10 +120,17 @@ class SweepRecord:
         elif what == "restart":
             self.trials.clear()
 
+    def scored(self) -> list[TrialRecord]:
+        """The trials that have a number for the objective, those that failed left out: they left no model."""
+        return [
+            t
+            for t in self.trials.values()
+            if t.status != "failed" and isinstance(t.metrics.get(self.metric), int | float)
+        ]
+
     def best(self) -> TrialRecord | None:
-        """The completed trial with the best objective."""
-        scored = [t for t in self.trials.values() if isinstance(t.metrics.get(self.metric), int | float)]
-        if not scored:
+        """The trial with the best objective (so far, of a sweep that runs)."""
+        if not (scored := self.scored()):
             return None
         return (max if self.mode == "max" else min)(scored, key=lambda t: t.metrics[self.metric])
 

@@ -50,6 +50,10 @@ class Metric:
     objective: bool = True  # whether a sweep may choose its best trial by it
     every_epoch: bool = False  # whether it is known while the trial runs, so that bad trials can be stopped early
 
+    def text(self, value: Any) -> str:
+        """A value as tables show it: `-` for None; numbers that are not finite are text in a journal, and stay it."""
+        return "-" if value is None else value if isinstance(value, str) else self.write(value)
+
 
 @dataclass(frozen=True)
 class Drawing:

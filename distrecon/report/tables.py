@@ -33,9 +33,7 @@ def rows(sweep: SweepRecord, kind: Kind) -> list[list[str]]:
     best = sweep.best()
     for trial in sweep.trials.values():
         mark = " *" if trial is best else ""
-        cells = [
-            metric.write(trial.metrics[metric.name]) if metric.name in trial.metrics else "-" for metric in kind.columns
-        ]
+        cells = [metric.text(trial.metrics.get(metric.name)) for metric in kind.columns]
         if cells and trial.status != "completed":
             cells[0] = trial.status.replace("_", " ")
         table.append([label(trial.config) + mark, *cells])

@@ -39,7 +39,7 @@ class Scored:
 
     @classmethod
     def of(cls, sweep: SweepRecord) -> "Scored":
-        trials = [t for t in sweep.trials.values() if isinstance(t.metrics.get(sweep.metric), int | float)]
+        trials = sweep.scored()
         settings = [key for key in (trials[0].config if trials else ()) if not is_seed(key)]
         numbers = {key: {number(t.config.get(key)) for t in trials} for key in settings}
         numeric = [key for key, values in numbers.items() if None not in values and len(values) > 1]

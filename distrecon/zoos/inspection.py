@@ -101,8 +101,7 @@ def _by_file(zoo: Zoo) -> list[tuple[int, ...]]:
     """The parts by the file they lie in."""
     files: dict[str, list[int]] = {}
     for number, part in enumerate(zoo.parts):
-        if number not in (of := files.setdefault(part.file, [])):
-            of.append(number)
+        files.setdefault(part.file, []).append(number)
     return [tuple(of) for of in files.values()]
 
 
@@ -128,6 +127,8 @@ def _look_into(parts: tuple[int, ...], zoo: Zoo) -> _File:
     try:
         _compare_groups(zoo, file, groups)
         for group, table in zoo.read(groups):
+            if without := [name for name in ("model_id", "epoch", "split") if table[name].null_count]:
+                raise UserError(f"{file}: row group {group.group} has rows without {without[0]}")
             found = set(table["split"].to_pylist())
             if found != {group.split}:
                 problems.append(f"{file}: row group {group.group} is of {sorted(found)}, not of {group.split!r}")
@@ -266,11 +267,11 @@ def describe(zoo: Zoo) -> str:
 
 
 def _size(zoo: Zoo) -> int:
-    """Bytes of the files with states, by their seals where they have some."""
+    """Bytes of the files with states, by their seals where they have some; missing ones have none."""
     seal_of = {part.file: part.seal for part in zoo.parts}
     unknown = [zoo.store.path(file) for file, seal in seal_of.items() if seal is None]
     known = sum(int(seal.rpartition(":")[2]) for seal in seal_of.values() if seal is not None)
-    return known + sum(info.size for info in zoo.store.filesystem.get_file_info(unknown))
+    return known + sum(info.size or 0 for info in zoo.store.filesystem.get_file_info(unknown))
 
 
 def _epochs_and_accuracies(parts: tuple[int, ...], zoo: Zoo) -> tuple[np.ndarray, np.ndarray]:

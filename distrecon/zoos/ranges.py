@@ -10,6 +10,7 @@ Legend: N row groups, K spans, R rows, P parameters.
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ OPEN = 256  # files of object stores that a process remembers
 
 _kept: list[np.ndarray] = []  # the array that this process reads into
 _open: dict[tuple[str, str, str | None], pa.NativeFile] = {}
+_opening = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -154,11 +156,15 @@ def _from_store(store: Store, reads: Reads, those: Sequence[int], out_N: Sequenc
 def _opened(store: Store, file: str, seal: str | None) -> pa.NativeFile:
     """A file of an object store, whose size is asked for once in a process; another `seal`, another file."""
     key = str(store), file, seal
-    if key not in _open:
-        if len(_open) >= OPEN:
-            del _open[next(iter(_open))]
-        _open[key] = store.open(file)
-    return _open[key]
+    with _opening:
+        found = _open.get(key)
+    if found is None:
+        found = store.open(file)
+        with _opening:  # several threads read for one task
+            while len(_open) >= OPEN:
+                del _open[next(iter(_open))]
+            _open[key] = found
+    return found
 
 
 def requests(reads: Reads, num_parameters: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from distrecon.errors import UserError, nearest
+from distrecon.errors import UserError, nearest, reading
 from distrecon.images import ImageSet, load
 from distrecon.nets import Architecture, inputs_for
 from distrecon.zoos import datasets, row_groups, seals
@@ -132,7 +132,8 @@ def _begin(where: Store, writer: Writer) -> None:
     if where.exists(zoo_format.MANIFEST):
         raise UserError(f"{where} holds a zoo already: choose another folder, or delete it")
     if where.exists(zoo_format.UNFINISHED):
-        begun = json.loads(where.read(zoo_format.UNFINISHED))["origin"].get("kind")
+        with reading(f"{where.path(zoo_format.UNFINISHED)} (delete its folder to begin anew)"):
+            begun = json.loads(where.read(zoo_format.UNFINISHED))["origin"].get("kind")
         if begun != KIND:
             raise UserError(f"{where} holds an unfinished zoo: finish it, choose another folder, or delete it")
         for folder in ("states", datasets.FOLDER):

@@ -149,6 +149,10 @@ def test_loading_says_what_is_wrong(trained, tmp_path):
     description.write_text(json.dumps(data | {"config": data["config"] | {"model.width": 24}}))
     with pytest.raises(UserError, match="does not belong"):
         load_autoencoder(tmp_path)
+    for damaged in ({k: v for k, v in data.items() if k != "architectures"}, data | {"architectures": [{"name": "x"}]}):
+        description.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"autoencoder\.json is damaged"):
+            load_autoencoder(tmp_path)
     (tmp_path / "autoencoder.safetensors").write_bytes(b"no tensors")
     description.write_text(json.dumps(data))
     with pytest.raises(UserError, match="cannot be read"):

@@ -1,5 +1,6 @@
 """The tasks' metrics against references by hand, and what they may not look at."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from distrecon.images import LabelledImages
 from distrecon.nets import align, architecture, evaluate, fit, permute, random_permutation
 from tests.autoencoder.small import as_models, random_models, related_models, tiny
 
-DESIGN = """predict/test_accuracy_r2 predict/generalization_gap_r2 predict/epoch_r2
+NAMES = """predict/test_accuracy_r2 predict/generalization_gap_r2 predict/epoch_r2
 predict/baseline_statistics/test_accuracy_r2 reconstruct/accuracy_mean reconstruct/accuracy_max reconstruct/agreement
 reconstruct/agreement_on_errors reconstruct/accuracy_correlation reconstruct/own_nearest reconstruct/weight_l2
 reconstruct/output_mse reconstruct/refined/agreement generate/accuracy_mean generate/accuracy_max generate/accuracy_p10
@@ -38,7 +39,7 @@ def test_run_tasks_gives_every_number(autoencoder, splits, images):
     settings = {"tasks__refine": 2, "tasks__generate_refine": 2, "tasks__finetune_epochs": 1, "tasks__select": 2}
     config = tiny(tasks__samplers=["joint_kde", "gaussian"], **settings)
     found = run_tasks(autoencoder, *splits, images, config)
-    assert set(DESIGN) <= set(found.metrics)
+    assert set(NAMES) <= set(found.metrics)
     assert all(np.isfinite(value) for value in found.metrics.values())
     assert found.generated_theta_BP.shape == (6, autoencoder.architectures[0].num_parameters)
     assert found.generated_theta_BP.dtype == torch.float32
@@ -133,6 +134,28 @@ def test_a_property_that_does_not_vary_has_no_r2(splits):
     assert set(metrics) == {"p/test_accuracy_r2", "p/generalization_gap_r2"}
 
 
+def test_a_property_that_the_zoo_does_not_have_is_not_predicted(splits):
+    """Of no model: there is nothing to predict. Of some models: those would be left out in silence."""
+    features = {"f": [s.theta_BP[:, :20].double().numpy() for s in splits]}
+    none = [replace(s, generalization_gap_B=torch.full((len(s),), torch.nan)) for s in splits]
+    assert set(predict._probe(features, none, "p")[2]) == {"test_accuracy", "epoch"}
+    with pytest.raises(UserError, match="the zoo has generalization_gap of some models only"):
+        predict._probe(features, [splits[0], none[1], splits[2]], "p")
+
+
+def test_the_tasks_do_without_accuracies(autoencoder, splits, images):
+    """As `write_zoo` writes zoos of weights alone."""
+    unknown = [
+        replace(
+            s, **{f"{name}_B": torch.full((len(s),), torch.nan) for name in ("test_accuracy", "generalization_gap")}
+        )
+        for s in splits
+    ]
+    found = run_tasks(autoencoder, *unknown, images, tiny())
+    assert {"predict/epoch_r2", "reconstruct/agreement", "generate/novelty"} <= found.metrics.keys()
+    assert all(np.isfinite(value) for value in found.metrics.values())
+
+
 def test_saved_probes_predict_what_the_scoring_run_did(autoencoder, splits, images, tmp_path):
     scored = run_tasks(autoencoder, *splits, images, tiny())
     save_probes(tmp_path, scored.probes)
@@ -168,6 +191,15 @@ def test_missing_and_damaged_probes_are_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no probes"):
         load_probes(tmp_path)
     save_probes(tmp_path, Probes(0, {"epoch": PropertyProbe(Probe(*np.ones((3, 2)), 0.0), "whole", 0.9, 0.1)}))
+    content = json.loads((tmp_path / "probes.json").read_text())
+    for damaged in ([], {**content, "properties": []}):
+        (tmp_path / "probes.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="cannot be read"):
+            load_probes(tmp_path)
+    (tmp_path / "probes.json").write_text(json.dumps({**content, "version": 99}))
+    with pytest.raises(UserError, match=r"^\S+probes\.json: not probes that this distrecon can read"):
+        load_probes(tmp_path)
+    (tmp_path / "probes.json").write_text(json.dumps(content))
     (tmp_path / "probes.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read"):
         load_probes(tmp_path)

@@ -29,8 +29,8 @@ from distrecon.expand_cluster.convolution.kinks import (
 )
 from distrecon.expand_cluster.convolution.network import Chain, ConvNet
 from distrecon.expand_cluster.convolution.projection import Projected
-from distrecon.expand_cluster.convolution.residual import Search
 from distrecon.expand_cluster.convolution.rows import Layer
+from distrecon.expand_cluster.convolution.search import Search
 from distrecon.expand_cluster.convolution.units import Units
 from distrecon.nets import ChainArchitecture, plain
 from distrecon.nets.activations import activation
@@ -249,6 +249,18 @@ def test_signs_of_pooled_filters_show_where_they_bend():
         @ torch.nn.functional.normalize(chain.weights[0][0].flatten(1), dim=1).T
     )
     assert cosine.amax(1).min() > 1 - 1e-9
+
+
+def test_layers_that_were_found_stay_where_the_next_one_does_not_show(monkeypatch):
+    chain = random_net("conv3p1 pool2 conv2 linear", (2, 2), "relu", (1, 6, 6), seed=3)
+    monkeypatch.setattr(recovery, "next_layer", lambda *_: None)
+    result = recover_network(chain.module(), (1, 6, 6), "relu", layers="conv3p1 pool2 conv2 linear")
+    assert not result.verified
+    assert result.reason == "no kinks of hidden layer 2 show a unit of such a network"
+    assert result.layer_sizes == [2, 1]
+    unit = torch.nn.functional.normalize
+    found_CK, true_CK = (unit(w.flatten(1), dim=1) for w in (result.weights[0][0], chain.weights[0][0]))
+    assert (found_CK @ true_CK.T).amax(1).min() > 1 - 1e-9
 
 
 def test_signs_of_filters_show_in_the_next_layers_kinks():

@@ -243,6 +243,20 @@ def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
         load("arrays", tmp_path)
 
 
+def test_labels_of_no_class_and_files_without_images_are_refused(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + bytes([77]))
+    with pytest.raises(UserError, match="mnist has labels from 0 to 9, found 0 to 77"):
+        load("mnist", tmp_path)
+    for kind, shape in (("images-idx3", (0, 28, 28)), ("labels-idx1", (0,))):
+        header = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+        (tmp_path / f"t10k-{kind}-ubyte").write_bytes(header)
+    labels.write_bytes(labels.read_bytes()[:-1] + bytes([7]))
+    with pytest.raises(UserError, match="mnist needs images in its training and in its test files"):
+        load("mnist", tmp_path)
+
+
 def test_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", pixels(4, 5, 5))
     np.save(tmp_path / "labels.npy", np.zeros(3, np.int64))

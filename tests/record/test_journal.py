@@ -51,6 +51,16 @@ def test_best_follows_the_mode_and_skips_what_has_no_number(tmp_path):
     assert record.trials["p"].metrics["a/x"] == "nan"  # kept, not dropped
 
 
+def test_a_trial_that_failed_is_not_the_best(tmp_path):
+    """It may have the least loss so far, and leaves no model."""
+    journal = start(tmp_path)
+    journal.write("metrics", trial="p", epoch=1, metrics={"a/x": 1.0})
+    journal.write("metrics", trial="q", epoch=1, metrics={"a/x": 2.0})
+    journal.write("finished", trial="p", status="completed", error=None)
+    journal.write("finished", trial="q", status="failed", error="boom")
+    assert read_sweep(journal.path).best().trial == "p"
+
+
 def test_a_torn_line_is_neither_read_nor_harmful(tmp_path):
     journal = start(tmp_path)
     with open(journal.path, "a") as file:

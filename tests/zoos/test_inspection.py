@@ -62,6 +62,8 @@ def copy_cell(columns) -> None:
 
 PROBLEMS = {
     "nan": (lambda f: rewrite(f, lambda c: c["weights"].__setitem__((0, 5), np.nan)), "non-finite weights"),
+    "nameless": (lambda f: rewrite(f, set_cell("model_id", None)), "row group 0 has rows without model_id"),
+    "no epoch": (lambda f: rewrite(f, set_cell("epoch", None)), "row group 0 has rows without epoch"),
     "split": (lambda f: rewrite(f, set_cell("split", "test")), "is of .'test', 'train'., not of 'train'"),
     "both": (lambda f: rewrite(f, set_cell("split", "test")), "is both in 'test' and in 'train'"),
     "again": (lambda f: rewrite(f, copy_cell), "appears again"),
@@ -106,6 +108,13 @@ def test_the_description_has_the_counts_and_a_histogram(tiny_zoo: Zoo) -> None:
         assert [f"{values.mean():.3f}", f"{values.min():.3f}", f"{values.max():.3f}", "20"] == line.split()[-4:]
         bars = line.split("|")[1]
         assert [bar != " " for bar in bars] == (torch.histc(values, 20, 0, 1) > 0).tolist()
+
+
+def test_a_description_names_a_file_that_is_missing(copy: Path) -> None:
+    unseal(copy)
+    (copy / "states/part-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"part-00001\.parquet is missing; the zoo lists it"):
+        describe(open_zoo(copy))
 
 
 def test_an_exported_model_is_the_row(tiny_zoo: Zoo, tmp_path: Path) -> None:

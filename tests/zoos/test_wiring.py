@@ -1,5 +1,7 @@
 """Which images a zoo keeps, how large its files are, which epochs it takes: by value, on cases worked by hand."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 
 from distrecon.images import load
 from distrecon.nets import architecture
-from distrecon.zoos import datasets, open_zoo, tasks
+from distrecon.zoos import datasets, open_zoo, ranges, tasks
 from distrecon.zoos.importing import ImportOptions, import_zoo
 from distrecon.zoos.order import Order
 from distrecon.zoos.storage import store
@@ -66,3 +68,20 @@ def test_a_passes_last_batch_is_what_is_left() -> None:
     """Ten rows in two lanes of five, two of each in a batch: 2 + 2, 2 + 2, 1 + 1."""
     order = Order(np.array([[0, 10]]), 4, 2, 2, (0,))
     assert [order.sizes(step) for step in range(order.steps)] == [[2, 2], [2, 2], [1, 1]]
+
+
+def test_files_that_threads_open_at_once_are_no_more_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which each thread has its own, whatever the others put out."""
+    both = threading.Barrier(2)
+
+    class Bucket:
+        def open(self, file: str) -> str:
+            both.wait(timeout=60)  # until another thread opens one
+            return file
+
+    monkeypatch.setattr(ranges, "OPEN", 1)
+    monkeypatch.setattr(ranges, "_open", {})
+    bucket = Bucket()
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(lambda file: ranges._opened(bucket, file, None), ["a", "b"])] == ["a", "b"]
+    assert len(ranges._open) == 1

@@ -141,6 +141,9 @@ def test_a_zoo_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "other" / "unfinished" / "origin.json").write_text('{"first_unit": 0, "origin": {"kind": "trained"}}')
     with pytest.raises(UserError, match="holds an unfinished zoo"):
         write(tmp_path / "other")
+    (tmp_path / "other" / "unfinished" / "origin.json").write_text("{}")
+    with pytest.raises(UserError, match=r"origin\.json \(delete its folder to begin anew\) is damaged"):
+        write(tmp_path / "other")
 
 
 def test_a_call_that_died_leaves_no_zoo_and_can_be_repeated(tmp_path: Path, monkeypatch) -> None:

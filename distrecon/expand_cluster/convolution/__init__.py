@@ -5,7 +5,8 @@
 - projection          their fit, the readout eliminated
 - filters, kinks      the first layer's filters from far out; layers of relu networks from where they bend
 - rows                kinks as the weights of units
-- residual, units     the last layer of relu networks completed from what is left of the answers
+- residual, units     what the units known so far of the last layer of a relu network leave of the answers
+- search              that layer completed from what is left
 - students            wider networks, and the clusters of their channels
 - channels, exact     channels dropped; one exact network
 - weakness            what the answers do not determine

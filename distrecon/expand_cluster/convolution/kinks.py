@@ -6,7 +6,8 @@ gives the unit's weights v, as far as what they read is active; the rows of many
 over the weights they share. Compare Rolnick and Kording (arXiv 1910.00744), Carlini, Jagielski, Mironov
 (arXiv 2003.04884) for dense layers.
 
-Legend: S kinks, Q queries, I inputs, O outputs, C channels, K numbers that a channel reads, L positions, P parameters.
+Legend: S kinks, Q queries, I inputs, O outputs, C channels, K numbers that a channel reads, L positions, P parameters,
+W windows of a pooling, D positions of a window, N numbers of the map that a layer reads.
 """
 
 from dataclasses import replace
@@ -24,26 +25,22 @@ from distrecon.expand_cluster.convolution.rows import READ, Kinks, Layer, Rows, 
 from distrecon.nets.activations import Activation
 
 SEGMENTS = 8_000  # drawn at a time, of which those inside one region of the known layers are asked about
-ASKED, CUT, EXAMINED = (
-    8000,
-    1200,
-    300,
-)  # of a round, at most: segments, those that are cut to where they bend, and those
-# whose Jacobians are taken
+# of a round, at most: segments, those that are cut to where they bend, and those whose Jacobians are taken
+ASKED, CUT, EXAMINED = 8000, 1200, 300
 PARTS = 8  # of a segment that bends
 REACHES = (0.5, 100.0)  # of the segments, in units of the inputs' scale
 LENGTHS = (0.5, 0.2, 0.08, 0.03, 0.01, 0.003)  # half lengths over the distance from the centre, in turn
 BENDS = 1e-7  # of the answer: second differences above it are kinks
 INSIDE, STEP = 0.9, 5e-3  # of a segment's half length: where its Jacobians are taken, and their differences
 ALONE = 1e-6  # ratio of the second singular value of the Jacobians' difference to the first, at one kink
-TARGETED, CLIMBS, CLIMB = 0.7, 12, 0.25  # share of the segments that are moved to where units respond seldom; steps at
-# most, and their size over the distance from the centre
+TARGETED = 0.7  # share of the segments that are moved to where units respond seldom
+CLIMBS, CLIMB = 12, 0.25  # steps of these at most, and their size over the distance from the centre
 ASCENTS, ASCENT, FAR = 100, 5, (10.0, 1000.0)  # of a round along the outputs, their steps, and how far out they go on
 BY_ASCENT = 0.5  # share of the segments that lie on them
 LOUD = 0.7  # of those, where a unit is to respond; elsewhere none is
 SAMPLE, SELDOM = 2000, 0.02  # inputs at which it is counted how often units respond; rates below which all count alike
-AIMED, AIMS, AIM = 600, 10, (1e-3, 0.5)  # segments of a round at points where a unit bends and a weight that it lacks
-# shows; steps towards them; how far on the number it is for is, over the distance from the centre
+AIMED, AIMS = 600, 10  # segments of a round at points where a unit bends and a weight that it lacks shows; steps there
+AIM = (1e-3, 0.5)  # how far on the number is that the weight is for, over the distance from the centre
 ROUNDS = 10  # of segments for a layer
 ENOUGH = 6  # kinks of a channel all of whose weights are known: others of it are not looked at
 QUIET = 3  # rounds in a row that show no new channel where every weight is known: there are no others
@@ -318,13 +315,10 @@ def signs_by_pooling(net: ConvNet, theta_P: Tensor, bends_CSI: list[Tensor]) -> 
         before_SL = net.trace(theta_P, x_SI)[-1].before_QCL[:, channel]
         windows = before_SL.unflatten(1, (1, *stage.before)).transpose(0, 1)[0]
         size = stage.pool
-        patches = (
-            windows.unfold(1, size, size).unfold(2, size, size).flatten(1, 2).flatten(2)
-        )  # [S, windows, positions]
-        least_SW = patches.abs().amin(2)
-        window_S = least_SW.argmin(1)
-        chosen_SP = patches[torch.arange(len(x_SI)), window_S]
-        signs.append(-torch.sign(chosen_SP.sum(1)).sum().sign())
+        patches_SWD = windows.unfold(1, size, size).unfold(2, size, size).flatten(1, 2).flatten(2)
+        window_S = patches_SWD.abs().amin(2).argmin(1)
+        chosen_SD = patches_SWD[torch.arange(len(x_SI)), window_S]
+        signs.append(-torch.sign(chosen_SD.sum(1)).sum().sign())
     sign_C = torch.stack(signs)
     return torch.where(sign_C == 0, 1.0, sign_C)
 
