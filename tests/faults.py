@@ -8,8 +8,9 @@
     python -m tests.faults ROWS --share 0/4        every fourth, beside other processes with the same ROWS
 
 A drawn fault is a comparison, an operator, a number, an `and`, a `not`, a smallest for a largest, from the source
-alone. The tests that are asked are those of the module's name and those that import it, or else its package's; the
-quickest first, as they were measured before (`ROWS.seconds`), until one fails.
+alone. The tests that are asked are those of the module's name and those that import it, then its package's, then all
+that import anything of its package; of each the quickest first, as they were measured before (`ROWS.seconds`), until one
+fails or the `BUDGET` is spent.
 
 Each fault is put into a copy of the checkout. ROWS gets a line of JSON a fault, as soon as it is known; a fault that is
 there already is not tried again. At the end the share that was caught is printed, and every fault that was not.
@@ -194,7 +195,8 @@ def faults_of(file: Path, text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def tests_of(fault: Fault) -> list[list[str]]:
-    """The test files of a fault's module: one of its name; those that import it, or else all that import its package."""
+    """The test files that are asked of a fault, one list after the other: those of its module's name and those that
+    import it; its package's; all that import anything of its package."""
     if fault.tests:
         return [[test for test in fault.tests if (CHECKOUT / test).exists()]]
     module = ".".join(Path(fault.file).with_suffix("").parts).removesuffix(".__init__")
@@ -203,20 +205,18 @@ def tests_of(fault: Fault) -> list[list[str]]:
         rf"from {re.escape(module)} import|from {re.escape(package)} import [^\n]*\b{name}\b|import {re.escape(module)}\b"
     )
     near = re.compile(rf"distrecon\.{Path(fault.file).parts[1]}\b|distrecon import {Path(fault.file).parts[1]}\b")
-    kinds: list[list[str]] = [[], [], [], []]
+    near_and_far: list[list[str]] = [[], [], []]
     for path in sorted((CHECKOUT / "tests").rglob("test_*.py")):
         text, file = path.read_text(), str(path.relative_to(CHECKOUT))
         if "gpu" in path.parts:
             continue
-        if path.stem == f"test_{name}":
-            kinds[0].append(file)
-        elif imports.search(text):
-            kinds[1].append(file)
+        if path.stem == f"test_{name}" or imports.search(text):
+            near_and_far[0].append(file)
         elif Path(fault.file).parts[1] in path.parts:
-            kinds[2].append(file)
+            near_and_far[1].append(file)
         elif near.search(text):
-            kinds[3].append(file)
-    return next((found for found in (kinds[:2], kinds[2:3], kinds[3:]) if any(found)), [])
+            near_and_far[2].append(file)
+    return near_and_far
 
 
 def drawn(seed: int, count: int) -> list[Fault]:

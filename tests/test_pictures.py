@@ -52,3 +52,13 @@ def test_generated_models_and_their_relatives_are_drawn_alike():
     (axis,) = FIGURES["distances"]().axes
     sizes = {float(points.get_sizes()[0]) for points in axis.collections if hasattr(points, "get_sizes")}
     assert len(sizes) == 1
+
+
+def test_a_cut_is_drawn_stronger_than_the_branches_it_cuts():
+    merges = np.array([[0, 1, 1e-6, 2], [2, 3, 1e-5, 2], [4, 5, 1.0, 4]])  # two pairs below the cut, joined above it
+    (axis,) = figures.dendrogram(merges, 0.01, np.array([0, 0, 1, 1])).axes
+    *branches, cut = axis.lines
+    assert len(branches) == 3
+    assert set(cut.get_ydata()) == {0.01}
+    assert {line.get_linewidth() for line in branches} == {cut.get_linewidth() / 2}
+    assert len({line.get_color() for line in branches}) == 2  # clusters that are kept, and what joins them

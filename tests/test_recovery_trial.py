@@ -1,4 +1,4 @@
-"""One recovery trial without Ray: synthetic teachers, and what the scores of a trained one are taken on."""
+"""One recovery trial without Ray: synthetic teachers, scores of trained ones, the clustering shown."""
 
 from types import SimpleNamespace
 
@@ -11,6 +11,7 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster import Recovery
 from distrecon.kinds import expand_cluster
 from distrecon.kinds.expand_cluster import RecoveryRun, TeacherConfig, run
+from distrecon.record.journal import SweepRecord
 from distrecon.record.kind import Trial
 
 
@@ -60,3 +61,19 @@ def test_agreement_is_counted_on_test_images(tmp_path, monkeypatch):
 def test_wrong_synthetic_teachers_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         TeacherConfig(images="synthetic", **values)
+
+
+@pytest.mark.parametrize(("merges", "shown"), [({"few": 1}, None), ({"few": 1, "some": 2, "most": 3}, "most")])
+def test_the_clustering_shown_is_the_one_of_most_vectors_and_a_pair_is_none(merges, shown):
+    """Merges of n + 1 vectors in a chain; two vectors have nothing to be cut from."""
+    sweep = SweepRecord("students", "expand_cluster", "recover/max_cosine_distance", "min")
+    arrays = {}
+    for name, count in merges.items():
+        sweep.apply({"event": "started", "trial": name, "config": {"students.count": name}, "time": 0.0})
+        event = {"event": "metrics", "trial": name, "epoch": 1, "metrics": {"recover/layer_sizes": [2]}, "time": 1.0}
+        sweep.apply(event)
+        chain = [[0 if i == 0 else count + i, i + 1, 10.0 ** (i - 5), i + 2] for i in range(count)]
+        cluster_V = np.zeros(count + 1, int)
+        arrays[name] = {"layer1_merges": np.array(chain), "layer1_cut": np.array(0.1), "layer1_cluster": cluster_V}
+    drawing = expand_cluster.dendrogram(sweep, arrays)
+    assert (drawing and drawing.title) == (shown and f"Clustering of the students' neurons (students.count {shown})")

@@ -354,6 +354,14 @@ _KINDS = {  # of zoo.json's values
     "excluded": list,
     "parts": list,
 }
+_IMAGE_KINDS: dict[str, type | tuple[type, ...]] = {  # of what it says of the images, where it says it
+    "name": (str, type(None)),
+    "directory": (str, type(None)),
+    "preprocessing": (str, type(None)),
+    "stored": str,
+    "limit": int,
+    "classes": list,
+}
 
 
 def _check(content: dict[str, Any]) -> None:
@@ -370,21 +378,12 @@ def _check(content: dict[str, Any]) -> None:
     counts += [content["splits"][split][key] for split in SPLITS for key in ("models", "states")]
     if not all(_whole(count, 0) for count in counts):
         raise ValueError("it has counts that are no whole numbers")
-    text = (str, type(None))
-    kinds = {
-        "name": text,
-        "directory": text,
-        "preprocessing": text,
-        "stored": (str,),
-        "limit": (int,),
-        "classes": (list,),
-    }
     for key, value in images.items():
-        if key in kinds and not isinstance(value, kinds[key]):
+        if key in _IMAGE_KINDS and not isinstance(value, _IMAGE_KINDS[key]):
             raise ValueError(f"its images' {key!r} is {value!r:.60}")
     if any(key not in images for key in ("name", "directory", "classes", "preprocessing")):
         raise ValueError(f"its images have only {', '.join(images)}")
-    if not all(isinstance(text, str) for pair in [*files.items(), *footers.items()] for text in pair):
+    if not {*map(type, files.values()), *map(type, footers.values())} <= {str}:
         raise ValueError("its seals are no text")
     if not _whole(content.get("piece_bytes", 0), 0) or not isinstance(content.get("digest", ""), str):
         raise ValueError("its piece_bytes or its digest are none")

@@ -37,6 +37,7 @@ ENTRY = np.dtype(
         ("sha_rest", "V32"),
     ]
 )  # byte offsets in the file: its weights' values are weights..after, its other columns the rest of start..end
+Entry = tuple[int, int, int, int, bytes, bytes]  # as Python reads one
 LOCAL_BYTES = 256 * 2**20  # of a file through which other columns than the weights are picked together
 REMOTE_BYTES = 16 * 2**20  # of neighbouring row groups in one request to an object store
 REMOTE_GAP = 64 * 1024  # bytes that are read for nothing rather than begin another request
@@ -105,18 +106,24 @@ def read(
     `footer` is the seal of its footer. Raises UserError where the footer or a row group is not what was written.
     """
     with _refusing(store, file), store.open(file) as source:
-        pieces = _Pieces(source, 0 if store.local else REMOTE_GAP)
-        found, metadata = _listed(store, file, footer, pieces, columns != ["weights"])
-        if metadata is not None:
-            verified = store.local and found.seen_G2[groups, 1].all()
-            opened = source if verified else pa.BufferReader(pieces.image)
-        parquet = None if metadata is None else pq.ParquetFile(opened, metadata=metadata)
+        pieces, others = _Pieces(source, 0 if store.local else REMOTE_GAP), columns != ["weights"]
+        found, fetched = _known.get((str(store), file, footer)), columns
+        if found is None or (others and not (store.local and found.seen_G2[groups, 1].all())):
+            found, parquet = _listed(store, file, footer, pieces)
+        else:  # what was verified before of the other columns, Parquet reads from the disk
+            parquet = pq.ParquetFile(source) if others else None
+            fetched = [column for column in columns if column == "weights"]
         for run in _runs(found.entries_G, groups, columns, store.local):
-            pieces.fetch(_wanted(found.entries_G, run, columns))
-            for group in run:
-                if wrong := _wrong(found, group, columns, pieces):
-                    raise _damaged(store, file, wrong)
-                yield _table(found, group, columns, pieces, parquet, weights_type)
+            entries = [found.entries_G[group].item() for group in run]
+            pieces.fetch(_wanted(entries, fetched))
+            for group, entry in zip(run, entries, strict=True):
+                if wrong := _wrong(entry, found.seen_G2[group], fetched, pieces):
+                    raise _damaged(store, file, f"the SHA-256 of {wrong} {group} is another")
+                if others and fetched is columns:
+                    start, weights, after, end, *_ = entry
+                    pieces.place(start, weights)
+                    pieces.place(after, end)
+                yield _table(entry, group, columns, pieces, parquet, weights_type)
 
 
 def listed(store: Store, file: str, footer: str) -> np.ndarray:
@@ -124,7 +131,7 @@ def listed(store: Store, file: str, footer: str) -> np.ndarray:
     if (key := (str(store), file, footer)) in _known:
         return _known[key].entries_G
     with _refusing(store, file), store.open(file) as source:
-        return _listed(store, file, footer, _Pieces(source, 0), False)[0].entries_G
+        return _listed(store, file, footer, _Pieces(source, 0))[0].entries_G
 
 
 @contextlib.contextmanager
@@ -139,24 +146,18 @@ def _refusing(store: Store, file: str) -> Iterator[None]:
         raise UserError(f"{store.path(file)} is damaged: {said(error)}") from None
 
 
-def _listed(
-    store: Store, file: str, wanted: str, pieces: "_Pieces", decoded: bool
-) -> tuple[RowGroups, pq.FileMetaData | None]:
-    """The part's list, from its footer where this process has not read it; and the footer, for what is `decoded`."""
-    key = str(store), file, wanted
-    if key in _known and not decoded:
-        return _known[key], None
-    length = int(wanted.rpartition(":")[2])
-    begin = max(0, pieces.size - length)
+def _listed(store: Store, file: str, wanted: str, pieces: "_Pieces") -> tuple[RowGroups, pq.ParquetFile]:
+    """The part's list, from its footer; and the part, of which Parquet sees what is placed in the pieces' image."""
+    begin = max(0, pieces.size - int(wanted.rpartition(":")[2]))
     pieces.fetch([(begin, pieces.size)])
-    content = pieces.buffer(begin, pieces.size)
-    if seals.seal(content) != wanted:
+    if seals.seal(pieces.buffer(begin, pieces.size)) != wanted:
         raise _damaged(store, file, "its footer's SHA-256 is another")
-    metadata = pq.read_metadata(pa.BufferReader(content))
-    if key not in _known:
-        entries_G = np.frombuffer(base64.b64decode(metadata.metadata[KEY]), ENTRY)
+    pieces.place(begin, pieces.size)
+    parquet = pq.ParquetFile(pa.BufferReader(pieces.image))
+    if (key := (str(store), file, wanted)) not in _known:
+        entries_G = np.frombuffer(base64.b64decode(parquet.metadata.metadata[KEY]), ENTRY)
         _known[key] = RowGroups(entries_G, np.zeros((len(entries_G), 2), bool))
-    return _known[key], metadata if decoded else None
+    return _known[key], parquet
 
 
 def _damaged(store: Store, file: str, what: str) -> UserError:
@@ -178,51 +179,48 @@ def _runs(entries_G: np.ndarray, groups: Sequence[int], columns: Sequence[str], 
         yield run
 
 
-def _wanted(entries_G: np.ndarray, run: Sequence[int], columns: Sequence[str]) -> list[tuple[int, int]]:
+def _wanted(entries: Sequence[Entry], columns: Sequence[str]) -> list[tuple[int, int]]:
     """Which bytes of the file hold the columns, in order."""
     found = []
-    for start, weights, after, end, *_ in (entries_G[group].item() for group in run):
+    for start, weights, after, end, *_ in entries:
         if columns == ["weights"]:
             found.append((weights, after))
-        else:
+        elif columns:
             found += [(start, end)] if "weights" in columns else [(start, weights), (after, end)]
     return found
 
 
-def _wrong(listed: RowGroups, group: int, columns: Sequence[str], pieces: "_Pieces") -> str | None:
-    """What is wrong with the columns of a row group, by their SHA-256, unless this process has compared them before."""
-    start, weights, after, end, sha_weights, sha_rest = listed.entries_G[group].item()
-    seen = listed.seen_G2[group]
+def _wrong(entry: Entry, seen: np.ndarray, columns: Sequence[str], pieces: "_Pieces") -> str | None:
+    """Which columns of a row group are wrong, by their SHA-256, unless this process has compared them before."""
+    start, weights, after, end, sha_weights, sha_rest = entry
     if "weights" in columns and not seen[0]:
         if hashlib.sha256(pieces.buffer(weights, after)).digest() != sha_weights:
-            return f"the SHA-256 of the weights of row group {group} is another"
+            return "the weights of row group"
         seen[0] = True
     if columns != ["weights"] and not seen[1]:
         rest = hashlib.sha256(pieces.buffer(start, weights))
         rest.update(pieces.buffer(after, end))
         if rest.digest() != sha_rest:
-            return f"the SHA-256 of row group {group} is another"
+            return "row group"
         seen[1] = True
     return None
 
 
 def _table(
-    listed: RowGroups,
+    entry: Entry,
     group: int,
     columns: Sequence[str],
     pieces: "_Pieces",
     parquet: pq.ParquetFile | None,
     weights_type: pa.DataType,
 ) -> pa.Table:
-    start, weights, after, end, *_ = listed.entries_G[group].item()
-    if parquet is None:
-        return pa.table([_weights(pieces.buffer(weights, after), weights_type)], names=["weights"])
-    pieces.place(start, weights)
-    pieces.place(after, end)
+    _, begin, end, *_ = entry
+    if parquet is None or columns == ["weights"]:
+        return pa.table([_weights(pieces.buffer(begin, end), weights_type)], names=["weights"])
     others = [column for column in columns if column != "weights"]
     table = parquet.read_row_group(group, columns=others, use_threads=False).replace_schema_metadata(None)
     if "weights" in columns:
-        values = _weights(pieces.buffer(weights, after), weights_type)
+        values = _weights(pieces.buffer(begin, end), weights_type)
         table = table.add_column(columns.index("weights"), "weights", values)
     return table
 

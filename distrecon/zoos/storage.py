@@ -107,7 +107,7 @@ def store(path: str | os.PathLike[str], filesystem: Any = None) -> Store:
     Raises UserError for a URL that neither pyarrow nor fsspec understands, and for one with a password in it.
     """
     text = os.fspath(path)
-    if redact(text) != text:
+    if "://" in text and redact(text) != text:
         raise UserError(
             f"{redact(text)}: no user, password or key may stand in an address, since addresses are written down: "
             "give credentials by the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"

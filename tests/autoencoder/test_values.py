@@ -127,6 +127,12 @@ def test_what_is_said_of_reconstructions_by_hand(arch, images):
     assert arrays["reconstruct/accuracy"] == pytest.approx(np.array(accuracy), abs=1e-6)
 
 
+def test_a_model_that_was_not_reconstructed_is_an_error(arch, images):
+    theta_BP = related_models(arch, 4)
+    with pytest.raises(ValueError, match="zip"):
+        compare(arch, theta_BP[:3], theta_BP[3:], images.test)  # one would be compared with all three
+
+
 # -- generated models --------------------------------------------------------------------------------------------------
 
 

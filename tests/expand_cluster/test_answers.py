@@ -12,6 +12,7 @@ from sklearn.linear_model import LinearRegression
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 
 from distrecon.errors import UserError
+from distrecon.expand_cluster import examination
 from distrecon.expand_cluster.answers import Answers
 from distrecon.expand_cluster.kept import HEADER, RECORD, KeptAnswers
 
@@ -225,3 +226,27 @@ def test_what_was_kept_survives_a_kill(tmp_path):
     assert len(x_QI) >= 50 * (told[-1] + 1)
     assert torch.equal(x_QI[:, 0], -y_QO[:, 0])
     assert torch.equal(x_QI[::50, 0], torch.arange(len(x_QI) // 50, dtype=torch.float64))
+
+
+def test_another_black_box_is_refused_the_kept_answers_by_the_first_and_the_last(tmp_path):
+    """Three kept queries; a box that answers one of the ends differently is told from the one that was asked."""
+    x_QI = torch.arange(12, dtype=torch.float64).reshape(4, 3)
+    kept = KeptAnswers(tmp_path, 3)
+    kept.append(x_QI[:3], x_QI[:3] @ torch.from_numpy(W_IO))
+    kept.close()
+    asked = []
+
+    def box(moved):
+        def answer(x):
+            asked.extend(x[:, 0].tolist())
+            return x @ torch.from_numpy(W_IO) + (x[:, :1] == moved)
+
+        return answer
+
+    for moved in (0.0, 6.0):
+        with pytest.raises(UserError, match="answers a kept query differently"):
+            examination._keeping(Answers(box(moved), 3), tmp_path, 3)
+    same = examination._keeping(Answers(box(None), 3), tmp_path, 3)
+    asked.clear()
+    torch.testing.assert_close(same(x_QI), x_QI @ torch.from_numpy(W_IO))
+    assert asked == [9.0]  # the only one that was not kept

@@ -251,6 +251,18 @@ def test_signs_of_pooled_filters_show_where_they_bend():
     assert cosine.amax(1).min() > 1 - 1e-9
 
 
+def test_layers_that_were_found_stay_where_the_next_one_does_not_show(monkeypatch):
+    chain = random_net("conv3p1 pool2 conv2 linear", (2, 2), "relu", (1, 6, 6), seed=3)
+    monkeypatch.setattr(recovery, "next_layer", lambda *_: None)
+    result = recover_network(chain.module(), (1, 6, 6), "relu", layers="conv3p1 pool2 conv2 linear")
+    assert not result.verified
+    assert result.reason == "no kinks of hidden layer 2 show a unit of such a network"
+    assert result.layer_sizes == [2, 1]
+    unit = torch.nn.functional.normalize
+    found_CK, true_CK = (unit(w.flatten(1), dim=1) for w in (result.weights[0][0], chain.weights[0][0]))
+    assert (found_CK @ true_CK.T).amax(1).min() > 1 - 1e-9
+
+
 def test_signs_of_filters_show_in_the_next_layers_kinks():
     """Of two channels given turned round, in a network whose next layer has another number of channels."""
     chain = random_net("conv3 conv2 linear", (3, 4), "relu", (1, 6, 6))

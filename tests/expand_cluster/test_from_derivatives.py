@@ -98,6 +98,19 @@ def test_third_derivatives_by_hand(generator):
     assert here.cost(3, 0) == 5 * 8 * 6
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_steps_are_those_of_the_noise_relative_to_the_answers(size, generator):
+    """Answers of any size with the same digits are asked at the same places."""
+
+    def box(x):
+        return size * (torch.sin(x.sum(1, keepdim=True)) * 2**20).round() / 2**20
+
+    eye = torch.eye(2, dtype=torch.float64)
+    here = Derivatives(BlackBox(box, 2), Coordinates(eye, eye, 0 * eye, 1.0, 0.0), 50, generator)
+    deviation = float(torch.sin(here.x_SI.sum(1)).std())
+    assert here.noise * deviation == pytest.approx(2**-20 / 12**0.5, rel=0.5)  # of a uniform rounding error
+
+
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "g", "softplus", "gelu", "silu"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_a_response_gives_slope_and_bias(name, order, generator):

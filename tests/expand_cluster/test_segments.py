@@ -1,9 +1,15 @@
-"""Scans of lines for bends: found where they are by hand, given up where the function bends everywhere."""
+"""Scans of lines for bends: found where they are by hand, given up where the function bends everywhere, explained."""
 
 import pytest
 import torch
 
+from distrecon.expand_cluster import BlackBox, RecoveryConfig, network
+from distrecon.expand_cluster.arrangement import Answers, Arrangement, explain
+from distrecon.expand_cluster.coordinates import find_coordinates
+from distrecon.expand_cluster.one_layer import networks_from_bends
+from distrecon.expand_cluster.run import Run
 from distrecon.expand_cluster.segments import OPEN, BendsEverywhere, scan
+from distrecon.nets.activations import activation
 
 START_LR = torch.tensor([[0.0, 3.0]]).double()
 DIRECTION_LR = torch.tensor([[1.0, 0.0]]).double()
@@ -40,3 +46,33 @@ def test_a_function_that_bends_everywhere_is_given_up_at_bounded_cost():
     with pytest.raises(BendsEverywhere):
         scan(rounded(function), START_LR, DIRECTION_LR, GRID_LT, torch.Generator().manual_seed(0))
     assert sum(asked) <= 4 * OPEN
+
+
+def test_jumps_slope_and_constant_by_least_squares_on_six_answers_for_each():
+    """1.5 |x - 1| + .5 x + 2: the slope jumps by 3."""
+    x_Q1 = torch.linspace(-4, 4, 101, dtype=torch.float64)[:, None]
+    y_Q1 = 1.5 * (x_Q1 - 1).abs() + 0.5 * x_Q1 + 2
+    taken = []
+
+    class Counted(Answers):
+        def some(self, count, generator):
+            taken.append(count)
+            return super().some(count, generator)
+
+    one = torch.ones(1, dtype=torch.float64)
+    plane = Arrangement(torch.tensor([[1.0, -1.0]]).double(), one[:, None], one[:, None], one, 1e-12 * one)
+    found = explain(plane, Counted(x_Q1, y_Q1, 1e-15 + 0 * y_Q1), torch.Generator().manual_seed(0))
+    assert found.coefficients_FO.flatten().tolist() == pytest.approx([3.0, 0.5, 2.0], abs=1e-12)
+    assert taken == [18]
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_neurons_are_dropped_by_their_share_of_the_answers(size):
+    """Three neurons that all count: none is left out, however large or small the answers are."""
+    draw = torch.Generator().manual_seed(0)
+    w, b, a = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((3, 2), (3,), (1, 3)))
+    black_box = BlackBox(network([(w, b), (size * a, torch.zeros(1).double())], "relu"), 2)
+    run = Run(black_box, activation("relu"), 1, RecoveryConfig(), draw, None, None, lambda stage, value: None, None)
+    *_, (_, found, _) = networks_from_bends(run, find_coordinates(black_box, run.activation, False, draw))
+    assert found.net.sizes == (2, 3, 1)
+    assert found.loss < 1e-20

@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from distrecon.expand_cluster import signs
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.collapse import exact_network
 from distrecon.expand_cluster.config import RecoveryConfig
@@ -132,3 +134,16 @@ def test_a_smooth_layer_and_a_linear_path_are_fitted_exactly_and_said():
     assert found.loss < 1e-24
     assert found.net.sizes[1] == 5
     assert found.objection == carried_term(3, 2)
+
+
+def test_twelve_more_bits_of_the_equations_are_reduced_at_a_time(monkeypatch):
+    """Terms of up to 2^30 roundings: multiplied so that their largest is 2^12, 2^24, then 2^30 and 2^27."""
+    largest = []
+
+    def unchanged(chosen_NN, terms_NE, depth):
+        largest.append(float(np.abs(terms_NE).max()))
+        return chosen_NN
+
+    monkeypatch.setattr(signs, "_reduced", unchanged)
+    assert not list(signs._short_vectors(np.array([[2.0**30], [-(2.0**29)], [1.0]])))
+    assert largest == [2.0**12, 2.0**24, *[2.0**30, 2.0**27] * 2]

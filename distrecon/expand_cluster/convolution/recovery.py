@@ -8,7 +8,7 @@ Legend: Q queries, I inputs, O outputs, C channels, K numbers that a filter read
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,7 @@ def _from_kinks(run: Run, hypothesis: Hypothesis, coordinates: Coordinates) -> R
         known, layer = _peeled(run, hypothesis, coordinates.scale)
     if layer is None or len(known) < len(hypothesis.stages):
         reason = f"no kinks of hidden layer {len(known) + 1} show a unit of such a network"
-        return nothing(run.box, run.activation.name, hypothesis, reason)
+        return nothing(run.box, run.activation.name, hypothesis, reason, known)
     points_SI = torch.cat(layer.bends_CSI)
     if hypothesis.stages[-1].pool == 1:
         with run.timed("completion"):
@@ -186,10 +186,14 @@ def conclude(run: Run, problem: Problem, hypothesis: Hypothesis, found: Fitted, 
     )
 
 
-def nothing(box: BlackBox, activation: str, hypothesis: Hypothesis, reason: str) -> Recovery:
-    """A network of one channel a layer that gives the mean of the answers: nothing was found."""
-    net = ConvNet(hypothesis, (1,) * len(hypothesis.stages), find_activation(activation))
-    theta_P = torch.zeros(net.num_parameters, dtype=torch.float64)
+def nothing(
+    box: BlackBox, activation: str, hypothesis: Hypothesis, reason: str, known: Sequence[Tensor] = ()
+) -> Recovery:
+    """The first layers as far as they are known, and one channel for each of the others: a network that answers 0."""
+    stages = len(hypothesis.stages)
+    net = ConvNet(hypothesis, (*map(len, known), *[1] * (stages - len(known))), find_activation(activation))
+    unknown = net.matrices(torch.zeros(net.num_parameters, dtype=torch.float64))[len(known) :]
+    theta_P = net.flatten([*known, *unknown])
     outputs = torch.zeros(box.outputs, net.num_features, dtype=torch.float64)
     weights = net.weights(theta_P, outputs, outputs[:, 0])
     metrics = {"recover/train_loss": 1.0, "recover/students": 0}
