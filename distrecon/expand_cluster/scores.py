@@ -124,5 +124,5 @@ def _match(into_TK: Tensor, into_HK: Tensor, name: str) -> tuple[Tensor, Tensor,
     flips = flipped[row_T, column_T] < plain[row_T, column_T]
     sign = torch.where(flips, -1.0, 1.0).double()
     if symmetry == "scaled":
-        sign = into_TK[row_T].norm(dim=1) / into_HK[column_T].norm(dim=1)
+        sign = into_TK[row_T].norm(dim=1) / into_HK[column_T].norm(dim=1).clamp(min=1e-300)  # nothing found: all zeros
     return row_T, column_T, flips, sign

@@ -44,7 +44,7 @@ def load_black_box(spec: str, activation: str, hypothesis: Hypothesis | None = N
         raise UserError(f"a teacher is a .safetensors file or MODULE:CALLABLE, not {spec!r}")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"the teacher's module {module_name!r} cannot be imported: {error}") from None
     try:
         found = attrgetter(name)(module)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distrecon import config as configuration
-from distrecon.expand_cluster import BlackBox, RecoveryConfig, hyperplanes, network, recover_network, score
+from distrecon.expand_cluster import BlackBox, Recovery, RecoveryConfig, hyperplanes, network, recover_network, score
 from distrecon.expand_cluster.bends import Lines, random_lines, scan
 from distrecon.expand_cluster.between import neurons_signs, rows_behind
 from distrecon.expand_cluster.coordinates import find_coordinates
@@ -208,3 +208,14 @@ def test_a_network_of_another_slope_is_asked_finite_inputs_only():
         return answer(x_QI)
 
     assert not recover_network(teacher, 3, "relu", config=config).verified
+
+
+def test_nothing_found_is_far_from_the_teacher_by_a_finite_distance():
+    """As when the queries run out at once: one relu neuron a layer, all of whose weights are 0."""
+    teacher = synthetic_teacher(4, 3, "relu", seed=0)
+    nothing = [
+        (torch.zeros(1, 4).double(), torch.zeros(1).double()),
+        (torch.zeros(1, 1).double(), torch.zeros(1).double()),
+    ]
+    metrics = score(Recovery(nothing, "relu", False, "nothing"), teacher)
+    assert metrics["recover/max_cosine_distance"] == 0.5

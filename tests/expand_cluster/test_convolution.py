@@ -359,6 +359,25 @@ def test_a_last_layer_is_completed_from_what_is_left_of_the_answers():
     torch.testing.assert_close(chain(x := images(50, (1, 6, 6), 5)) - search.left(x), chain(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("text", "widths", "outputs"),
+    [("conv3p1 pool2 linear linear", (2, 4), 1), ("conv3p1 pool2 linear linear linear", (2, 2, 4), 3)],
+)
+def test_one_output_and_a_map_of_two_numbers_are_searched_too(text, widths, outputs):
+    """Whether the missing unit is found is not the question: with one output causes cannot be told apart."""
+    net = random_net(text, widths, "relu", (1, 6, 6), seed=3)
+    last, bias = net.weights[-1]
+    chain = Chain(net.hypothesis, [*net.weights[:-1], (last[:outputs], bias[:outputs])], net.activation)
+    *known, true_CK = (torch.cat([w.flatten(1), b[:, None]], dim=1) for w, b in chain.weights[:-1])
+    seen_CK = torch.ones(3, true_CK.shape[1] - 1, dtype=torch.bool)
+    layer = Layer(true_CK[:3], seen_CK, [images(2, (1, 6, 6))] * 3, chain.weights[-1][0].T[:3, None])
+    generator = torch.Generator().manual_seed(0)
+    search = Search(BlackBox(chain, 36), chain.hypothesis, known, layer, chain.activation, 1.0, generator)
+    rounds = iter([False, False, True])
+    search.run(lambda stage, value: None, lambda: next(rounds))
+    assert len(search.units) >= 3
+
+
 def test_of_units_with_one_outgoing_vector_the_largest_stays():
     outgoing_CLO = torch.tensor([[1.0, 2.0, 3.0], [-0.1, -0.2, -0.3], [0.1, 0.2, 0.4]])[:, None].double()
     units = Units(torch.ones(3, 5).double(), torch.ones(3, 4, dtype=torch.bool), outgoing_CLO)

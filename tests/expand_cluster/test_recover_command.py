@@ -103,6 +103,7 @@ def test_an_interrupt_keeps_what_was_done_and_says_how_to_go_on(tmp_path, monkey
         ([], "--teacher"),
         (["--teacher", "nowhere.safetensors"], "does not exist"),
         (["--teacher", "no_such_module:f"], "cannot be imported"),
+        (["--teacher", ":f"], "cannot be imported"),
         (["--teacher", "math:nothing"], "no callable 'nothing'"),
         (["--teacher", "math:sin"], "--input-size"),
         (["--teacher", "nonsense"], "MODULE:CALLABLE"),

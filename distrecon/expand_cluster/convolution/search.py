@@ -80,11 +80,11 @@ class Search(Residual):
         x_QI[-climbed:] = climbed_SI[torch.randint(len(climbed_SI), (climbed,), generator=generator)]
         net, theta_P = self.network()
         rate_N = (signed_map(net, net.trace(theta_P, x_QI[:2000])) > 0).double().mean(0)
-        numbers = len(rate_N)
+        numbers, loud = len(rate_N), min(LOUD, len(rate_N))
         chosen_QN = torch.zeros(count, numbers, dtype=torch.float64)
-        each = torch.multinomial((1 / (rate_N + 0.02)).expand(count, -1), LOUD, generator=generator)
-        many_Q1 = torch.randint(1, LOUD + 1, (count, 1), generator=generator)
-        chosen_QN.scatter_(1, each, (torch.arange(LOUD) < many_Q1).double())
+        each = torch.multinomial((1 / (rate_N + 0.02)).expand(count, -1), loud, generator=generator)
+        many_Q1 = torch.randint(1, loud + 1, (count, 1), generator=generator)
+        chosen_QN.scatter_(1, each, (torch.arange(loud) < many_Q1).double())
         quiet_Q1 = torch.rand(count, 1, generator=generator, dtype=torch.float64)
         unit_Q, position_Q, along_Q = self.aim(chosen_QN)
         if len(self.partial):  # what the partial units lack, near where units showed
@@ -137,7 +137,7 @@ class Search(Residual):
         jacobian_SOI, straight_S = self.jacobians(x_SI)
         x_SI, jacobian_SOI = x_SI[straight_S], jacobian_SOI[straight_S]
         left_SOO, values, right_SOI = torch.linalg.svd(jacobian_SOI, full_matrices=False)
-        alone_S = values[:, 1] < ALONE * values[:, 0]
+        alone_S = values[:, 1] < ALONE * values[:, 0] if values.shape[1] > 1 else values[:, 0] > 0
         x_SI, outgoing_SO = x_SI[alone_S], left_SOO[alone_S, :, 0]
         normal_SI = values[alone_S, :1] * right_SOI[alone_S, 0]
         if not len(x_SI):
