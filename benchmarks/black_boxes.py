@@ -193,6 +193,20 @@ def opposites() -> Problem:
     return Problem(function, 6, {"activation": "relu"}, function, [6], bends=(w, b))
 
 
+def saturating(gain: float) -> Problem:
+    """A sigmoid that is all but 0 or 1 at most inputs; two of its neurons bend only out there."""
+    draw = torch.Generator().manual_seed(6)
+    w, b, a = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((16, 6), (16,), (1, 16)))
+    layers = [(w / 6**0.5, b / 2), (gain * a / 4, torch.zeros(1, dtype=torch.float64))]
+    scores = network(layers, "relu")
+
+    def function(x_QI: Tensor) -> Tensor:
+        return torch.sigmoid(scores(x_QI))
+
+    told = {"activation": "relu", "outputs": "probabilities"}
+    return Problem(function, 6, told, function, [16], bends=layers[0])
+
+
 class Drifts:
     """A box that is replaced by another one after 6,000 queries."""
 
@@ -297,7 +311,7 @@ def module(dtype: torch.dtype, tolerance: float, layer: torch.nn.Module | None =
 # -- estimators --------------------------------------------------------------------------------------------------------
 
 
-def estimator(name: str, raw: bool = False, given: bool = True) -> Problem:
+def estimator(name: str, raw: bool = False, given: bool = True, state: int = 0) -> Problem:
     """scikit-learn's MLP with its default 100 relu neurons, asked by its method.
 
     Fitted to standardised data, or to the data set as it is; with the data `given` to the recovery or not.
@@ -316,7 +330,7 @@ def estimator(name: str, raw: bool = False, given: bool = True) -> Problem:
     centre, spread = x_QI.mean(0), np.where(x_QI.std(0) > 0, x_QI.std(0), 1)
     if not raw:
         x_QI, centre, spread = (x_QI - centre) / spread, np.zeros_like(centre), np.ones_like(spread)
-    made = (MLPRegressor if regression else MLPClassifier)(random_state=0).fit(x_QI, y_Q)
+    made = (MLPRegressor if regression else MLPClassifier)(random_state=state).fit(x_QI, y_Q)
     method = made.predict if regression else made.predict_proba
     (w, v), b = made.coefs_, made.intercepts_[0]
     told = {"activation": "relu", "outputs": "values" if regression else "probabilities"}

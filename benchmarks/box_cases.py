@@ -28,6 +28,7 @@ from benchmarks.black_boxes import (
     over_http,
     redundant,
     rounded,
+    saturating,
     short_budget,
     through,
     two_kinds,
@@ -73,6 +74,9 @@ CASES = [
     Case("relu 8-6-6-6-2, weights that never show", "unverified", partial(dense, [8, 6, 6, 6, 2], "relu"), 300),
     # scikit-learn's defaults
     *(Case(f"scikit-learn 100 relu, {name}", "exact", partial(estimator, name), 300) for name in ESTIMATORS),
+    Case(
+        "scikit-learn 100 relu, breast cancer, other start", "exact", partial(estimator, "breast cancer", state=3), 300
+    ),
     *(
         Case(
             f"{name}, raw data, {'given' if given else 'not given'}",
@@ -130,6 +134,7 @@ CASES = [
     Case("a budget of 4,000 that runs out", "unverified", partial(short_budget, 4_000), 120),
     # nastier
     Case("a gate in one corner of the domain", "unverified", hidden_gate, 120),
+    Case("a sigmoid that is mostly 0 or 1", "unverified", partial(saturating, 15.0), 120),
     Case("7 neurons that are 4", "exact", redundant),
     Case("another box after 6,000 queries", "unverified", drifting, 120),
     Case(

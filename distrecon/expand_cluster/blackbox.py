@@ -135,13 +135,20 @@ class BlackBox:
         return u_QI if self.standard is None else self.standard.around.pulled(u_QI, ROOM)
 
     def asked(self) -> tuple[Tensor, Tensor]:
-        """All queries u[Q, I] inside the domain and their answers y[Q, O] so far that tell scores."""
+        """All queries u[Q, I] and their answers y[Q, O] so far that are the network's and tell scores."""
         x_QI, y_QO = self.memory.asked()
         if self.standard is None:
             return x_QI, y_QO
-        around = self.standard.around
-        told_Q = self.standard.known(y_QO) & ((x_QI >= around.low_I) & (x_QI <= around.high_I)).all(1)
-        return around.standard(x_QI[told_Q]), self.standard.scores(y_QO[told_Q])
+        told_Q = self.standard.known(y_QO) & self.standard.counts(x_QI)
+        return self.standard.around.standard(x_QI[told_Q]), self.standard.scores(y_QO[told_Q])
+
+    def saturated(self) -> tuple[Tensor, Tensor]:
+        """Likewise those of which only the probabilities p[Q, C] count: so near 0 or 1 that they tell no scores."""
+        x_QI, p_QC = self.memory.asked()
+        if self.standard is None:
+            return x_QI[:0], p_QC[:0]
+        only_Q = ~self.standard.known(p_QC) & self.standard.counts(x_QI)
+        return self.standard.around.standard(x_QI[only_Q]), p_QC[only_Q]
 
     @property
     def untold(self) -> int:

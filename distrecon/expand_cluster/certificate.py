@@ -71,11 +71,12 @@ class Comparison:
 class Certificate:
     """What a verdict rests on; plain numbers, so that `dataclasses.asdict` of it is JSON.
 
-    `lowest`, `highest` [I] and `farthest` (a bound of the Euclidean norm) say where the answers compared were asked.
-    `given` of them are all earlier ones of the run (0: the fit was not exact, and only fresh ones were compared);
-    `fresh` had no part in the fit. `not_compared` others tell nothing: probabilities so near 0 or 1 that their scores
-    cannot be told, and answers from outside the domain. What differs from the network on more than `hidden_share` of
-    the inputs from which fresh queries are drawn has been met, with a confidence of 95 % (rule of three).
+    `lowest`, `highest` [I] and `farthest` (a bound of the Euclidean norm) say where the answers compared were
+    asked. `given` of them are all earlier ones of the run (0: the fit was not exact, and only fresh ones were
+    compared); `fresh` had no part in the fit. `not_compared` others tell no scores: probabilities so near 0 or 1
+    that only they themselves were compared, and answers from outside the domain. What differs from the network on
+    more than `hidden_share` of the inputs from which fresh queries are drawn has been met, with a confidence of 95
+    % (rule of three).
 
     Of each output [O], in the answers' own unit: `noise` is the standard deviation of its rounding, `spread` its own
     standard deviation at the training queries, `terms` the size of its terms there; `allowed` is the largest
@@ -127,7 +128,7 @@ class Certificate:
         metrics = self.metrics()
         outputs = zip(self.worst, self.worst_share, strict=True)
         worst, share = max(outputs, key=lambda pair: pair[1])
-        left_out = f"; {self.not_compared} others tell nothing" if self.not_compared else ""
+        left_out = f"; {self.not_compared} others tell no scores" if self.not_compared else ""
         return [
             f"compared     {self.given} answers of the run and {self.fresh} fresh ones, inputs from {low:.4g} to "
             f"{high:.4g} (norm at most {self.farthest:.4g}){left_out}",
@@ -202,6 +203,21 @@ def compare(found: Network, x_QI: Tensor, y_QO: Tensor, tolerance: Tolerance) ->
         sum_O = sum_O + ratio_QO.square().sum(0)
         ratios.append(ratio_QO.amax(1))
     return Comparison(largest_O, ratio_O, (sum_O / len(x_QI)).sqrt(), torch.cat(ratios))
+
+
+def contradicted_probabilities(
+    found: Network, standard: Standard, x_QI: Tensor, p_QC: Tensor, tolerance: Tolerance
+) -> Tensor:
+    """[Q]: which probabilities, of those that tell no scores, are not the network's, by as much as is allowed."""
+    if not len(x_QI):
+        return torch.zeros(0, dtype=torch.bool)
+    rows, of_terms = max(1, NUMBERS_AT_ONCE // found.widest), dataclasses.replace(tolerance, error=torch.zeros_like)
+    parts = []
+    for x, p in zip(x_QI.split(rows), p_QC.split(rows), strict=True):
+        out_QO, terms_QO = found.outputs_and_terms(x)
+        own_QC, error_QC = standard.probabilities(out_QO, of_terms.at(terms_QO, out_QO))
+        parts.append(~((own_QC - p).abs() <= AGREEMENT_WORST * error_QC).all(1))
+    return torch.cat(parts)
 
 
 def certify(

@@ -68,11 +68,13 @@ def exact_network(
     candidates_HK: Tensor,
     target: float,
     clustering: LayerClustering | None = None,
+    carry: bool = True,
 ) -> Found:
     """Clustered neurons, fitted to the floor, then reduced to an irreducible network.
 
     Where the clusters are not enough, they are completed by candidates (neurons of the best student) until the mean
-    squared error is at most `target`.
+    squared error is at most `target`. What no signs explain of a linear skip is carried by further neurons, unless
+    `carry` is off: it is of use where the neurons are all that there are.
     """
     data, activation, skip = problem.data, problem.activation, takes_skip(problem.activation)
     linkage = [clustering] if clustering is not None else []
@@ -85,7 +87,7 @@ def exact_network(
     objection = ""
     if skip:
         neurons_HK, loss = _eliminate(problem, neurons_HK, loss, True)
-        neurons_HK, loss, objection = _without_skip(problem, neurons_HK, loss)
+        neurons_HK, loss, objection = _without_skip(problem, neurons_HK, loss, carry)
     return _reduced(problem, neurons_HK, loss, linkage, objection)
 
 
@@ -151,11 +153,11 @@ def _eliminate(problem: Problem, neurons_HK: Tensor, loss: float, skip: bool) ->
     return neurons_HK, loss
 
 
-def _without_skip(problem: Problem, neurons_HK: Tensor, loss: float) -> tuple[Tensor, float, str]:
+def _without_skip(problem: Problem, neurons_HK: Tensor, loss: float, carry: bool) -> tuple[Tensor, float, str]:
     """Neurons turned round, and fitted, so that no linear skip is left; the loss; what keeps them from being right.
 
     The fit decides how exactly the skip is known: signs that explain it to ever fewer digits are tried. Where an exact
-    fit with the skip is left by all of them, neurons are added that carry what is left of it.
+    fit with the skip is left by all of them, neurons are added that carry what is left of it (with `carry`).
     """
     activation, data = problem.activation, problem.data
     hidden, inputs = len(neurons_HK), data.z_QR.shape[1]
@@ -173,7 +175,7 @@ def _without_skip(problem: Problem, neurons_HK: Tensor, loss: float) -> tuple[Te
     nearest = choose_flips(neurons_HK, outgoing_OH, linear_OR, kappa, LINEAR_SHARES[0] * size)
     turned_HK = _turned(neurons_HK, nearest)
     refitted_HK, refitted_loss = _refit(problem, turned_HK, False)
-    if refitted_loss <= allowed or loss > max(problem.floor, NEARLY_EXACT):
+    if not carry or refitted_loss <= allowed or loss > max(problem.floor, NEARLY_EXACT):
         return refitted_HK, refitted_loss, ""
     extra_DK, _ = carriers(nearest.rest_OR, kappa, LINEAR_SHARES[0] * size)
     neurons_HK, loss = _refit(problem, torch.cat([turned_HK, extra_DK]), False)

@@ -31,7 +31,11 @@ ROOM = 0.1  # round the points, for the differences
 KINK_STEP = 1e-3  # longer differences straddle a kink too often
 SCALES = tuple(2.0**k for k in range(-4, 7))
 SCALE_QUERIES = 300
-NEAR = 0.3  # scatter of probes round a bend, relative to its distance from the centre
+NEAR = (
+    0.003,
+    0.3,
+)  # least and largest scatter of probes round a bend, relative to its distance from the centre: beyond
+# a bend in a corner of the layer before there is little room
 WIDE_SCALES = (1.0, 4.0, 16.0)  # of the probes that search for directions not found yet
 
 
@@ -65,11 +69,13 @@ class Coordinates:
         return x_QI
 
     def near(self, bends_SI: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Probes x[Q, I] scattered round given inputs, a fraction of their distance from the centre."""
+        """Probes x[Q, I] scattered round given inputs, by small and large shares of their distance from 0."""
         chosen_QI = bends_SI[torch.randint(len(bends_SI), (count,), generator=generator)]
         noise_QR = torch.randn(count, self.rank, generator=generator, dtype=torch.float64)
         away_Q1 = (chosen_QI @ self.to_RI.T).norm(dim=1, keepdim=True) / self.rank**0.5
-        return chosen_QI + NEAR * away_Q1 * noise_QR @ self.back_IR.T
+        least, largest = NEAR
+        share_Q1 = largest * (least / largest) ** torch.rand(count, 1, generator=generator, dtype=torch.float64)
+        return chosen_QI + share_Q1 * away_Q1 * noise_QR @ self.back_IR.T
 
 
 def find_coordinates(

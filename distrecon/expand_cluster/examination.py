@@ -111,8 +111,9 @@ def examine(
             around = _elsewhere(ask, ask_again.dtype, sample, findings, raw.left(), image is not None)
     if _stopped(findings):
         return _examined(findings, sample, raw, None)
+    limits = None
     if odds is not None:
-        around = _where_known(raw, odds, around, generator)
+        limits, around = around, _where_known(raw, odds, around, generator)
     if around is not sample.around:
         moved = Sample.draw(around.asked(ask), around, generator)
         if odds is not None or _varies(moved):  # else it is somewhere between: where it was asked first
@@ -122,7 +123,7 @@ def examine(
         findings.append(Finding("constant", evidence, "data= may show where it is not", True))
     elif thorough:
         findings += diagnose_function(sample, pooled)
-    return _examined(findings, sample, raw, odds)
+    return _examined(findings, sample, raw, odds, limits)
 
 
 def _varies(sample: Sample) -> bool:
@@ -157,9 +158,11 @@ def _elsewhere(
     return by_asking(ask, around, sample.generator, visible, left)
 
 
-def _examined(findings: list[Finding], sample: Sample, raw: Memory, odds: Odds | None) -> Examined:
+def _examined(
+    findings: list[Finding], sample: Sample, raw: Memory, odds: Odds | None, limits: Surroundings | None = None
+) -> Examined:
     findings = sorted(findings, key=lambda found: not found.stops)
-    standard = Standard(sample.around, odds, sample.y_QO.mean(0), sample.scale_O)
+    standard = Standard(sample.around, odds, sample.y_QO.mean(0), sample.scale_O, limits)
     box = BlackBox(raw, sample.inputs, standard=standard, noise_O=sample.noise_O / sample.scale_O)
     return Examined(box, sample, findings)
 

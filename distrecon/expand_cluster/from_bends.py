@@ -106,7 +106,8 @@ def recover_from_bends(run: Run, coordinates: Coordinates) -> FromBends | None:
             scans.add(*random_lines(coordinates.rank, fullest * factor * unit, lines, run.generator))
         if len(scans.parts) == before or run.out_of_time():
             break
-        found, aimed = _explain(run, coordinates, Lines.join(scans.parts)), AIMED * lines
+        last = number + 1 >= len(rounds)
+        found, aimed = _explain(run, coordinates, Lines.join(scans.parts), last), AIMED * lines
         if found is None:
             continue
         if best is None or found.loss < best.loss or found.recovery.verified:
@@ -165,8 +166,11 @@ def _from_corners(first_HK: Tensor, reach: float, generator: torch.Generator) ->
     return at(sign_LH * size_LH), at(other_LH * size_LH)
 
 
-def _explain(run: Run, coordinates: Coordinates, lines: Lines) -> FromBends | None:
-    """The network whose layers the bends show, fitted and verified; None when they do not show all."""
+def _explain(run: Run, coordinates: Coordinates, lines: Lines, last_round: bool) -> FromBends | None:
+    """The network whose layers the bends show, fitted and verified; None when they do not show all.
+
+    Before the last round a linear rest is taken for a neuron that further lines may show.
+    """
     if len(lines.line_S) < 2:
         return None
     on_lines_HK, clustering = first_layer(lines)
@@ -197,7 +201,7 @@ def _explain(run: Run, coordinates: Coordinates, lines: Lines) -> FromBends | No
     problem = run.problem(probes, unknowns)
     hidden_QH = run.activation(passed(known, problem.data.z_QR, run.activation)[0])
     inner = dataclasses.replace(problem, data=dataclasses.replace(problem.data, z_QR=hidden_QH))
-    last = exact_network(inner, last_HK, candidates_HK, problem.floor, clustering)
+    last = exact_network(inner, last_HK, candidates_HK, problem.floor, clustering, carry=last_round)
     network = assemble(problem, [*(m[None] for m in known), *last.net.matrices(last.theta_1P)], [clustering])
     metrics = {"recover/students": 0, "recover/lines": len(lines.start_LR)}
     return FromBends(conclude(run, problem, network, metrics), problem, on_lines_HK)

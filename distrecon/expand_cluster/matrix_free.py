@@ -25,7 +25,7 @@ RIDGE = 1e-14  # of a block's trace, so that it can be factored
 NEAR = 1e-6  # relative loss: from a start below it the first step is hardly damped
 DAMPING, NO_DAMPING = 1e-3, 1e-12  # lambda at first, from far and from near
 CHANGE = 10.0  # of the damping after a step that succeeds or fails
-FALLS = 0.99  # x the loss before: an undamped step that leaves more than this was the last
+FALLS = 0.99  # x the loss before: an undamped step that leaves more than this was the last, unless told otherwise
 TRIALS = 6  # steps in a row that may fail
 
 
@@ -37,8 +37,10 @@ def matrix_free(
     max_iterations: int,
     tolerance: float,
     deadline: float | None = None,
+    falls: float = FALLS,
 ) -> Solution:
-    """One network from theta[1, P], until its loss is at most `tolerance` or an undamped step lowers it no more.
+    """One network from theta[1, P], until its loss is at most `tolerance` or an undamped step leaves more than `falls`
+    of it.
 
     `deadline` is a `time.monotonic` value. The solution is that of least_squares.levenberg_marquardt.
     """
@@ -60,7 +62,7 @@ def matrix_free(
         if bool(new_1 < loss_1):
             theta_1P, loss_1, failed = new_1P, new_1, 0
             damping = max(damping / CHANGE, NO_DAMPING)
-            if float(new_1) > FALLS * before and damping <= NO_DAMPING:
+            if float(new_1) > falls * before and damping <= NO_DAMPING:
                 status = "stalled"
                 break
         else:

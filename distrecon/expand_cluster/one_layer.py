@@ -72,7 +72,7 @@ def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Pr
         coordinates = _all_inputs(coordinates)
     ask = _Asking(run, coordinates, RESERVED * run.box.left() if run.box.budget else 0.0)
     generator = run.generator
-    found = Arrangement.empty(coordinates.rank, run.box.outputs)
+    found = loose = Arrangement.empty(coordinates.rank, run.box.outputs)  # loose: seen, crossed with others missing
     reach, uneven, worst_QR = coordinates.rank**0.5, False, torch.zeros(0, coordinates.rank, dtype=torch.float64)
     on_lines: list[Answers] = []
     beside: list[Answers] = []
@@ -93,11 +93,14 @@ def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Pr
             for line in range(count):
                 new_S = ((bends.line_S == line) & ~found.explains(bends)).nonzero()[:, 0]
                 if len(new_S):
-                    joined = found.join(oriented(ask, bends, new_S))
+                    joined = found.join(loose).join(oriented(ask, bends, new_S))
                     if len(joined) > len(found):
+                        loose = joined.take(torch.arange(len(found), len(joined)))
                         found, crossings = refined(ask, joined, len(found), generator, uneven)
                         beside.append(crossings)
-            if not len(found) or len(found) > MANY * int(bends.line_S.bincount().max()) + 10:
+            if not len(found) and not number:
+                continue  # the next lines are nearer, and what these showed counts with theirs
+            if not len(found) or max(len(found), len(loose)) > MANY * int(bends.line_S.bincount().max()) + 10:
                 break
             answers = Answers.join([*on_lines, *beside])
             explained = explain(found, answers, generator)

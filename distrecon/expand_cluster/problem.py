@@ -10,12 +10,14 @@ from torch import Tensor
 
 from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.expand_cluster.least_squares import Solution, levenberg_marquardt
-from distrecon.expand_cluster.matrix_free import matrix_free
+from distrecon.expand_cluster.matrix_free import FALLS, NO_DAMPING, matrix_free
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import LayerClustering
 from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.thresholds import CONVERGED
 from distrecon.nets.activations import Activation
+
+SHORT = 0.1  # x the loss before: a step without matrices that leaves more is short, where matrices are affordable
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,19 @@ class Problem:
     def refine(self, net: DenseNet, theta_1P: Tensor) -> Solution:
         """The last digits of a nearly exact network, in all inputs.
 
-        Without matrices first where there are more parameters than small students have, as that is far cheaper.
+        Without matrices first where there are more parameters than small students have, as that is far cheaper, unless
+        its steps stay short: then by matrices, with the damping of a start that is all but right.
         """
         if net.num_parameters <= self.config.solver.student_parameters:
             return self.fit(net, theta_1P, self.data.x_QI)
-        rows, steps = self.rows(net), self.config.solver.iterations
-        x_QI, y_QO = self.data.x_QI, self.data.y_QO[:rows]
-        solution = matrix_free(net, theta_1P, x_QI[:rows], y_QO, steps, CONVERGED, self.deadline)
-        if float(solution.loss_N) <= self.polished_floor or net.num_parameters > self.config.solver.dense_parameters:
+        rows, steps, dense = self.rows(net), self.config.solver.iterations, self.config.solver.dense_parameters
+        x_QI, y_QO = self.data.x_QI[:rows], self.data.y_QO[:rows]
+        falls = SHORT if net.num_parameters <= dense else FALLS
+        solution = matrix_free(net, theta_1P, x_QI, y_QO, steps, CONVERGED, self.deadline, falls)
+        if float(solution.loss_N) <= self.polished_floor or net.num_parameters > dense:
             return solution
-        return self.fit(net, solution.theta_NP, x_QI)
+        fit = NetworkFit(net, x_QI, y_QO)
+        return levenberg_marquardt(fit, solution.theta_NP, steps, CONVERGED, NO_DAMPING, deadline=self.deadline)
 
 
 @dataclass(frozen=True)

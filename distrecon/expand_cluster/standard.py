@@ -19,12 +19,17 @@ from distrecon.expand_cluster.weights import Weights
 
 @dataclass(frozen=True)
 class Standard:
-    """Centre, scale and domain of the inputs, mean and scale of the scores; `odds` None: the answers are the scores."""
+    """Centre, scale and domain of the inputs, mean and scale of the scores; `odds` None: the answers are the scores.
+
+    `limits` has the domain outside of which answers are not the network's, None: the domain of `around`. That may be
+    smaller, as where most probabilities are near 0 or 1 there is little to ask.
+    """
 
     around: Surroundings
     odds: Odds | None
     mean_O: Tensor
     scale_O: Tensor
+    limits: Surroundings | None = None
 
     def inputs(self, u_QI: Tensor) -> Tensor:
         """The black box's own inputs x of standard ones."""
@@ -44,6 +49,18 @@ class Standard:
     def known(self, y_QC: Tensor) -> Tensor:
         """[Q]: which answers tell their scores; all but probabilities near 0 or 1."""
         return torch.ones(len(y_QC), dtype=torch.bool) if self.odds is None else self.odds.known(y_QC)
+
+    def counts(self, x_QI: Tensor) -> Tensor:
+        """[Q]: whether the answers to the black box's own inputs are the network's."""
+        limits = self.limits or self.around
+        return ((x_QI >= limits.low_I) & (x_QI <= limits.high_I)).all(1)
+
+    def probabilities(self, scores_QO: Tensor, error_QO: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities [Q, C] of standard scores, and what the scores' error and rounding make of them."""
+        assert self.odds is not None
+        p_QC = self.odds.of_classes(self.odds.all_classes(scores_QO * self.scale_O + self.mean_O))
+        moved_QC = 2 * (error_QO * self.scale_O).amax(1, keepdim=True) * p_QC * (1 - p_QC)
+        return p_QC, moved_QC.nan_to_num(torch.inf) + torch.finfo(self.odds.dtype).eps + self.odds.quantum
 
     def own(self, weights: Weights) -> Weights:
         """Weights for standard inputs and scores as weights for the black box's own: one output for every class.

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from distrecon.expand_cluster.blackbox import BlackBox
-from distrecon.expand_cluster.certificate import Certificate, Comparison, Dense, Network, Tolerance, certify, compare
+from distrecon.expand_cluster.certificate import (
+    Certificate,
+    Comparison,
+    Dense,
+    Network,
+    Tolerance,
+    certify,
+    compare,
+    contradicted_probabilities,
+)
 from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.outgoing import drop_costs, features, solve_outgoing
@@ -140,7 +149,9 @@ def judge_network(
         if exact:
             x_QI, y_QO = run.box.asked()
             comparison = compare(network, x_QI, y_QO, tolerance)
-            objection = objection or _disagreement(comparison, "of the run's")
+            objection = (
+                objection or _disagreement(comparison, "of the run's") or _saturation(run.box, network, tolerance)
+            )
         certificate = certify(comparison, tolerance, x_QI, len(fresh_QI), run.box.noise_O, spread_O, run.box.untold)
         if objection and train_loss > floor:
             left = f"{math.sqrt(train_loss):.1e} (floor {math.sqrt(floor):.1e})"
@@ -163,7 +174,7 @@ def confirm(box: BlackBox, recovery: Recovery) -> Recovery:
     comparison = compare(recovery.function, x_QI, y_QO, tolerance)
     spread_O = torch.tensor(certificate.spread, dtype=torch.float64)
     certificate = certify(comparison, tolerance, x_QI, certificate.fresh, box.noise_O, spread_O, box.untold)
-    objection = _disagreement(comparison, "of the run's")
+    objection = _disagreement(comparison, "of the run's") or _saturation(box, recovery.function, tolerance)
     return dataclasses.replace(
         recovery,
         verified=not objection,
@@ -194,6 +205,15 @@ def _disagreement(comparison: Comparison, whose: str) -> str:
         f"at most {float(comparison.ratio_O[output]):.1e}, allowed {AGREEMENT_WORST:g}; root mean square "
         f"{float(comparison.mean_ratio_O[output]):.1e}, allowed {AGREEMENT:g})"
     )
+
+
+def _saturation(box: BlackBox, network: Network, tolerance: Tolerance) -> str:
+    """What is held against a network by probabilities that tell no scores; "" if nothing."""
+    if box.standard is None:
+        return ""
+    x_QI, p_QC = box.saturated()
+    wrong = int(contradicted_probabilities(network, box.standard, x_QI, p_QC, tolerance).sum())
+    return f"{wrong} of {len(x_QI)} probabilities of the run that are all but 0 or 1 contradict it" if wrong else ""
 
 
 def _contradictions(comparison: Comparison, x_QI: Tensor) -> Tensor:

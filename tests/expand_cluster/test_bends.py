@@ -9,7 +9,7 @@ from distrecon import config as configuration
 from distrecon.expand_cluster import BlackBox, Recovery, RecoveryConfig, hyperplanes, network, recover_network, score
 from distrecon.expand_cluster.bends import Lines, random_lines, scan
 from distrecon.expand_cluster.between import neurons_signs, rows_behind
-from distrecon.expand_cluster.coordinates import find_coordinates
+from distrecon.expand_cluster.coordinates import Coordinates, find_coordinates
 from distrecon.expand_cluster.from_bends import recover_from_bends
 from distrecon.expand_cluster.hyperplanes import first_layer, join_rows, second_layer
 from distrecon.expand_cluster.teachers import synthetic_teacher
@@ -162,6 +162,18 @@ def test_three_hidden_layers_are_recovered_without_students(name, seed):
     assert result.layer_sizes == [4, 4, 4]
     assert score(result, weights)["recover/max_cosine_distance"] < 1e-12
     assert result.metrics["recover/students"] == 0
+
+
+def test_probes_round_a_bend_reach_behind_it_in_a_corner():
+    """What lies behind is only where all of fourteen coordinates stay below 0; they are at -.05, a fifteenth at 10."""
+    eye = torch.eye(15, dtype=torch.float64)
+    coordinates = Coordinates(eye, eye, 0 * eye, 1.0, 0.0)
+    corner_SI = torch.full((1, 15), -0.05, dtype=torch.float64)
+    corner_SI[:, 0] = 10.0
+    near_QI = coordinates.near(corner_SI, 1000, torch.Generator().manual_seed(0))
+    assert 0.1 < float((near_QI[:, 1:] < 0).all(1).double().mean()) < 0.6
+    farthest = float((near_QI - corner_SI).norm(dim=1).max())
+    assert 0.5 * 0.3 * 10 < farthest < 2 * 0.3 * 10
 
 
 def test_opposite_neurons_that_carry_a_linear_term_are_not_called_verified():

@@ -8,8 +8,16 @@ import math
 import pytest
 import torch
 
-from distrecon.expand_cluster import BlackBox, network, recover_network, synthetic_teacher
-from distrecon.expand_cluster.certificate import Dense, Tolerance, certify, compare, outputs_and_terms
+from distrecon import config as configuration
+from distrecon.expand_cluster import BlackBox, RecoveryConfig, network, recover_network, synthetic_teacher
+from distrecon.expand_cluster.certificate import (
+    Dense,
+    Tolerance,
+    certify,
+    compare,
+    contradicted_probabilities,
+    outputs_and_terms,
+)
 from distrecon.expand_cluster.odds import Odds
 from distrecon.expand_cluster.standard import Standard
 from distrecon.expand_cluster.surroundings import Surroundings
@@ -129,7 +137,7 @@ def test_a_certificate_is_plain_numbers():
     text = "\n".join(found.lines())
     for words in (
         "2 answers of the run and 1 fresh",
-        "from -4 to 3 (norm at most 5); 7 others tell nothing",
+        "from -4 to 3 (norm at most 5); 7 others tell no scores",
         "2.0e-02, 20 %",
         "100 % of the inputs",
     ):
@@ -150,14 +158,56 @@ def test_answers_that_tell_no_score_are_counted():
     assert torch.equal(box.asked()[0][before:], asked[:4])
 
 
+def test_answers_from_beyond_the_probes_count_where_they_are_the_networks():
+    """Probes stay in (-3, 3), as further out most probabilities are 0 or 1; the box's own limits are -5 and 100."""
+    around, limits = (
+        Surroundings(tensor(0.0), tensor(2.0), tensor(a), tensor(b)) for a, b in ((-3.0, 3.0), (-5.0, 100.0))
+    )
+    standard = Standard(around, Odds(1, None, 0, torch.float64, 0.0), tensor(0.0), tensor(1.0), limits)
+    box = BlackBox(torch.sigmoid, 1, standard=standard, noise_O=tensor(1e-15))
+    before = len(box.asked()[0])
+    box.memory(tensor([-6.0], [-4.0], [2.0], [8.0], [40.0], [101.0]))
+    u_QI, y_QO = box.asked()
+    assert u_QI[before:, 0].tolist() == [-2.0, 1.0, 4.0]  # standard inputs are half of the box's own
+    assert y_QO[before:, 0].tolist() == pytest.approx([-4.0, 2.0, 8.0])
+    u_QI, p_QC = box.saturated()
+    assert (u_QI.tolist(), p_QC.tolist()) == ([[20.0]], [[1.0]])
+    assert box.untold == 3
+
+
+def test_probabilities_that_tell_no_scores_contradict_a_network_all_the_same():
+    """A sigmoid of x is 1 to the last digit at 40 and 1 - 1e-8 at 18.4; a network of half the slope is not at 18.4."""
+    around = Surroundings(tensor(0.0), tensor(1.0), tensor(-100.0), tensor(100.0))
+    standard = Standard(around, Odds(1, None, 0, torch.float64, 0.0), tensor(0.0), tensor(1.0))
+    tolerance = Tolerance(tensor(1e-9), tensor(10.0))
+    x_QI = tensor([40.0], [18.4], [90.0])
+    contradicted = [
+        contradicted_probabilities(
+            Dense([(tensor([slope]), tensor(0.0))], "relu"), standard, x_QI, torch.sigmoid(x_QI), tolerance
+        ).tolist()
+        for slope in (1.0, 0.5, -1.0)
+    ]
+    assert contradicted == [[False] * 3, [True, True, False], [True] * 3]
+
+
+def test_a_network_that_answers_of_the_run_contradict_beyond_its_probes_is_not_verified():
+    """Two neurons bend where probes are not drawn, as most probabilities are 1 there; the examination has met them."""
+    draw = torch.Generator().manual_seed(6)
+    w, b, a = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((16, 6), (16,), (1, 16)))
+    net = network([(w / 6**0.5, b / 2), (15 * a / 4, torch.zeros(1).double())], "relu")
+    config = configuration.replace(RecoveryConfig(), {"budget.attempts": 1, "students.count": 4})
+    result = recover_network(lambda x: torch.sigmoid(net(x)), 6, "relu", outputs="probabilities", config=config)
+    assert result.verified == (result.layer_sizes == [16])
+
+
 def test_a_recovery_counts_what_it_could_not_compare():
     net = network(synthetic_teacher(3, 2, "tanh", seed=1), "tanh")
-    result = recover_network(lambda x: torch.sigmoid(5 * net(x)), 3, "tanh", outputs="probabilities")
+    result = recover_network(lambda x: torch.sigmoid(8 * net(x)), 3, "tanh", outputs="probabilities")
     assert result.certificate.not_compared > 0
     compared = result.certificate.given + result.certificate.fresh
     assert compared + result.certificate.not_compared == result.metrics["recover/queries"]
     assert result.metrics["recover/answers_not_compared"] == result.certificate.not_compared
-    assert f"{result.certificate.not_compared} others tell nothing" in result.report()
+    assert f"{result.certificate.not_compared} others tell no scores" in result.report()
 
 
 def test_noise_is_measured_output_by_output_and_all_answers_are_kept():

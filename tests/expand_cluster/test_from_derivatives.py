@@ -7,13 +7,14 @@ import torch
 
 from distrecon import config as configuration
 from distrecon.expand_cluster import RecoveryConfig, network, recover_network, score, synthetic_teacher
+from distrecon.expand_cluster import problem as problem_module
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.coordinates import Coordinates
 from distrecon.expand_cluster.derivatives import Derivatives, triples, unfolded
 from distrecon.expand_cluster.least_squares import levenberg_marquardt
 from distrecon.expand_cluster.matrix_free import matrix_free
 from distrecon.expand_cluster.networks import DenseNet
-from distrecon.expand_cluster.problem import NetworkFit
+from distrecon.expand_cluster.problem import NetworkFit, Problem, TrainingData
 from distrecon.expand_cluster.profiles import derivative, fit_profile
 from distrecon.expand_cluster.rank_one import rank_one_terms, span
 from distrecon.expand_cluster.teachers import synthetic_problem
@@ -162,6 +163,24 @@ def test_with_and_without_matrices_a_fit_ends_at_rounding(generator):
     assert float(with_matrices.loss_N) < 1e-26
     assert float(without.loss_N) < 1e-26
     torch.testing.assert_close(without.theta_NP, true, rtol=0, atol=1e-10)
+
+
+def test_a_polish_whose_steps_stay_short_goes_on_with_matrices(generator, monkeypatch):
+    """Inputs of scales 1 to 1e-3 in one direction: products alone take dozens of steps, matrices a few."""
+    net = DenseNet((40, 30, 4), ACTIVATIONS["tanh"])
+    turn, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator).double())
+    x = torch.randn(1500, 40, generator=generator).double() * torch.logspace(0, -3, 40).double() @ turn
+    true = net.random(1, generator)
+    data = TrainingData(x, x, net(true, x)[0], torch.zeros(4).double(), 1.0)
+    problem = Problem(data, ACTIVATIONS["tanh"], RecoveryConfig(), None, 1e-20, 1e-26, None)
+    steps = []
+    plain = problem_module.matrix_free
+    monkeypatch.setattr(problem_module, "matrix_free", lambda *a: steps.append(plain(*a)) or steps[0])
+    solution = problem.refine(net, true + 1e-6 * torch.randn(true.shape, generator=generator).double())
+    assert float(solution.loss_N) <= 1e-26
+    assert float(steps[0].loss_N) > 1e-26
+    assert steps[0].iterations < 10
+    assert solution.iterations < 20
 
 
 def _random(inputs, hidden, outputs, generator):

@@ -114,6 +114,19 @@ def fitted(box, inputs, activation, neurons):
     return problem, exact_network(problem, neurons, neurons[:0], problem.floor, none)
 
 
+def test_a_linear_rest_is_not_carried_where_it_may_be_a_neuron_that_is_not_found_yet():
+    """relu(x0), relu(x1) and a third that never turns: with its linear term carried by two more, or not at all."""
+    weights = [(rows([1.0, 0.0], [0.0, 1.0], [0.3, -0.2]), torch.tensor([0.0, 0.0, 1e3]).double())]
+    weights.append((rows([1.0, -2.0, 3.0]), torch.zeros(1).double()))
+    known = rows([1.0, 0.0, 0.0], [0.0, 1.0, 0.0])
+    problem, found = fitted(network(weights, "relu"), 2, "relu", known)
+    assert found.loss < 1e-20
+    assert "carry a linear term" in found.objection
+    kept = exact_network(problem, known, known[:0], problem.floor, carry=False)
+    assert len(kept.net.matrices(kept.theta_1P)[0][0]) == 2
+    assert kept.loss > 1e-6
+
+
 @pytest.mark.parametrize("activation", ["softplus", "gelu", "silu"])
 def test_signs_of_wide_smooth_layers(activation):
     weights = synthetic_teacher(8, 24, activation, 1)
