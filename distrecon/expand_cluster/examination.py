@@ -108,7 +108,7 @@ def examine(
         if ask_again.dtype != torch.float16:  # which overflows soon
             findings += [*normalised(sample, raw), *clamped(sample)]
         if not _stopped(findings):
-            around = _elsewhere(ask, ask_again.dtype, sample, findings, raw.left(), image is not None)
+            around = _elsewhere(ask, ask_again.dtype, sample, findings, raw.left(), image is not None, odds is not None)
     if _stopped(findings):
         return _examined(findings, sample, raw, None)
     limits = None
@@ -139,7 +139,13 @@ def _named(findings: list[Finding], name: str) -> Finding | None:
 
 
 def _elsewhere(
-    ask: Function, dtype: torch.dtype, sample: Sample, findings: list[Finding], left: float, uniform: bool
+    ask: Function,
+    dtype: torch.dtype,
+    sample: Sample,
+    findings: list[Finding],
+    left: float,
+    uniform: bool,
+    ends: bool,
 ) -> Surroundings:
     """Surroundings of a black box of which nothing is said: inside its limits, or by asking."""
     limits = _named(findings, "clamped inputs")
@@ -155,7 +161,7 @@ def _elsewhere(
     coarse = max(torch.finfo(dtype).eps, *(number_format(y_Q).eps for y_Q in sample.y_QO.T if y_Q.any()))
     noise_O = torch.maximum(sample.quantum_O, sample.noise_O) / sample.y_QO.abs().amax(0).clamp(min=1e-300)
     visible = max(LEAST_VISIBLE, ROUNDED * max(coarse, float(noise_O.max())))
-    return by_asking(ask, around, sample.generator, visible, left)
+    return by_asking(ask, around, sample.generator, visible, left, ends)
 
 
 def _examined(

@@ -139,12 +139,17 @@ def from_domain(low_I: Tensor, high_I: Tensor) -> Surroundings:
 
 
 def by_asking(
-    ask: Ask, standard: Surroundings, generator: torch.Generator, visible: float, left: float = math.inf
+    ask: Ask,
+    standard: Surroundings,
+    generator: torch.Generator,
+    visible: float,
+    left: float = math.inf,
+    ends: bool = False,
 ) -> Surroundings:
     """The same surroundings, of centre 0 and scale 1, where they are ordinary, else what transitions tell.
 
     `visible`: second differences below this share of the answers may be rounding. `left`: queries, of which half may be
-    used.
+    used. `ends`: answers end somewhere, as scores do where probabilities reach 0 or 1, which looks like a bend far out.
     """
     inputs = len(standard.scale_I)
     reach = _reach(ask, standard, generator, visible)
@@ -154,7 +159,7 @@ def by_asking(
     near, found = 1 / ORDINARY <= reach <= ORDINARY, Transitions.none(inputs)
     if visible < FINE:
         found = Transitions.look(ask, [reach * length for length in afar], WITNESSES, inputs, generator, visible)
-        near &= found.pass_within(ask, ORDINARY, generator, visible)
+        near &= ends or found.pass_within(ask, ORDINARY, generator, visible)
     if near and _strength_spread(ask, standard, generator) < SPREAD:
         return standard
     scale_I = found.input_scales(ask)

@@ -154,6 +154,19 @@ def test_probabilities_are_recognised_and_become_scores(activation):
     assert look(lambda x: torch.sigmoid(6 * inner(x)[:, :1]), 8, outputs="probabilities").box.outputs == 1
 
 
+def test_where_probabilities_end_is_no_place_to_ask():
+    """Where they reach 0 or 1 the scores seem to bend: hundreds away from the kinks of this network's neurons."""
+    draw = torch.Generator().manual_seed(18)
+    w, b, a, c = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((6, 3), (6,), (3, 6), (3,)))
+    scores = network([(w, b), (2 * a, c)], "leaky_relu")
+    examined = look(lambda x: scores(x).softmax(1), 3, outputs="probabilities")
+    assert examined.stopped is None
+    assert examined.named("constant") is None
+    around = examined.sample.around
+    assert (around.low_I < 0).all()
+    assert (around.high_I > 0).all()
+
+
 SHAPES = (([2, 3, 1], 1.5), ([4, 8, 1], 1.5), ([8, 5, 3], 3.0), ([16, 30, 2], 1.0), ([64, 20, 10], 1.0))
 DEEP = (([8, 6, 5, 2], 1.5), ([6, 5, 5, 5, 2], 2.0), ([3, 100, 1], 1.5))
 
