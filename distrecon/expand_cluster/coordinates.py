@@ -31,11 +31,9 @@ ROOM = 0.1  # round the points, for the differences
 KINK_STEP = 1e-3  # longer differences straddle a kink too often
 SCALES = tuple(2.0**k for k in range(-4, 7))
 SCALE_QUERIES = 300
-NEAR = (
-    0.003,
-    0.3,
-)  # least and largest scatter of probes round a bend, relative to its distance from the centre: beyond
-# a bend in a corner of the layer before there is little room
+# least and largest scatter of probes round a bend, relative to its distance from the centre: behind a bend in a corner
+# of the layer before there is little room
+NEAR = (0.003, 0.3)
 WIDE_SCALES = (1.0, 4.0, 16.0)  # of the probes that search for directions not found yet
 
 
