@@ -203,14 +203,14 @@ def test_a_network_that_answers_of_the_run_contradict_beyond_its_probes_is_not_v
 def test_a_network_that_saturated_probabilities_contradict_is_not_verified(monkeypatch):
     """As if the black box had said 0 where it said 1."""
     net, saturated = network(synthetic_teacher(3, 2, "tanh", seed=1), "tanh"), BlackBox.saturated
-    config = configuration.replace(RecoveryConfig(), {"budget.attempts": 1, "students.count": 4})
+    config = configuration.replace(RecoveryConfig(), {"budget.attempts": 1})
 
     def turned(box):
         x_QI, p_QC = saturated(box)
         return x_QI, 1 - p_QC
 
     monkeypatch.setattr(BlackBox, "saturated", turned)
-    result = recover_network(lambda x: torch.sigmoid(12 * net(x)), 3, "tanh", outputs="probabilities", config=config)
+    result = recover_network(lambda x: torch.sigmoid(8 * net(x)), 3, "tanh", outputs="probabilities", config=config)
     assert result.layer_sizes == [2]
     assert not result.verified
     assert "probabilities of the run that are all but 0 or 1 contradict it" in result.reason
