@@ -30,6 +30,16 @@ def run_command(folder: Path, name: str, *arguments: object, timeout: float = 40
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `pytest -n 2 --dist loadgroup`: the tests that share a Ray session or the smoke run in one process, first, as
+    they take longest; those of each other file in one."""
+    shared = {item.path for item in items if {"ray_session", "smoke"} & set(getattr(item, "fixturenames", ()))}
+    for item in items:
+        group = "ray" if item.path in shared else str(item.path.relative_to(CHECKOUT))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path not in shared)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Commands that a test runs in this process record in a store of the test session, unless the test names one."""

@@ -250,7 +250,7 @@ def test_a_failed_trial_is_told_and_the_others_finish(tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
-    space = recoveries(tmp_path, "{seed: {grid: [0, 1, 2, 3, 4, 5, 6, 7]}}")
+    space = recoveries(tmp_path, "{seed: {grid: [0, 1, 2, 3, 4]}}")
     process = subprocess.Popen(
         command("--space", space, "--out", "out"),
         cwd=tmp_path,
@@ -275,17 +275,17 @@ def test_an_interrupted_run_goes_on_with_resume(tmp_path, how):
         runs = client.search_runs([client.get_experiment_by_name("recoveries").experiment_id])
         assert "RUNNING" not in {r.info.status for r in runs}
     before = {path.parent.name: path.stat().st_mtime_ns for path in finished.glob("*/finished.json")}
-    assert 0 < len(before) < 8
+    assert 0 < len(before) < 5
     done = run(tmp_path, "--resume", "out")
     assert done.returncode == DONE, done.stdout + done.stderr
     (sweep,) = json.loads((tmp_path / "out" / "summary.json").read_text())["sweeps"]
-    assert sorted(t["config"]["seed"] for t in sweep["trials"]) == list(range(8))
+    assert sorted(t["config"]["seed"] for t in sweep["trials"]) == list(range(5))
     assert {t["status"] for t in sweep["trials"]} == {"completed"}
     for trial, written in before.items():
         assert (finished / trial / "finished.json").stat().st_mtime_ns == written
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("recoveries").experiment_id])
-    assert len(runs) == 9
+    assert len(runs) == 6
     assert {r.info.status for r in runs} == {"FINISHED"}
 
 
