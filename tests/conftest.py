@@ -31,13 +31,11 @@ def run_command(folder: Path, name: str, *arguments: object, timeout: float = 40
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n 2 --dist loadgroup`: the tests that share a Ray session or the smoke run in one process, first, as
-    they take longest; those of each other file in one."""
+    """Marks files that need the Ray session or the smoke run, so that they and the others can run side by side."""
     shared = {item.path for item in items if {"ray_session", "smoke"} & set(getattr(item, "fixturenames", ()))}
     for item in items:
-        group = "ray" if item.path in shared else str(item.path.relative_to(CHECKOUT))
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path not in shared)
+        if item.path in shared:
+            item.add_marker("ray")
 
 
 @pytest.fixture(scope="session", autouse=True)
