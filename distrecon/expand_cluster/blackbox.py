@@ -142,6 +142,17 @@ class BlackBox:
         told_Q = self.standard.known(y_QO) & self.standard.counts(x_QI)
         return self.standard.around.standard(x_QI[told_Q]), self.standard.scores(y_QO[told_Q])
 
+    @property
+    def reach(self) -> float:
+        """The largest norm |u| of queries that are meant to be made; infinite where the probes may go anywhere.
+
+        The examination looks farther than where probabilities still tell scores.
+        """
+        if self.standard is None or self.standard.limits is None:
+            return math.inf
+        around = self.standard.around
+        return float(torch.maximum(around.standard(around.low_I).abs(), around.standard(around.high_I).abs()).norm())
+
     def saturated(self) -> tuple[Tensor, Tensor]:
         """Likewise those of which only the probabilities p[Q, C] count: so near 0 or 1 that they tell no scores."""
         x_QI, p_QC = self.memory.asked()

@@ -8,6 +8,7 @@ Legend: Q queries, I inputs, O outputs.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -188,8 +189,11 @@ class Dense:
         return outputs_and_terms(self.weights, self.activation, x_QI)
 
 
-def compare(found: Network, x_QI: Tensor, y_QO: Tensor, tolerance: Tolerance) -> Comparison:
-    """The network beside the answers y[Q, O], in parts of bounded memory."""
+def compare(found: Network, x_QI: Tensor, y_QO: Tensor, tolerance: Tolerance, reach: float = math.inf) -> Comparison:
+    """The network beside the answers y[Q, O], in parts of bounded memory.
+
+    `reach` is the norm up to which a fit may have been determined: its error is taken to grow in proportion beyond.
+    """
     rows = max(1, NUMBERS_AT_ONCE // found.widest)
     outputs = y_QO.shape[1]
     largest_O, ratio_O, sum_O = torch.zeros(3, outputs, dtype=torch.float64)
@@ -197,7 +201,8 @@ def compare(found: Network, x_QI: Tensor, y_QO: Tensor, tolerance: Tolerance) ->
     for x, y in zip(x_QI.split(rows), y_QO.split(rows), strict=True):
         out_QO, terms_QO = found.outputs_and_terms(x)
         error_QO = (out_QO - y).abs().nan_to_num(torch.inf)
-        ratio_QO = (error_QO / tolerance.at(terms_QO, y)).nan_to_num(torch.inf)
+        farther_Q1 = (x.norm(dim=1, keepdim=True) / reach).clamp(min=1.0)
+        ratio_QO = (error_QO / (farther_Q1 * tolerance.at(terms_QO, y))).nan_to_num(torch.inf)
         largest_O = torch.maximum(largest_O, error_QO.amax(0))
         ratio_O = torch.maximum(ratio_O, ratio_QO.amax(0))
         sum_O = sum_O + ratio_QO.square().sum(0)

@@ -148,7 +148,7 @@ def judge_network(
         exact = train_loss <= AGREEMENT**2 * floor
         if exact:
             x_QI, y_QO = run.box.asked()
-            comparison = compare(network, x_QI, y_QO, tolerance)
+            comparison = compare(network, x_QI, y_QO, tolerance, run.box.reach)
             objection = (
                 objection or _disagreement(comparison, "of the run's") or _saturation(run.box, network, tolerance)
             )
@@ -171,7 +171,7 @@ def confirm(box: BlackBox, recovery: Recovery) -> Recovery:
     unit_O = torch.tensor(certificate.allowed, dtype=torch.float64) / AGREEMENT_WORST
     tolerance = Tolerance(unit_O, torch.tensor(certificate.terms, dtype=torch.float64), box.error)
     x_QI, y_QO = box.asked()
-    comparison = compare(recovery.function, x_QI, y_QO, tolerance)
+    comparison = compare(recovery.function, x_QI, y_QO, tolerance, box.reach)
     spread_O = torch.tensor(certificate.spread, dtype=torch.float64)
     certificate = certify(comparison, tolerance, x_QI, certificate.fresh, box.noise_O, spread_O, box.untold)
     objection = _disagreement(comparison, "of the run's") or _saturation(box, recovery.function, tolerance)

@@ -106,6 +106,15 @@ def test_one_bad_answer_among_many_good_ones_is_enough(error, agrees):
     assert bool(found.agrees_O.all()) == agrees
 
 
+def test_an_error_may_grow_beyond_the_reach_of_the_probes_in_proportion_to_the_distance():
+    """Off by 1 in 1,000 of what is due at 10 and at 30 alike; probes went to 3."""
+    weights = [(tensor([0.0, 0.0]), tensor(0.0))]
+    x_QI, y_QO = tensor([6.0, 8.0], [18.0, 24.0]), tensor([0.03], [0.03])
+    tolerance = Tolerance(tensor(1e-3), tensor(1.0))
+    assert compare(Dense(weights, "relu"), x_QI, y_QO, tolerance).ratio_Q.tolist() == pytest.approx([30.0, 30.0])
+    assert compare(Dense(weights, "relu"), x_QI, y_QO, tolerance, 3.0).ratio_Q.tolist() == pytest.approx([9.0, 3.0])
+
+
 def test_a_certificate_is_plain_numbers():
     weights = [(tensor([1.0, 0.0]), tensor(0.0)), (tensor([1.0], [1.0]), tensor(0.0, 0.0))]
     x_QI = tensor([3.0, -4.0], [1.0, 2.0], [0.5, 0.0])
@@ -173,6 +182,8 @@ def test_answers_from_beyond_the_probes_count_where_they_are_the_networks():
     u_QI, p_QC = box.saturated()
     assert (u_QI.tolist(), p_QC.tolist()) == ([[20.0]], [[1.0]])
     assert box.untold == 3
+    assert box.reach == 1.5
+    assert BlackBox(torch.sigmoid, 1).reach == math.inf
 
 
 def test_probabilities_that_tell_no_scores_contradict_a_network_all_the_same():
