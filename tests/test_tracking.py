@@ -1,15 +1,32 @@
 """Journals arrive in MLflow completely, once, and also when the store was down for a while."""
 
+import shutil
 import signal
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+from distrecon.record import store
 from distrecon.record.folder import RunFolder
 from distrecon.record.store import record_once
 from distrecon.record.tracking import Tracker
 
 DEAD = "http://127.0.0.1:9"
+MAKES_ITS_OWN = ("a_new_store", "while_the_database_is_made", "folders_of_any_name")  # tests of how stores are made
+
+
+@pytest.fixture(scope="module")
+def made_store(tmp_path_factory):
+    """MLflow takes seconds to make a database."""
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    store._create(database)
+    return database
+
+
+@pytest.fixture(autouse=True)
+def copied_stores(made_store, monkeypatch, request):
+    if not any(words in request.node.name for words in MAKES_ITS_OWN):
+        monkeypatch.setattr(store, "_create", lambda path: path.exists() or shutil.copy(made_store, path))
 
 
 @pytest.fixture
