@@ -213,7 +213,7 @@ def compare(found: Network, x_QI: Tensor, y_QO: Tensor, tolerance: Tolerance, re
 def contradicted_probabilities(
     found: Network, standard: Standard, x_QI: Tensor, p_QC: Tensor, tolerance: Tolerance
 ) -> Tensor:
-    """[Q]: which probabilities, of those that tell no scores, are not the network's, by as much as is allowed."""
+    """[Q]: which probabilities, of those that tell no scores, are not the network's; numbers not finite contradict."""
     if not len(x_QI):
         return torch.zeros(0, dtype=torch.bool)
     rows, of_terms = max(1, NUMBERS_AT_ONCE // found.widest), dataclasses.replace(tolerance, error=torch.zeros_like)

@@ -60,7 +60,7 @@ class Standard:
         assert self.odds is not None
         p_QC = self.odds.of_classes(self.odds.all_classes(scores_QO * self.scale_O + self.mean_O))
         moved_QC = 2 * (error_QO * self.scale_O).amax(1, keepdim=True) * p_QC * (1 - p_QC)
-        return p_QC, moved_QC.nan_to_num(torch.inf) + torch.finfo(self.odds.dtype).eps + self.odds.quantum
+        return p_QC, moved_QC + torch.finfo(self.odds.dtype).eps + self.odds.quantum
 
     def own(self, weights: Weights) -> Weights:
         """Weights for standard inputs and scores as weights for the black box's own: one output for every class.

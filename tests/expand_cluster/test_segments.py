@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from distrecon.expand_cluster import BlackBox, RecoveryConfig, network
+from benchmarks.black_boxes import estimator
+from distrecon import config as configuration
+from distrecon.expand_cluster import BlackBox, RecoveryConfig, network, recover_network
 from distrecon.expand_cluster.arrangement import Answers, Arrangement, explain
 from distrecon.expand_cluster.coordinates import find_coordinates
 from distrecon.expand_cluster.one_layer import networks_from_bends
@@ -76,3 +78,14 @@ def test_neurons_are_dropped_by_their_share_of_the_answers(size):
     *_, (_, found, _) = networks_from_bends(run, find_coordinates(black_box, run.activation, False, draw))
     assert found.net.sizes == (2, 3, 1)
     assert found.loss < 1e-20
+
+
+def test_lines_that_see_a_part_of_the_hyperplanes_show_them_together():
+    """As most of its probabilities are 1, two of the first four lines see 19 and 11 of this network's 100 hyperplanes, and
+    none can be crossed precisely where the others are not known."""
+    problem = estimator("breast cancer", state=3)
+    config = configuration.replace(RecoveryConfig(), {"budget.attempts": 2, "students.count": 1})
+    found = recover_network(problem.black_box, problem.inputs, **problem.arguments, config=config)
+    assert found.verified, found.reason
+    assert found.layer_sizes == [100]
+    assert found.metrics["recover/students"] == 0
