@@ -81,8 +81,8 @@ def test_neurons_are_dropped_by_their_share_of_the_answers(size):
 
 
 def test_lines_that_see_a_part_of_the_hyperplanes_show_them_together():
-    """Most probabilities of this network are 1, so that two of the first four lines see 19 and 11 of 100 hyperplanes: none
-    can be crossed precisely where the others are not known."""
+    """Most probabilities of this network are 1: two of the first four lines see 19 and 11 of 100 hyperplanes, of which
+    none can be crossed precisely where the others are not known."""
     problem = estimator("breast cancer", state=3)
     config = configuration.replace(RecoveryConfig(), {"budget.attempts": 2, "students.count": 1})
     found = recover_network(problem.black_box, problem.inputs, **problem.arguments, config=config)
