@@ -175,6 +175,8 @@ def by_asking(
         if not len(found.at_KI):
             break
         planes = found.hyperplanes(standing, visible)
+        if not len(planes.normal_KI):  # bends from which the answers go on as before, as those of rounding
+            break
         centre_I = planes.centre()
         size_I = planes.size(centre_I) * planes.relative_scales()
         moved = float((centre_I / size_I).square().mean().sqrt())

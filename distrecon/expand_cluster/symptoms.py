@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distrecon.expand_cluster.odds import Odds
 from distrecon.expand_cluster.surroundings import Surroundings
 
 Ask = Callable[[Tensor], Tensor]
@@ -47,10 +48,11 @@ class Sample:
     scale_O: Tensor
     noise_O: Tensor
     quantum_O: Tensor
+    odds: Odds | None = None
 
     @staticmethod
-    def draw(ask: Ask, around: Surroundings, generator: torch.Generator) -> "Sample":
-        """Standard draws, then the noise of the answers."""
+    def draw(ask: Ask, around: Surroundings, generator: torch.Generator, odds: Odds | None = None) -> "Sample":
+        """Standard draws, then the noise of the answers; with `odds` these are scores."""
         inputs, inside = len(around.scale_I), around.inside
         u_QI = inside(torch.randn(POINTS, inputs, generator=generator, dtype=torch.float64), 0.0)
         y_QO = ask(u_QI)
@@ -60,7 +62,7 @@ class Sample:
         coarse_O = torch.tensor([number_format(y_Q).eps for y_Q in y_QO.T], dtype=torch.float64)
         spacing = max(NOISE_SPACING, COARSE * float(coarse_O.max()))
         noise_O = torch.maximum(rounding(ask, inside, inputs, generator, spacing), quantum_O / 12**0.5)
-        return Sample(ask, around, generator, u_QI, y_QO, scale_O, noise_O, quantum_O)
+        return Sample(ask, around, generator, u_QI, y_QO, scale_O, noise_O, quantum_O, odds)
 
     @property
     def inputs(self) -> int:
@@ -70,9 +72,16 @@ class Sample:
         return torch.randn(*shape, self.inputs, generator=self.generator, dtype=torch.float64)
 
     def noise(self, y_QO: Tensor) -> Tensor:
-        """Standard deviation of the noise of answers: in proportion to them where they are larger than usual."""
+        """Standard deviation of the noise of answers: in proportion to them where they are larger than usual.
+
+        That of scores is at least what probabilities near 0 or 1 leave of them.
+        """
         usual_O = self.y_QO.abs().amax(0).clamp(min=1e-300)
-        return torch.maximum(self.noise_O, torch.tensor(1e-16) * usual_O) * (y_QO.abs() / usual_O).clamp(min=1.0)
+        noise_QO = torch.maximum(self.noise_O, torch.tensor(1e-16) * usual_O) * (y_QO.abs() / usual_O).clamp(min=1.0)
+        if self.odds is None:
+            return noise_QO
+        p_QC = self.odds.of_classes(self.odds.all_classes(y_QO.flatten(0, -2)))
+        return torch.maximum(noise_QO, self.odds.error(p_QC).view_as(y_QO))
 
 
 def rounding(
