@@ -25,6 +25,7 @@ CLAMPS, PLACES = 3, 3  # inputs at which limits are looked for at several places
 CURVED, STRAIGHT = 0.3, 0.6  # shares of straight places below and above which pieces are curved and straight
 INVARIANT = 0.01
 FLAT = 0.75
+WIDE = 1.5  # standard inputs: probabilities that tell scores only closer by may hide bends
 CLEAR = 0.01  # of the answers' deviations: larger noise hides bends
 LEAST_KINKS = 3
 PIECEWISE_LINEAR, SMOOTH = "piecewise linear", "smooth"  # findings that leave some of the activations
@@ -54,7 +55,9 @@ def diagnose_function(sample: Sample, pooled: bool = False) -> list[Finding]:
     """What kind of function gave the answers."""
     bend = symptoms.largest_bend(sample)
     noise_O = sample.noise(sample.y_QO).median(0).values
-    if bend < symptoms.STRAIGHT and (noise_O < CLEAR * sample.scale_O).any():
+    width_I = (sample.around.high_I - sample.around.low_I) / sample.around.scale_I
+    seen = (noise_O < CLEAR * sample.scale_O).any() and (sample.odds is None or float(width_I.min()) > WIDE)
+    if bend < symptoms.STRAIGHT and seen:
         evidence = f"second differences are at most {bend:.1f} times the rounding noise, near and far"
         return [Finding("linear", evidence, "there are no hidden neurons: fit A x + b by least squares", True)]
     findings = [] if sample.around.bounded else _linear_path(sample)
@@ -142,8 +145,9 @@ def _jumps(sample: Sample) -> list[Finding]:
     """Whether the answers jump."""
     if not (sample.y_QO != sample.y_QO[:1]).any():
         return []
-    jump_PO = symptoms.jumps(sample)
-    continuous_O = torch.maximum(1.5 * sample.quantum_O, torch.maximum(100 * sample.noise_O, 1e-6 * sample.scale_O))
+    jump_PO, largest_O = symptoms.jumps(sample)
+    usual_O = torch.maximum(sample.scale_O, largest_O)  # probabilities may be 0 but for where a pair of queries meets
+    continuous_O = torch.maximum(1.5 * sample.quantum_O, torch.maximum(100 * sample.noise_O, 1e-6 * usual_O))
     range_O = sample.y_QO.amax(0) - sample.y_QO.amin(0)
     votes = bool(((sample.quantum_O > 0) & (range_O <= FEW_LEVELS * sample.quantum_O)).all())
     together_P = (jump_PO > 0.5 * sample.quantum_O).sum(1) > 1  # rounding moves one output at a time

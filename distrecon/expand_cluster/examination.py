@@ -116,13 +116,15 @@ def examine(
         return _examined(findings, sample, raw, None)
     limits = None
     if odds is not None:
+        around = _centred(raw, odds, around, sample.u_QI)
         limits, around = around, _where_known(raw, odds, around, generator)
     if around is not sample.around:
         moved = Sample.draw(around.asked(ask), around, generator, odds)
         if odds is not None or _varies(moved):  # else it is somewhere between: where it was asked first
             sample = moved
-    if not _varies(sample):
-        evidence = f"{len(sample.y_QO)} queries gave one answer"
+    told_nowhere = odds is not None and not odds.known(raw(around.inputs(sample.u_QI))).any()
+    if not _varies(sample) or told_nowhere:
+        evidence = f"{len(sample.y_QO)} queries gave " + ("only 0 and 1" if told_nowhere else "one answer")
         findings.append(Finding("constant", evidence, "data= may show where it is not", True))
     elif thorough:
         findings += diagnose_function(sample, pooled)
@@ -196,6 +198,15 @@ def _visible_scores(raw: Memory, odds: Odds) -> Callable[[Tensor], Tensor]:
 def _share_known(raw: Memory, odds: Odds, u_QI: Tensor, around: Surroundings) -> float:
     """Share of queries whose probabilities tell their scores."""
     return float(odds.known(raw(around.inputs(u_QI))).double().mean())
+
+
+def _centred(raw: Memory, odds: Odds, around: Surroundings, u_QI: Tensor) -> Surroundings:
+    """The same surroundings, round the nearest query whose answer tells scores where that of their centre does not."""
+    near_QI = torch.cat([torch.zeros_like(u_QI[:1]), u_QI[u_QI.norm(dim=1).argsort()]])
+    known_Q = odds.known(raw(around.inputs(near_QI)))
+    if not known_Q.any():
+        return around
+    return replace(around, centre_I=around.inputs(near_QI[known_Q][:1])[0])
 
 
 def _where_known(raw: Memory, odds: Odds, around: Surroundings, generator: torch.Generator) -> Surroundings:

@@ -24,6 +24,8 @@ TRIMMED, TRIMMED_NORMAL = 0.8, 0.6616  # share of them that is used; their root 
 LATTICE = 0.01  # of a quantum: answers this near its multiples are rounded to it
 FORMAT_STEPS = 4.0  # steps of the numbers' own format that a quantum must exceed
 LEVELS = 1e9  # a range of more quanta than this is no rounding
+FEWEST = 3  # different multiples: any two numbers are such
+ALIKE = 4  # different answers that one multiple may have: not 1e-20, 1e-30, ... all called 0
 PAIRS, HALVINGS = 8, 36
 LINES, GRID = 3, 40  # lines, and points to either side of their middles
 LONG, SHORT = 0.05, 0.005  # steps of long and of short differences on them
@@ -74,14 +76,15 @@ class Sample:
     def noise(self, y_QO: Tensor) -> Tensor:
         """Standard deviation of the noise of answers: in proportion to them where they are larger than usual.
 
-        That of scores is at least what probabilities near 0 or 1 leave of them.
+        That of scores is at least what probabilities near 0 or 1 leave of them, and infinite where these tell none.
         """
         usual_O = self.y_QO.abs().amax(0).clamp(min=1e-300)
         noise_QO = torch.maximum(self.noise_O, torch.tensor(1e-16) * usual_O) * (y_QO.abs() / usual_O).clamp(min=1.0)
         if self.odds is None:
             return noise_QO
         p_QC = self.odds.of_classes(self.odds.all_classes(y_QO.flatten(0, -2)))
-        return torch.maximum(noise_QO, self.odds.error(p_QC).view_as(y_QO))
+        error_QO = self.odds.error(p_QC).where(self.odds.known(p_QC)[:, None], math.inf)
+        return torch.maximum(noise_QO, error_QO.view_as(y_QO))
 
 
 def rounding(
@@ -115,6 +118,9 @@ def quantum(y_Q: Tensor) -> float:
     if not step or len(rest_Q):
         return 0.0
     count_Q = ((y_Q - y_Q.min()) / step).round()
+    multiples = len(count_Q.unique())
+    if multiples < FEWEST or len(y_Q.unique()) > ALIKE * multiples:
+        return 0.0
     step = float((count_Q * (y_Q - y_Q.min())).sum() / count_Q.square().sum())  # least squares: all digits of it
     off = float((y_Q - y_Q.min() - count_Q * step).abs().max())
     return step if off <= LATTICE * step else 0.0
@@ -149,8 +155,9 @@ def largest_bend(sample: Sample, scales: tuple[float, ...] = (0.1, 1.0, 10.0, 10
     return largest
 
 
-def jumps(sample: Sample) -> Tensor:
-    """What is left of the difference between two answers as their queries are brought together, [P, O].
+def jumps(sample: Sample) -> tuple[Tensor, Tensor]:
+    """What is left of the difference between two answers as their queries are brought together, [P, O], and the largest
+    difference on the way there, [O].
 
     The half of the interval with the larger difference is halved again, HALVINGS times.
     """
@@ -158,13 +165,15 @@ def jumps(sample: Sample) -> Tensor:
     chosen = change_P.topk(PAIRS).indices
     a_PI, b_PI = sample.u_QI[::2][chosen], sample.u_QI[1::2][chosen]
     a_PO, b_PO = sample.y_QO[::2][chosen], sample.y_QO[1::2][chosen]
+    largest_O = (b_PO - a_PO).abs().amax(0)
     for _ in range(HALVINGS):
         m_PI = (a_PI + b_PI) / 2
         m_PO = sample.ask(m_PI)
         left_P1 = (((m_PO - a_PO).abs() - (b_PO - m_PO).abs()) / sample.scale_O).sum(1, keepdim=True) > 0
         a_PI, b_PI = torch.where(left_P1, a_PI, m_PI), torch.where(left_P1, m_PI, b_PI)
         a_PO, b_PO = torch.where(left_P1, a_PO, m_PO), torch.where(left_P1, m_PO, b_PO)
-    return (b_PO - a_PO).abs()
+        largest_O = torch.maximum(largest_O, (b_PO - a_PO).abs().amax(0))
+    return (b_PO - a_PO).abs(), largest_O
 
 
 def constant_share(sample: Sample, step: float = 1e-4) -> float:
@@ -205,7 +214,7 @@ def shape(sample: Sample) -> Shape:
         middle_LI, half_LI = (ends_2LI[0] + ends_2LI[1]) / 2, (ends_2LI[1] - ends_2LI[0]) / (2 * GRID)
         line_LTI = middle_LI[:, None] + times_T1 * half_LI[:, None]
         y_LTO = sample.ask(line_LTI.flatten(0, 1)).unflatten(0, (-1, len(times_T1)))
-        noise_LTO = sample.noise(y_LTO)[:, 1:-1]
+        noise_LTO = _of_three(sample.noise(y_LTO), 1)
         second_LTO = y_LTO.diff(n=2, dim=1).abs()
         if step == short:
             first_LTO = (y_LTO[:, 2:] - y_LTO[:, :-2]).abs()
@@ -234,7 +243,7 @@ def _bend(sample: Sample, at_I: Tensor, step_I: Tensor) -> str:
         line_TI = at_I + offsets_T1 * step_I
         y_TO = sample.ask(line_TI)
         second_TO = y_TO.diff(n=2, dim=0).abs()
-        seen_TO = second_TO > 10 * STRAIGHT * sample.noise(y_TO)[1:-1]
+        seen_TO = second_TO > 10 * STRAIGHT * _of_three(sample.noise(y_TO), 0)
         if not seen_TO.any():
             break
         change_TO = second_TO * seen_TO / sample.scale_O
@@ -244,6 +253,11 @@ def _bend(sample: Sample, at_I: Tensor, step_I: Tensor) -> str:
     if len(changes) >= KINK_ZOOMS and changes[-1] > 0.3 * changes[0]:
         return "kink"
     return "curve" if len(changes) >= CURVE_ZOOMS and changes[-1] < 0.5 * changes[-2] else "unclear"
+
+
+def _of_three(noise: Tensor, dim: int) -> Tensor:
+    """The largest noise of every three neighbours along `dim`: that of their second difference."""
+    return noise.unfold(dim, 3, 1).amax(-1)
 
 
 def far_slopes(sample: Sample) -> tuple[Tensor, float, float]:

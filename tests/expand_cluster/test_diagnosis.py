@@ -203,8 +203,9 @@ def test_ends_of_probabilities_are_no_findings(shift, gain):
             "probabilities",
             "piecewise linear",
         }
-        assert (examined.around.low_I < 0).all()
-        assert (examined.around.high_I > 0).all()
+        told_QO = examined.box.told(torch.cat([0 * examined.sample.u_QI[:1], examined.sample.u_QI]))
+        assert told_QO[0].isfinite().all()  # the centre
+        assert told_QO.isfinite().double().mean() > 0.4
 
 
 def test_noise_as_large_as_the_answers_is_not_called_linear():
@@ -217,6 +218,25 @@ def test_noise_as_large_as_the_answers_is_not_called_linear():
     sample = Sample.draw(ask, around, torch.Generator().manual_seed(0))
     assert float(sample.noise_O) > 0.2
     assert "linear" not in [finding.name for finding in diagnose_function(sample)]
+
+
+def test_a_logistic_regression_is_linear():
+    w_I1 = torch.tensor([[2.0], [-3.0], [1.0]], dtype=torch.float64)
+    assert look(lambda x: torch.sigmoid(x @ w_I1 + 1), 3, outputs="probabilities").stopped.name == "linear"
+
+
+def test_answers_that_are_all_but_two_numbers_have_no_quantum():
+    """1e-20, 1e-21, ... and 1 are no multiples of 1, and any two numbers are multiples of something."""
+    y_Q = torch.cat([10.0 ** -torch.arange(20, 40, dtype=torch.float64), torch.ones(3, dtype=torch.float64)])
+    assert quantum(y_Q) == 0
+    assert quantum(torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)) == 0
+    assert quantum(torch.tensor([0.0, 1.0, 3.0, 1.0], dtype=torch.float64)) == 1
+
+
+def test_a_step_that_hardly_any_query_meets_is_no_jump():
+    """Answers are about 1e-600 to 1e-30, and 1 inside a ball that only queries between those are in."""
+    found = look(lambda x: torch.sigmoid(200 * (1 - x.square().sum(1, keepdim=True))), 8).findings
+    assert "discontinuous" not in [one.name for one in found]
 
 
 SHAPES = (([2, 3, 1], 1.5), ([4, 8, 1], 1.5), ([8, 5, 3], 3.0), ([16, 30, 2], 1.0), ([64, 20, 10], 1.0))
