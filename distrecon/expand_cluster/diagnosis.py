@@ -145,9 +145,8 @@ def _jumps(sample: Sample) -> list[Finding]:
     """Whether the answers jump."""
     if not (sample.y_QO != sample.y_QO[:1]).any():
         return []
-    jump_PO, largest_O = symptoms.jumps(sample)
-    usual_O = torch.maximum(sample.scale_O, largest_O)  # probabilities may be 0 but for where a pair of queries meets
-    continuous_O = torch.maximum(1.5 * sample.quantum_O, torch.maximum(100 * sample.noise_O, 1e-6 * usual_O))
+    jump_PO = symptoms.jumps(sample)
+    continuous_O = torch.maximum(1.5 * sample.quantum_O, torch.maximum(100 * sample.noise_O, 1e-6 * sample.scale_O))
     range_O = sample.y_QO.amax(0) - sample.y_QO.amin(0)
     votes = bool(((sample.quantum_O > 0) & (range_O <= FEW_LEVELS * sample.quantum_O)).all())
     together_P = (jump_PO > 0.5 * sample.quantum_O).sum(1) > 1  # rounding moves one output at a time

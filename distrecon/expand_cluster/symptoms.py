@@ -155,9 +155,8 @@ def largest_bend(sample: Sample, scales: tuple[float, ...] = (0.1, 1.0, 10.0, 10
     return largest
 
 
-def jumps(sample: Sample) -> tuple[Tensor, Tensor]:
-    """What is left of the difference between two answers as their queries are brought together, [P, O], and the largest
-    difference on the way there, [O].
+def jumps(sample: Sample) -> Tensor:
+    """What is left of the difference between two answers as their queries are brought together, [P, O].
 
     The half of the interval with the larger difference is halved again, HALVINGS times.
     """
@@ -165,15 +164,13 @@ def jumps(sample: Sample) -> tuple[Tensor, Tensor]:
     chosen = change_P.topk(PAIRS).indices
     a_PI, b_PI = sample.u_QI[::2][chosen], sample.u_QI[1::2][chosen]
     a_PO, b_PO = sample.y_QO[::2][chosen], sample.y_QO[1::2][chosen]
-    largest_O = (b_PO - a_PO).abs().amax(0)
     for _ in range(HALVINGS):
         m_PI = (a_PI + b_PI) / 2
         m_PO = sample.ask(m_PI)
         left_P1 = (((m_PO - a_PO).abs() - (b_PO - m_PO).abs()) / sample.scale_O).sum(1, keepdim=True) > 0
         a_PI, b_PI = torch.where(left_P1, a_PI, m_PI), torch.where(left_P1, m_PI, b_PI)
         a_PO, b_PO = torch.where(left_P1, a_PO, m_PO), torch.where(left_P1, m_PO, b_PO)
-        largest_O = torch.maximum(largest_O, (b_PO - a_PO).abs().amax(0))
-    return (b_PO - a_PO).abs(), largest_O
+    return (b_PO - a_PO).abs()
 
 
 def constant_share(sample: Sample, step: float = 1e-4) -> float:
