@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distrecon.errors import UserError
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.thresholds import (
     BLIND,
@@ -88,7 +87,7 @@ def find_coordinates(
     The inputs themselves, taken to be standardised, if not `subspace` or if all directions matter. Gradients are taken
     at standard normal points and at some of `also_SI`.
 
-    `activation` None: unknown. Raises UserError when the answers do not depend on the inputs.
+    `activation` None: unknown.
     """
     if not subspace:
         return _inputs_themselves(box.inputs)
@@ -99,7 +98,7 @@ def find_coordinates(
     before = 0
     while len(points_SI):
         more_GI = input_gradients(box, activation, points_SI)
-        if not len(more_GI):  # kinks everywhere: not piecewise linear, whatever the activation is said to be
+        if not len(more_GI):  # kinks everywhere, whatever the activation is said to be, or answers rounded to one
             return _inputs_themselves(box.inputs)
         gradients_GI = torch.cat([gradients_GI, more_GI])
         rank = numerical_rank(gradients_GI)
@@ -145,9 +144,9 @@ def input_gradients(box: BlackBox, activation: Activation | None, x_SI: Tensor) 
     x_SI = box.place(x_SI, ROOM)
     x_SI = x_SI[box(x_SI).isfinite().all(1)]
     center_SO = box(x_SI)
-    spread = float(center_SO.std())
-    if spread == 0:
-        raise UserError("the teacher's answers do not depend on its inputs: nothing can be recovered")
+    spread = float(center_SO.std()) if len(center_SO) else 0.0
+    if spread == 0:  # all answers of these points are rounded to one
+        return torch.empty(0, box.inputs, dtype=torch.float64)
     noise = max(box.noise / spread, LEAST_NOISE)
     kinked = activation is None or activation.symmetry == "scaled"
     step = min(noise**0.25, KINK_STEP) if kinked else noise**0.2

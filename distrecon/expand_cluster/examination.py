@@ -168,9 +168,10 @@ def _elsewhere(
         largest_I = torch.full_like(around.scale_I, torch.finfo(dtype).max ** 0.5)
         around = Surroundings(around.centre_I, around.scale_I, -largest_I, largest_I)
     coarse = max(torch.finfo(dtype).eps, *(number_format(y_Q).eps for y_Q in sample.y_QO.T if y_Q.any()))
+    hidden_O = ROUNDED * sample.quantum_O if told is None else torch.zeros(())  # scores have no such steps
     noise_O = torch.maximum(sample.quantum_O, sample.noise_O) / sample.y_QO.abs().amax(0).clamp(min=1e-300)
     visible = max(LEAST_VISIBLE, ROUNDED * max(coarse, float(noise_O.max())))
-    found = by_asking(ask, around, sample.generator, visible, left, told is not None)
+    found = by_asking(ask, around, sample.generator, visible, left, told is not None, hidden_O)
     if told is None or here == 1:
         return found
     closer = replace(around, scale_I=found.scale_I)

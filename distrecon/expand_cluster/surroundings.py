@@ -147,14 +147,16 @@ def by_asking(
     visible: float,
     left: float = math.inf,
     ends: bool = False,
+    hidden_O: Tensor | float = 0.0,
 ) -> Surroundings:
     """The same surroundings, of centre 0 and scale 1, where they are ordinary, else what transitions tell.
 
     `visible`: second differences below this share of the answers may be rounding. `left`: queries, of which half may be
     used. `ends`: answers end somewhere, as scores do where probabilities reach 0 or 1, which looks like a bend far out.
+    `hidden_O`: likewise, what rounding to multiples hides at any size of the answers.
     """
     inputs = len(standard.scale_I)
-    reach = _reach(ask, standard, generator, visible)
+    reach = _reach(ask, standard, generator, visible, hidden_O)
     if reach is None:
         return standard
     afar = AFAR if visible < ROUNDED else NEARER
@@ -202,7 +204,9 @@ def _at(around: Surroundings, centre_I: Tensor, scale_I: Tensor) -> Surroundings
     return Surroundings(centre_I, scale_I, around.low_I, around.high_I)
 
 
-def _reach(ask: Ask, around: Surroundings, generator: torch.Generator, visible: float) -> float | None:
+def _reach(
+    ask: Ask, around: Surroundings, generator: torch.Generator, visible: float, hidden_O: Tensor | float = 0.0
+) -> float | None:
     """The smallest scale at which second differences over the scale reach half of their largest value.
 
     The median over the outputs; 1 where that is the smallest of all scales (a kink at 0); None where nothing bends.
@@ -212,7 +216,7 @@ def _reach(ask: Ask, around: Surroundings, generator: torch.Generator, visible: 
         u_QI, d_QI = triples_2QI * scale  # the same at all scales: far from its kinks a homogeneous function is alike
         at_QO, up_QO, down_QO = ask(around.inputs(torch.cat([u_QI, u_QI + d_QI, u_QI - d_QI]))).chunk(3)
         second_QO = up_QO + down_QO - 2 * at_QO
-        seen_QO = second_QO.abs() > visible * at_QO.abs().amax(0)
+        seen_QO = second_QO.abs() > (visible * at_QO.abs().amax(0)).clamp(min=hidden_O)
         bends.append((second_QO * seen_QO).square().mean(0).sqrt() / scale)
     bend_SO = torch.stack(bends)
     bend_SO = bend_SO[:, bend_SO.amax(0) > 0]
