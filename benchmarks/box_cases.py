@@ -135,6 +135,25 @@ CASES = [
     # nastier
     Case("a gate in one corner of the domain", "unverified", hidden_gate, 120),
     Case("a sigmoid that is mostly 0 or 1", "unverified", partial(saturating, 15.0), 120),
+    Case(
+        "softmax of two, all but certain",
+        "exact",
+        partial(through, [8, 5, 2], "relu", after=lambda y: (20 * y - torch.tensor([150.0, 0.0])).softmax(1)),
+        120,
+    ),
+    Case(
+        "1 minus a sigmoid",
+        "exact",
+        partial(
+            through,
+            [8, 5, 1],
+            "relu",
+            after=lambda y: 1 - torch.sigmoid(5 + 3 * y),
+            told={"outputs": "probabilities"},
+            tolerance=1e-5,
+        ),
+        120,
+    ),
     Case("7 neurons that are 4", "exact", redundant),
     Case("another box after 6,000 queries", "unverified", drifting, 120),
     Case(

@@ -139,8 +139,10 @@ class BlackBox:
         x_QI, y_QO = self.memory.asked()
         if self.standard is None:
             return x_QI, y_QO
-        told_Q = self.standard.known(y_QO) & self.standard.counts(x_QI)
-        return self.standard.around.standard(x_QI[told_Q]), self.standard.scores(y_QO[told_Q])
+        told_Q = self._told(x_QI, y_QO)
+        if not told_Q.all():  # else nothing is copied: there may be GiB
+            x_QI, y_QO = x_QI[told_Q], y_QO[told_Q]
+        return self.standard.around.standard(x_QI), self.standard.scores(y_QO)
 
     @property
     def reach(self) -> float:
@@ -164,7 +166,12 @@ class BlackBox:
     @property
     def untold(self) -> int:
         """How many answers `asked` leaves out."""
-        return self.queries - len(self.asked()[0])
+        return self.queries - int(self._told(*self.memory.asked()).sum()) if self.standard is not None else 0
+
+    def _told(self, x_QI: Tensor, y_QO: Tensor) -> Tensor:
+        """[Q]: which of the black box's own answers are the network's and tell scores."""
+        assert self.standard is not None
+        return self.standard.known(y_QO) & self.standard.counts(x_QI)
 
     @property
     def queries(self) -> int:

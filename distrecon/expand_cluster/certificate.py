@@ -180,7 +180,7 @@ class Dense:
 
     @property
     def widest(self) -> int:
-        return max(len(b) for _, b in self.weights)
+        return max(max(w.shape) for w, _ in self.weights)
 
     def __call__(self, x_QI: Tensor) -> Tensor:
         return network(self.weights, self.activation)(x_QI)

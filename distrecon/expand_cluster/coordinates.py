@@ -139,9 +139,11 @@ def input_gradients(box: BlackBox, activation: Activation | None, x_SI: Tensor) 
     """d outputs / d inputs at the points x[S, I], [<= S * O, I], by central differences.
 
     Five-point differences where the activation is smooth. Where it has kinks, two-point ones, and a point with a kink
-    between its differences (its second difference is not zero) is left out. Unknown activations count as kinked.
+    between its differences (its second difference is not zero) is left out, as is one next to where scores end. Unknown
+    activations count as kinked.
     """
     x_SI = box.place(x_SI, ROOM)
+    x_SI = x_SI[box(x_SI).isfinite().all(1)]
     center_SO = box(x_SI)
     spread = float(center_SO.std())
     if spread == 0:
@@ -157,10 +159,12 @@ def input_gradients(box: BlackBox, activation: Activation | None, x_SI: Tensor) 
     up, down = shifted(1), shifted(-1)
     if kinked:
         bend_S = (up + down - 2 * center_SO[:, None]).abs().amax(dim=(1, 2))
-        slopes = ((up - down) / (2 * step))[bend_S <= STRAIGHT_MARGIN * box.noise + STRAIGHT_ROUNDING * spread]
+        slopes = (up - down) / (2 * step)
+        told_S = slopes.isfinite().all(2).all(1) & (bend_S <= STRAIGHT_MARGIN * box.noise + STRAIGHT_ROUNDING * spread)
     else:
         slopes = (8 * (up - down) - (shifted(2) - shifted(-2))) / (12 * step)
-    return slopes.transpose(1, 2).flatten(0, 1)
+        told_S = slopes.isfinite().all(2).all(1)
+    return slopes[told_S].transpose(1, 2).flatten(0, 1)
 
 
 def numerical_rank(gradients_GI: Tensor) -> int:

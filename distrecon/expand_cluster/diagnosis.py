@@ -25,6 +25,8 @@ CLAMPS, PLACES = 3, 3  # inputs at which limits are looked for at several places
 CURVED, STRAIGHT = 0.3, 0.6  # shares of straight places below and above which pieces are curved and straight
 INVARIANT = 0.01
 FLAT = 0.75
+WIDE = 1.5  # standard inputs: probabilities that tell scores only closer by may hide bends
+CLEAR = 0.01  # of the answers' deviations: larger noise hides bends
 LEAST_KINKS = 3
 PIECEWISE_LINEAR, SMOOTH = "piecewise linear", "smooth"  # findings that leave some of the activations
 
@@ -52,7 +54,10 @@ def diagnose_answers(sample: Sample, ask_again: Ask) -> list[Finding]:
 def diagnose_function(sample: Sample, pooled: bool = False) -> list[Finding]:
     """What kind of function gave the answers."""
     bend = symptoms.largest_bend(sample)
-    if bend < symptoms.STRAIGHT:
+    noise_O = sample.noise(sample.y_QO).median(0).values
+    width_I = (sample.around.high_I - sample.around.low_I) / sample.around.scale_I
+    seen = (noise_O < CLEAR * sample.scale_O).any() and (sample.odds is None or float(width_I.min()) > WIDE)
+    if bend < symptoms.STRAIGHT and seen:
         evidence = f"second differences are at most {bend:.1f} times the rounding noise, near and far"
         return [Finding("linear", evidence, "there are no hidden neurons: fit A x + b by least squares", True)]
     findings = [] if sample.around.bounded else _linear_path(sample)

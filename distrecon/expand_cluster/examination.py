@@ -9,7 +9,8 @@ Legend: Q queries, I inputs, O outputs.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ ROUNDED = 20.0  # steps of the answers' format, or times their noise: smaller se
 LEAST_VISIBLE = 1e-10  # of the answers
 FAR_KNOWN = tuple(2.0**k for k in range(10, -3, -1))  # half widths at which probabilities may still tell scores
 KNOWN = 0.95  # share of the queries that must
+SOME = 0.1  # share of the first queries that do where a smaller one may be due to other scales of the inputs
 
 
 @dataclass(frozen=True)
@@ -104,22 +106,25 @@ def examine(
     if not _stopped(findings) and (outputs == "probabilities" or _named(findings, "probabilities")):
         odds = Odds.of(sample.y_QO, ask_again.dtype, float(sample.quantum_O.max()))
     ask: Function = raw if odds is None else _visible_scores(raw, odds)
+    told = None if odds is None else partial(_share_known, raw, odds, sample.u_QI)
     if not _stopped(findings) and thorough and data is None and domain is None:
         if ask_again.dtype != torch.float16:  # which overflows soon
             findings += [*normalised(sample, raw), *clamped(sample)]
         if not _stopped(findings):
-            around = _elsewhere(ask, ask_again.dtype, sample, findings, raw.left(), image is not None, odds is not None)
+            around = _elsewhere(ask, ask_again.dtype, sample, findings, raw.left(), image is not None, told)
     if _stopped(findings):
         return _examined(findings, sample, raw, None)
     limits = None
     if odds is not None:
+        around = _centred(raw, odds, around, sample.u_QI)
         limits, around = around, _where_known(raw, odds, around, generator)
     if around is not sample.around:
-        moved = Sample.draw(around.asked(ask), around, generator)
+        moved = Sample.draw(around.asked(ask), around, generator, odds)
         if odds is not None or _varies(moved):  # else it is somewhere between: where it was asked first
             sample = moved
-    if not _varies(sample):
-        evidence = f"{len(sample.y_QO)} queries gave one answer"
+    told_nowhere = odds is not None and not odds.known(raw(around.inputs(sample.u_QI))).any()
+    if not _varies(sample) or told_nowhere:
+        evidence = f"{len(sample.y_QO)} queries gave " + ("only 0 and 1" if told_nowhere else "one answer")
         findings.append(Finding("constant", evidence, "data= may show where it is not", True))
     elif thorough:
         findings += diagnose_function(sample, pooled)
@@ -145,15 +150,19 @@ def _elsewhere(
     findings: list[Finding],
     left: float,
     uniform: bool,
-    ends: bool,
+    told: Callable[[Surroundings], float] | None,
 ) -> Surroundings:
-    """Surroundings of a black box of which nothing is said: inside its limits, or by asking."""
+    """Surroundings of a black box of which nothing is said: inside its limits, or by asking.
+
+    `told`: the share of queries there whose probabilities tell their scores. Where only some do, the ends of what is
+    told look like bends: then bends tell no centre, and a scale only if it makes that share larger.
+    """
     limits = _named(findings, "clamped inputs")
     if limits is not None:
         around = from_domain(limits.values["low"], limits.values["high"])
         return around.uniform() if uniform else around
-    around = sample.around
-    if uniform:
+    around, here = sample.around, told(sample.around) if told is not None else 1.0
+    if uniform or SOME < here < 1:
         return around
     if dtype == torch.float16:
         largest_I = torch.full_like(around.scale_I, torch.finfo(dtype).max ** 0.5)
@@ -161,7 +170,11 @@ def _elsewhere(
     coarse = max(torch.finfo(dtype).eps, *(number_format(y_Q).eps for y_Q in sample.y_QO.T if y_Q.any()))
     noise_O = torch.maximum(sample.quantum_O, sample.noise_O) / sample.y_QO.abs().amax(0).clamp(min=1e-300)
     visible = max(LEAST_VISIBLE, ROUNDED * max(coarse, float(noise_O.max())))
-    return by_asking(ask, around, sample.generator, visible, left, ends)
+    found = by_asking(ask, around, sample.generator, visible, left, told is not None)
+    if told is None or here == 1:
+        return found
+    closer = replace(around, scale_I=found.scale_I)
+    return closer if told(closer) > here else around
 
 
 def _examined(
@@ -175,16 +188,32 @@ def _examined(
 
 def _visible_scores(raw: Memory, odds: Odds) -> Callable[[Tensor], Tensor]:
     """Scores as far as they can be seen: where a probability is 0 or 1 they stay at the last that can be told."""
-    tiny = torch.finfo(odds.dtype)
-    least = tiny.eps if odds.reference is None else tiny.tiny
-    return lambda x_QI: odds(raw(x_QI).clamp(least, 1 - tiny.eps / 2))
+    format_ = torch.finfo(odds.dtype)
+    if odds.reference is not None:
+        return lambda x_QI: odds(raw(x_QI).clamp(format_.tiny, 1 - format_.eps / 2))
+    least, column = max(format_.tiny, odds.quantum), slice(odds.column, odds.column + 1)
+    return lambda x_QI: raw(x_QI)[:, column].clamp(least, 1 - format_.eps / 2).logit()
+
+
+def _share_known(raw: Memory, odds: Odds, u_QI: Tensor, around: Surroundings) -> float:
+    """Share of queries whose probabilities tell their scores."""
+    return float(odds.known(raw(around.inputs(u_QI))).double().mean())
+
+
+def _centred(raw: Memory, odds: Odds, around: Surroundings, u_QI: Tensor) -> Surroundings:
+    """The same surroundings, round the nearest query whose answer tells scores where that of their centre does not."""
+    near_QI = torch.cat([torch.zeros_like(u_QI[:1]), u_QI[u_QI.norm(dim=1).argsort()]])
+    known_Q = odds.known(raw(around.inputs(near_QI)))
+    if not known_Q.any():
+        return around
+    return replace(around, centre_I=around.inputs(near_QI[known_Q][:1])[0])
 
 
 def _where_known(raw: Memory, odds: Odds, around: Surroundings, generator: torch.Generator) -> Surroundings:
     """The largest box of standard inputs in which probabilities still tell the scores, as the domain."""
     for half in FAR_KNOWN:
         u_QI = half * (2 * torch.rand(100, len(around.scale_I), generator=generator, dtype=torch.float64) - 1)
-        if float(odds.known(raw(around.inputs(u_QI))).double().mean()) >= KNOWN:
+        if _share_known(raw, odds, u_QI, around) >= KNOWN:
             break
     low_I = torch.maximum(around.low_I, around.centre_I - half * around.scale_I)
     high_I = torch.minimum(around.high_I, around.centre_I + half * around.scale_I)

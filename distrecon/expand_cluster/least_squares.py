@@ -7,7 +7,7 @@ Notable choices:
 - a rejected step tries again with the same J^T J: only the loss is evaluated anew;
 - problems that have converged, stalled or turned non-finite leave the batch, so that the rest runs faster.
 
-Legend: N problems, P parameters, M residuals.
+Legend: N problems, A those still active, P parameters, M residuals.
 """
 
 import time
@@ -65,13 +65,14 @@ def levenberg_marquardt(
     reference, age = loss.clone(), torch.zeros_like(loss)
     active, iteration = torch.arange(theta.shape[0]), 0
     for iteration in range(1, max_iterations + 1):
-        finite = torch.isfinite(loss[active])
-        done = {int(i): "non-finite" for i in active[~finite]}
-        done |= {int(i): "converged" for i in active[finite & (loss[active] <= tolerance)]}
-        done |= {int(i): "stalled" for i in active if damp[i] > DAMPING_LIMIT or age[i] >= GIVE_UP_AFTER}
-        for i, word in done.items():
-            status[i] = word
-        active = torch.tensor([int(i) for i in active if int(i) not in done], dtype=torch.long)
+        finite_A, converged_A = torch.isfinite(loss[active]), loss[active] <= tolerance
+        stalled_A = (damp[active] > DAMPING_LIMIT) | (age[active] >= GIVE_UP_AFTER)
+        ended_A = ~finite_A | converged_A | stalled_A
+        if ended_A.any():
+            for word, which_A in (("non-finite", ~finite_A), ("converged", converged_A), ("stalled", stalled_A)):
+                for i in active[which_A].tolist():
+                    status[i] = word
+            active = active[~ended_A]
         if not len(active):
             break
         if deadline is not None and time.monotonic() > deadline:

@@ -148,11 +148,16 @@ class DenseNet:
     def jacobian(self, theta_NP: Tensor, x_QI: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs y[N, Q, O] and their Jacobian [N, Q, O, P]."""
         inputs, pre = self.trace(theta_NP, x_QI)
-        blocks = [
-            (s[..., :, None] * a[:, :, None, None, :]).flatten(3)
-            for s, a in zip(self.sensitivities(self.matrices(theta_NP), pre), inputs, strict=True)
-        ]
-        return pre[-1], torch.cat(blocks, dim=3)
+        jacobian_NQOP = theta_NP.new_empty(*pre[-1].shape, self.num_parameters)
+        sizes = [out * cols for out, cols in zip(self.sizes[1:], self.columns, strict=True)]
+        blocks = zip(
+            jacobian_NQOP.split(sizes, dim=3), self.sensitivities(self.matrices(theta_NP), pre), inputs, strict=True
+        )
+        for block, s_NQOH, a_NQK in blocks:
+            torch.mul(
+                s_NQOH[..., None], a_NQK[:, :, None, None, :], out=block.unflatten(3, (s_NQOH.shape[3], a_NQK.shape[2]))
+            )
+        return pre[-1], jacobian_NQOP
 
     def normal_equations(self, theta_NP: Tensor, x_QI: Tensor, y_QO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss[N], J^T r / M [N, P] and J^T J / M [N, P, P], where M = Q O residuals; built in chunks of rows."""
@@ -164,7 +169,8 @@ class DenseNet:
         for x, y in zip(x_QI.split(step), y_QO.split(step), strict=True):
             add = self._add_rows if outputs <= 2 else self._add_blocks
             add(theta_NP, x, y, loss, gradient, gram)
-        gram = gram.triu() + gram.triu(1).transpose(1, 2)
+        if outputs > 2:
+            gram = gram.triu() + gram.triu(1).transpose(1, 2)
         return loss / y_QO.numel(), gradient / y_QO.numel(), gram / y_QO.numel()
 
     def _add_rows(self, theta_NP: Tensor, x: Tensor, y: Tensor, loss: Tensor, gradient: Tensor, gram: Tensor) -> None:

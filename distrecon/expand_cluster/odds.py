@@ -47,15 +47,13 @@ class Odds:
         if dtype == torch.float64 and torch.equal(p_QC.float().double(), p_QC):
             dtype = torch.float32
         columns, least_C = p_QC.shape[1], p_QC.min(0).values
-        if columns == 1:
-            return Odds(1, None, 0, dtype, quantum)
-        if columns == 2:
-            for column in (
-                0,
-                1,
-            ):  # softmax rounds both columns; a sigmoid's second column is 1 minus the first, to the bit
-                if torch.equal((1 - p_QC[:, column]).to(dtype).double(), p_QC[:, 1 - column]):
-                    return Odds(2, None, column, dtype, quantum)
+        sigmoid = [0] if columns == 1 else []
+        if columns == 2:  # softmax rounds both columns; a sigmoid's second column is 1 minus the first, to the bit
+            sigmoid = [c for c in (0, 1) if torch.equal((1 - p_QC[:, c]).to(dtype).double(), p_QC[:, 1 - c])]
+        if sigmoid:
+            step_C = [_made_as_rest(p_Q, dtype) for p_Q in p_QC.T]
+            column = min(sigmoid, key=step_C.__getitem__)
+            return Odds(columns, None, column, dtype, max(quantum, step_C[column]))
         return Odds(columns, int(least_C.argmax()), 0, dtype, quantum)
 
     def __call__(self, p_QC: Tensor) -> Tensor:
@@ -103,6 +101,13 @@ class Odds:
 
     def _others(self) -> list[int]:
         return [c for c in range(self.columns) if c != self.reference]
+
+
+def _made_as_rest(p_Q: Tensor, dtype: torch.dtype) -> float:
+    """The step of probabilities made as 1 - p, where small ones show it: those of numbers just below 1; else 0."""
+    step = torch.finfo(dtype).eps / 2
+    small_Q = p_Q[(p_Q > 0) & (p_Q < 0.25)]
+    return step if len(small_Q) and torch.equal((small_Q / step).round() * step, small_Q) else 0.0
 
 
 def are_probabilities(p_QC: Tensor) -> bool:

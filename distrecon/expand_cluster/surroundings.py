@@ -58,7 +58,9 @@ class Surroundings:
         return torch.minimum(torch.maximum(self.centre_I + self.scale_I * u_QI, self.low_I), self.high_I)
 
     def standard(self, x_QI: Tensor) -> Tensor:
-        """u of x."""
+        """u of x: x itself, not copied, where they are the same."""
+        if not self.centre_I.any() and (self.scale_I == 1).all():
+            return x_QI
         return (x_QI - self.centre_I) / self.scale_I
 
     def holds(self, u_QI: Tensor) -> Tensor:
@@ -175,6 +177,8 @@ def by_asking(
         if not len(found.at_KI):
             break
         planes = found.hyperplanes(standing, visible)
+        if not len(planes.normal_KI):  # bends from which the answers go on as before, as those of rounding
+            break
         centre_I = planes.centre()
         size_I = planes.size(centre_I) * planes.relative_scales()
         moved = float((centre_I / size_I).square().mean().sqrt())

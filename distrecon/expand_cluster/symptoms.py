@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distrecon.expand_cluster.odds import Odds
 from distrecon.expand_cluster.surroundings import Surroundings
 
 Ask = Callable[[Tensor], Tensor]
@@ -23,6 +24,8 @@ TRIMMED, TRIMMED_NORMAL = 0.8, 0.6616  # share of them that is used; their root 
 LATTICE = 0.01  # of a quantum: answers this near its multiples are rounded to it
 FORMAT_STEPS = 4.0  # steps of the numbers' own format that a quantum must exceed
 LEVELS = 1e9  # a range of more quanta than this is no rounding
+FEWEST = 3  # different multiples: any two numbers are such
+ALIKE = 4  # different answers that one multiple may have: not 1e-20, 1e-30, ... all called 0
 PAIRS, HALVINGS = 8, 36
 LINES, GRID = 3, 40  # lines, and points to either side of their middles
 LONG, SHORT = 0.05, 0.005  # steps of long and of short differences on them
@@ -47,10 +50,11 @@ class Sample:
     scale_O: Tensor
     noise_O: Tensor
     quantum_O: Tensor
+    odds: Odds | None = None
 
     @staticmethod
-    def draw(ask: Ask, around: Surroundings, generator: torch.Generator) -> "Sample":
-        """Standard draws, then the noise of the answers."""
+    def draw(ask: Ask, around: Surroundings, generator: torch.Generator, odds: Odds | None = None) -> "Sample":
+        """Standard draws, then the noise of the answers; with `odds` these are scores."""
         inputs, inside = len(around.scale_I), around.inside
         u_QI = inside(torch.randn(POINTS, inputs, generator=generator, dtype=torch.float64), 0.0)
         y_QO = ask(u_QI)
@@ -60,7 +64,7 @@ class Sample:
         coarse_O = torch.tensor([number_format(y_Q).eps for y_Q in y_QO.T], dtype=torch.float64)
         spacing = max(NOISE_SPACING, COARSE * float(coarse_O.max()))
         noise_O = torch.maximum(rounding(ask, inside, inputs, generator, spacing), quantum_O / 12**0.5)
-        return Sample(ask, around, generator, u_QI, y_QO, scale_O, noise_O, quantum_O)
+        return Sample(ask, around, generator, u_QI, y_QO, scale_O, noise_O, quantum_O, odds)
 
     @property
     def inputs(self) -> int:
@@ -70,9 +74,17 @@ class Sample:
         return torch.randn(*shape, self.inputs, generator=self.generator, dtype=torch.float64)
 
     def noise(self, y_QO: Tensor) -> Tensor:
-        """Standard deviation of the noise of answers: in proportion to them where they are larger than usual."""
+        """Standard deviation of the noise of answers: in proportion to them where they are larger than usual.
+
+        That of scores is at least what probabilities near 0 or 1 leave of them, and infinite where these tell none.
+        """
         usual_O = self.y_QO.abs().amax(0).clamp(min=1e-300)
-        return torch.maximum(self.noise_O, torch.tensor(1e-16) * usual_O) * (y_QO.abs() / usual_O).clamp(min=1.0)
+        noise_QO = torch.maximum(self.noise_O, torch.tensor(1e-16) * usual_O) * (y_QO.abs() / usual_O).clamp(min=1.0)
+        if self.odds is None:
+            return noise_QO
+        p_QC = self.odds.of_classes(self.odds.all_classes(y_QO.flatten(0, -2)))
+        error_QO = self.odds.error(p_QC).where(self.odds.known(p_QC)[:, None], math.inf)
+        return torch.maximum(noise_QO, error_QO.view_as(y_QO))
 
 
 def rounding(
@@ -106,6 +118,9 @@ def quantum(y_Q: Tensor) -> float:
     if not step or len(rest_Q):
         return 0.0
     count_Q = ((y_Q - y_Q.min()) / step).round()
+    multiples = len(count_Q.unique())
+    if multiples < FEWEST or len(y_Q.unique()) > ALIKE * multiples:
+        return 0.0
     step = float((count_Q * (y_Q - y_Q.min())).sum() / count_Q.square().sum())  # least squares: all digits of it
     off = float((y_Q - y_Q.min() - count_Q * step).abs().max())
     return step if off <= LATTICE * step else 0.0
@@ -196,7 +211,7 @@ def shape(sample: Sample) -> Shape:
         middle_LI, half_LI = (ends_2LI[0] + ends_2LI[1]) / 2, (ends_2LI[1] - ends_2LI[0]) / (2 * GRID)
         line_LTI = middle_LI[:, None] + times_T1 * half_LI[:, None]
         y_LTO = sample.ask(line_LTI.flatten(0, 1)).unflatten(0, (-1, len(times_T1)))
-        noise_LTO = sample.noise(y_LTO)[:, 1:-1]
+        noise_LTO = _of_three(sample.noise(y_LTO), 1)
         second_LTO = y_LTO.diff(n=2, dim=1).abs()
         if step == short:
             first_LTO = (y_LTO[:, 2:] - y_LTO[:, :-2]).abs()
@@ -225,7 +240,7 @@ def _bend(sample: Sample, at_I: Tensor, step_I: Tensor) -> str:
         line_TI = at_I + offsets_T1 * step_I
         y_TO = sample.ask(line_TI)
         second_TO = y_TO.diff(n=2, dim=0).abs()
-        seen_TO = second_TO > 10 * STRAIGHT * sample.noise(y_TO)[1:-1]
+        seen_TO = second_TO > 10 * STRAIGHT * _of_three(sample.noise(y_TO), 0)
         if not seen_TO.any():
             break
         change_TO = second_TO * seen_TO / sample.scale_O
@@ -235,6 +250,11 @@ def _bend(sample: Sample, at_I: Tensor, step_I: Tensor) -> str:
     if len(changes) >= KINK_ZOOMS and changes[-1] > 0.3 * changes[0]:
         return "kink"
     return "curve" if len(changes) >= CURVE_ZOOMS and changes[-1] < 0.5 * changes[-2] else "unclear"
+
+
+def _of_three(noise: Tensor, dim: int) -> Tensor:
+    """The largest noise of every three neighbours along `dim`: that of their second difference."""
+    return noise.unfold(dim, 3, 1).amax(-1)
 
 
 def far_slopes(sample: Sample) -> tuple[Tensor, float, float]:

@@ -54,6 +54,7 @@ NEAR_NUMBERS = 10_000_000  # of further answers' inputs that are looked at for t
 FRESH_SCALES = (1.0, 3.0, 10.0, 30.0)  # of the queries that verify a result, in turn
 ELSEWHERE = 4  # for so many of them one is drawn in other rounds' coordinates, and one in the range of all answers
 BEYOND = 1.05  # x the range of all answers: how far these go
+USUAL = 20_000  # of the answers, evenly taken, tell what size is usual
 CONTRADICTIONS = 64  # that are kept for the next round, at most
 
 
@@ -248,8 +249,9 @@ def beyond(asked_QI: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """
     low_I, high_I = asked_QI.amin(0), asked_QI.amax(0)
     middle_I, half_I = (low_I + high_I) / 2, BEYOND * (high_I - low_I) / 2
-    usual_I = asked_QI.median(0).values
-    least = float(((asked_QI - usual_I).abs().median(0).values / half_I.clamp(min=1e-300)).median().clamp(1e-12, 1.0))
+    some_QI = asked_QI[:: 1 + len(asked_QI) // USUAL]
+    usual_I = some_QI.median(0).values
+    least = float(((some_QI - usual_I).abs().median(0).values / half_I.clamp(min=1e-300)).median().clamp(1e-12, 1.0))
     size_Q1 = least ** torch.rand(count, 1, generator=generator, dtype=torch.float64)
     unit_QI = 2 * torch.rand(count, len(low_I), generator=generator, dtype=torch.float64) - 1
     unit_QI[0] = torch.where(middle_I >= 0, 1.0, -1.0)

@@ -9,6 +9,7 @@ from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from distrecon.expand_cluster import network, recover_network
+from distrecon.expand_cluster.diagnosis import diagnose_function
 from distrecon.expand_cluster.examination import Examined, examine
 from distrecon.expand_cluster.surroundings import Surroundings, unbounded
 from distrecon.expand_cluster.symptoms import Sample, quantum
@@ -165,6 +166,71 @@ def test_where_probabilities_end_is_no_place_to_ask():
     around = examined.sample.around
     assert (around.low_I < 0).all()
     assert (around.high_I > 0).all()
+
+
+def test_probabilities_that_are_all_next_to_zero_tell_their_scores():
+    """Two of softmax, about 1e-60 and 1: rounded to 1 as a sigmoid's are, and good near 0 to the smallest number."""
+    inner = net([4, 6, 2], "relu", gain=3.0)
+    scores = inner(torch.zeros(1, 4).double()) + torch.tensor([[140.0, 0.0]], dtype=torch.float64)
+
+    def box(x_QI):
+        return (inner(x_QI) - scores).softmax(1)
+
+    examined = look(box, 4, outputs="probabilities")
+    assert examined.named("linear") is None
+    assert examined.named("piecewise linear") is not None
+    assert examined.sample.y_QO.min() < -100
+    recovered = recover_network(box, 4, "relu", outputs="probabilities", seed=0)
+    assert recovered.verified
+    torch.testing.assert_close(recovered(examined.sample.u_QI), box(examined.sample.u_QI), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("shift", "gain"), [(0.0, 30.0), (5.0, 3.0), (20.0, 10.0), (34.0, 3.0), (40.0, 10.0)])
+def test_ends_of_probabilities_are_no_findings(shift, gain):
+    """p near 1, small p, and p made as 1 - q, all cut off by the format for most inputs or for some."""
+    inner = net([4, 6, 1], "relu", gain=gain)
+    boxes = {
+        "p": lambda x: torch.sigmoid(shift + inner(x)),
+        "small": lambda x: torch.sigmoid(-shift - inner(x)),
+        "rest": lambda x: 1 - torch.sigmoid(shift + inner(x)),
+        "both": lambda x: torch.cat([1 - torch.sigmoid(shift + inner(x)), torch.sigmoid(shift + inner(x))], 1),
+    }
+    for name, box in boxes.items():
+        examined = look(box, 4, outputs="probabilities")
+        assert examined.stopped is None, (name, examined.stopped)
+        assert {found.name for found in examined.findings} <= {
+            "perhaps a probability",
+            "probabilities",
+            "piecewise linear",
+        }
+        told_QO = examined.box.told(torch.cat([0 * examined.sample.u_QI[:1], examined.sample.u_QI]))
+        assert told_QO[0].isfinite().all()  # the centre
+        assert told_QO.isfinite().double().mean() > 0.4
+
+
+def test_noise_as_large_as_the_answers_is_not_called_linear():
+    """Answers that change wildly within 1e-9: no second difference stands out from that, and none is called small."""
+
+    def ask(u_QI):
+        return torch.sin(1e9 * u_QI.sum(1, keepdim=True))
+
+    around = Surroundings(torch.zeros(3).double(), torch.ones(3).double(), *unbounded(3))
+    sample = Sample.draw(ask, around, torch.Generator().manual_seed(0))
+    assert float(sample.noise_O) > 0.2
+    assert "linear" not in [finding.name for finding in diagnose_function(sample)]
+
+
+def test_a_logistic_regression_is_linear():
+    w_I1 = torch.tensor([[2.0], [-3.0], [1.0]], dtype=torch.float64)
+    assert look(lambda x: torch.sigmoid(x @ w_I1 + 1), 3, outputs="probabilities").stopped.name == "linear"
+
+
+def test_answers_that_are_all_but_two_numbers_have_no_quantum():
+    """1e-20, 1e-21, ... and 1 are no multiples of 1, and any two numbers are multiples of something."""
+    y_Q = torch.cat([10.0 ** -torch.arange(20, 40, dtype=torch.float64), torch.ones(3, dtype=torch.float64)])
+    assert quantum(y_Q) == 0
+    assert quantum(torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)) == 0
+    assert quantum(torch.tensor([0.0, 1.0, 3.0, 1.0], dtype=torch.float64)) == 1
 
 
 SHAPES = (([2, 3, 1], 1.5), ([4, 8, 1], 1.5), ([8, 5, 3], 3.0), ([16, 30, 2], 1.0), ([64, 20, 10], 1.0))

@@ -9,12 +9,12 @@ from distrecon.nets.activations import ACTIVATIONS
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("sizes", [(4, 6, 1), (4, 5, 3), (5, 4, 3, 4)])
+@pytest.mark.parametrize("sizes", [(4, 6, 1), (4, 5, 3), (5, 4, 3, 4), (3, 0, 2)], ids=str)
 @pytest.mark.parametrize("skip", [False, True])
 def test_derivatives_agree_with_autograd(name, sizes, skip, generator):
     net = DenseNet(sizes, ACTIVATIONS[name], skip)
     noise = torch.randn(2, net.num_parameters, generator=generator, dtype=torch.float64)
-    theta_NP = net.random(2, generator) + 0.3 * noise
+    theta_NP = (net.random(2, generator) if all(sizes) else 0) + 0.3 * noise
     x_QI = torch.randn(30, sizes[0], generator=generator, dtype=torch.float64)
     y_QO = torch.randn(30, sizes[-1], generator=generator, dtype=torch.float64)
     truth = torch.stack([torch.func.jacfwd(lambda t: net(t[None], x_QI)[0])(theta) for theta in theta_NP])

@@ -9,7 +9,7 @@ from distrecon.errors import UserError
 from distrecon.expand_cluster.blackbox import BlackBox
 from distrecon.expand_cluster.odds import Odds, are_probabilities
 from distrecon.expand_cluster.standard import Standard
-from distrecon.expand_cluster.surroundings import Surroundings
+from distrecon.expand_cluster.surroundings import Surroundings, unbounded
 
 
 def scores(columns: int, spread: float = 3.0) -> torch.Tensor:
@@ -114,3 +114,29 @@ def test_a_box_tells_scores_inside_the_domain_only_and_how_far_they_are_rounded(
     assert float(torch.cat(asked).max()) == 40.0
     near, far = black_box.error(told[:2])[:, 0].tolist()
     assert 0.1 < far / near / (math.exp(9) / 2) < 10
+
+
+def test_a_black_boxs_own_inputs_are_not_copied(generator):
+    """There may be GiB of them."""
+    one = torch.ones(1, dtype=torch.float64)
+    for centre, same in ((0.0, True), (3.0, False)):
+        centre_I = torch.full((2,), centre, dtype=torch.float64)
+        around = Surroundings(centre_I, torch.ones_like(centre_I), *unbounded(2))
+        box = BlackBox(lambda x_QI: x_QI.sum(1, keepdim=True), 2, 0, Standard(around, None, 0 * one, one))
+        box(torch.randn(5, 2, generator=generator, dtype=torch.float64))
+        asked_QI, own_QI = box.asked()[0], box.memory.asked()[0]
+        torch.testing.assert_close(asked_QI, own_QI - centre, rtol=0, atol=0)
+        assert (asked_QI.data_ptr() == own_QI.data_ptr()) is same
+        assert box.untold == 0
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_probability_made_as_the_rest_to_one_has_steps(columns):
+    """1 - p is a multiple of 2^-53: at 1e-10 that leaves six digits, and an error of 1.1e-6 of the score."""
+    q_Q1 = torch.tensor([[1 - 1e-10], [1 - 0.3], [1 - 1e-3]], dtype=torch.float64)
+    rest_QC = torch.cat([1 - q_Q1, q_Q1], 1)[:, :columns]
+    odds = Odds.of(rest_QC, torch.float64)
+    assert (odds.column, odds.quantum) == ((0, 2.0**-53) if columns == 1 else (1, 0.0))
+    assert Odds.of(1 / (1 + torch.tensor([[30.0], [0.0]]).double().exp()), torch.float64).quantum == 0
+    if columns == 1:
+        torch.testing.assert_close(float(odds.error(rest_QC)[0]), 2.0**-53 / 1e-10, rtol=1e-2, atol=0)
