@@ -210,9 +210,9 @@ def record(
     `config` tells this piece of work from others of the command; `settings` are the rest of its parameters.
 
     A new folder is removed when the request turns out to be wrong (UserError) and, unless the work is `resumable`, when
-    it breaks off for any other reason; the error goes on.
+    it breaks off for any other reason; the error goes on. What the work left stays, whatever happens after it.
     """
-    began, resumed = time.monotonic(), folder.begun or folder.stages.exists()
+    began, resumed, done = time.monotonic(), folder.begun or folder.stages.exists(), False
     try:
         with folder.locked():
             journal = folder.journal(command)
@@ -227,16 +227,17 @@ def record(
             journal.write("metrics", trial=TRIAL, epoch=0, metrics={**result.metrics, **usage, FINISHED: 1})
             journal.write("finished", trial=TRIAL, status="completed", error=None)
             journal.write("done")
+            done = True
             tracker = Tracker(folder, [command], provenance.tags())
             outcome = finish(folder, [command], provenance, tracker, time.monotonic() - began, result.summary)
             _log_model(tracker, outcome.sweeps[0], TRIAL, sorted(folder.models.iterdir()))
             return outcome
     except UserError:
-        if not resumed:
+        if not resumed and not done:
             folder.remove()
         raise
     except BaseException:
-        if not resumable:
+        if not resumable and not done:
             folder.remove()
         raise
 

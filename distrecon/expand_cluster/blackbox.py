@@ -14,6 +14,7 @@ from torch import Tensor
 from distrecon.errors import UserError
 from distrecon.expand_cluster.standard import Standard
 from distrecon.expand_cluster.symptoms import NOISE_LINES, NOISE_SPACING, rounding
+from distrecon.expand_cluster.thresholds import ROUNDED
 
 Function = Callable[[Tensor], Tensor]  # [Q, I] -> [Q, O], float64 tensors (see answers.py)
 CLOSER = 8  # times that a query is moved half way to the centre because its answer tells no scores
@@ -76,7 +77,8 @@ class BlackBox:
     Without `standard` these are the black box's own inputs and answers, else standard ones (see standard.py). `noise_O`
     is the standard deviation of each output's rounding noise, measured unless it is given: about 1e-16 of the answers
     of a float64 function and 1e-7 of a float32 one; it bounds what can be recovered. It is that of inputs such as
-    `noise_QI`. Raises OutOfQueries.
+    `noise_QI`. `rounded_O`: which outputs are multiples of a quantum, so that this noise is bounded: by half of it, √3
+    standard deviations. Raises OutOfQueries.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class BlackBox:
         budget: int = 0,
         standard: Standard | None = None,
         noise_O: Tensor | None = None,
+        rounded_O: Tensor | None = None,
     ) -> None:
         self.memory = function if isinstance(function, Memory) else Memory(function, budget)
         self.inputs, self.standard = input_size, standard
@@ -93,6 +96,7 @@ class BlackBox:
         self.noise_QI = self.place(torch.randn(NOISE_LINES, input_size, generator=generator, dtype=torch.float64))
         if noise_O is None:
             noise_O = rounding(self, self.place, input_size, torch.Generator().manual_seed(1), NOISE_SPACING)
+        self.rounded_O = torch.zeros(len(noise_O), dtype=torch.bool) if rounded_O is None else rounded_O
         self.outputs, self.noise_O, self.noise = len(noise_O), noise_O, float(noise_O.square().mean().sqrt())
 
     def __call__(self, u_QI: Tensor) -> Tensor:
@@ -117,6 +121,16 @@ class BlackBox:
     def error(self, y_QO: Tensor) -> Tensor:
         """Bounds [Q, O] of the rounding that answers y have besides the noise: that of scores of probabilities."""
         return torch.zeros_like(y_QO) if self.standard is None else self.standard.error(y_QO)
+
+    @property
+    def noise_due_O(self) -> Tensor:
+        """What of the noise a verdict goes by: ROUNDED of that of multiples of a quantum."""
+        return torch.where(self.rounded_O, ROUNDED, 1.0) * self.noise_O
+
+    def error_due(self, y_QO: Tensor) -> Tensor:
+        """What of `error` a verdict goes by: likewise, where probabilities are multiples of a quantum."""
+        odds = self.standard.odds if self.standard is not None else None
+        return self.error(y_QO) * (ROUNDED if odds is not None and odds.quantum else 1.0)
 
     def place(self, u_QI: Tensor, margin: float = 0.0) -> Tensor:
         """The same queries, moved inside the domain, and towards the centre where their answers tell no scores."""

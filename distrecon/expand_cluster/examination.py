@@ -182,7 +182,8 @@ def _examined(
 ) -> Examined:
     findings = sorted(findings, key=lambda found: not found.stops)
     standard = Standard(sample.around, odds, sample.y_QO.mean(0), sample.scale_O, limits)
-    box = BlackBox(raw, sample.inputs, standard=standard, noise_O=sample.noise_O / sample.scale_O)
+    noise_O, rounded_O = sample.noise_O / sample.scale_O, sample.quantum_O > 0
+    box = BlackBox(raw, sample.inputs, standard=standard, noise_O=noise_O, rounded_O=rounded_O)
     return Examined(box, sample, findings)
 
 

@@ -44,6 +44,9 @@ class KeptAnswers:
         except BlockingIOError:
             self._file.close()
             raise UserError(f"answers={folder}: another run is using it") from None
+        except OSError as error:
+            self._file.close()
+            raise UserError(f"answers={folder}: {error.strerror}") from None
         except UserError:
             self._file.close()
             raise

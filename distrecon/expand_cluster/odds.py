@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distrecon.errors import UserError
 
-SUM = 1e-3  # how far from 1 a row of probabilities may add up to: rounded ones do not add up exactly
+SUM = 0.005  # x columns: how far from 1 a row of probabilities may add up to, as those rounded to two decimals do
 LOSS = 0.45  # share of the answers' digits that a score may lose before it counts as not known
 
 
@@ -112,7 +112,9 @@ def _made_as_rest(p_Q: Tensor, dtype: torch.dtype) -> float:
 
 def are_probabilities(p_QC: Tensor) -> bool:
     """Whether rows of several columns lie between 0 and 1 and add up to 1; always false for one column."""
-    return p_QC.shape[1] > 1 and bool(((p_QC >= 0) & (p_QC <= 1)).all() and ((p_QC.sum(1) - 1).abs() <= SUM).all())
+    return p_QC.shape[1] > 1 and bool(
+        ((p_QC >= 0) & (p_QC <= 1)).all() and ((p_QC.sum(1) - 1).abs() <= SUM * p_QC.shape[1]).all()
+    )
 
 
 def _check(p_QC: Tensor) -> None:

@@ -5,6 +5,7 @@ Legend: N students, Q queries, I inputs, R relevant input directions, O outputs,
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.thresholds import CONVERGED
 from distrecon.nets.activations import Activation
 
+MUCH = 0.5  # x the loss before: below the floor, steps that leave more end a polish
 SHORT = 0.1  # x the loss before: a step without matrices that leaves more is short, where matrices are affordable
 
 
@@ -105,9 +107,11 @@ class Problem:
             return self.fit(net, theta_1P, self.data.x_QI)
         rows, steps, dense = self.rows(net), self.config.solver.iterations, self.config.solver.dense_parameters
         x_QI, y_QO = self.data.x_QI[:rows], self.data.y_QO[:rows]
-        falls = SHORT if net.num_parameters <= dense else FALLS
-        solution = matrix_free(net, theta_1P, x_QI, y_QO, steps, CONVERGED, self.deadline, falls)
-        if float(solution.loss_N) <= self.polished_floor or net.num_parameters > dense:
+        further = partial(matrix_free, net, x_QI=x_QI, y_QO=y_QO, max_iterations=steps, tolerance=CONVERGED)
+        solution = further(theta_1P, deadline=self.deadline, falls=SHORT if net.num_parameters <= dense else FALLS)
+        if float(solution.loss_N) <= self.polished_floor:  # on, while much is gained: the last digits tell
+            return further(solution.theta_NP, deadline=self.deadline, falls=MUCH)  # parameters that hardly act
+        if net.num_parameters > dense:
             return solution
         fit = NetworkFit(net, x_QI, y_QO)
         return levenberg_marquardt(fit, solution.theta_NP, steps, CONVERGED, NO_DAMPING, deadline=self.deadline)

@@ -132,13 +132,14 @@ class Transitions:
         if not len(at_WI):
             return None
         here_WO = ask(at_WI)
-        size_WO = (ask(at_WI + step_WI) - ask(at_WI - step_WI)).abs().clamp(min=1e-300)
+        size_WO = (ask(at_WI + step_WI) - ask(at_WI - step_WI)).abs()
         move_WI = 0.1 * step_WI.norm(dim=1, keepdim=True).expand(-1, inputs) / inputs**0.5
         strength_WI = torch.zeros_like(move_WI)
         for _ in range(5 if inputs <= 64 else 2):
             moved_WII = at_WI[:, None] + torch.diag_embed(move_WI)
             change_WIO = (ask(moved_WII.flatten(0, 1)).unflatten(0, (-1, inputs)) - here_WO[:, None]).abs()
-            share_WI = (change_WIO / size_WO[:, None]).amax(2)
+            share_WIO = change_WIO / size_WO[:, None]
+            share_WI = share_WIO.where(size_WO[:, None] > 0, 0.0).amax(2)  # 0: steps that rounding hides
             strength_WI = share_WI / move_WI
             factor_WI = (0.1 / share_WI.clamp(min=1e-4)).clamp(min=1 / 30)
             move_WI = move_WI * torch.where((share_WI > 0.01) & (share_WI < 0.5), torch.ones_like(move_WI), factor_WI)

@@ -170,7 +170,7 @@ def confirm(box: BlackBox, recovery: Recovery) -> Recovery:
     if certificate is None or not recovery.verified:
         return recovery
     unit_O = torch.tensor(certificate.allowed, dtype=torch.float64) / AGREEMENT_WORST
-    tolerance = Tolerance(unit_O, torch.tensor(certificate.terms, dtype=torch.float64), box.error)
+    tolerance = Tolerance(unit_O, torch.tensor(certificate.terms, dtype=torch.float64), box.error_due)
     x_QI, y_QO = box.asked()
     comparison = compare(recovery.function, x_QI, y_QO, tolerance, box.reach)
     spread_O = torch.tensor(certificate.spread, dtype=torch.float64)
@@ -264,7 +264,8 @@ def _tolerance(run: Run, problem: Problem, network: Network, polished: bool) -> 
     """What disagreement is due, and the answers' standard deviation per output (1 where it is 0), [O].
 
     The fit's own error relative to the spread, or the noise, which was measured elsewhere and is carried over in
-    proportion to the terms; whatever is larger, and never below float64's rounding of the answers.
+    proportion to the terms (less of it where it is that of rounding to multiples, which is bounded); whatever is
+    larger, and never below float64's rounding of the answers.
     """
     data = problem.data
     spread_O = data.scale * data.y_QO.std(0)
@@ -276,10 +277,11 @@ def _tolerance(run: Run, problem: Problem, network: Network, polished: bool) -> 
     fit = math.sqrt(run.config.solver.floor)
     if not polished:
         fit = max(fit, DIRECTION_MARGIN * problem.probes.coordinates.error)
-    error_O = run.box.error(data.y_QO * data.scale + data.mean_O).square().mean(0).sqrt()
-    noise_O = (run.box.noise_O * here_O / there_O).hypot(error_O)
+    noise_O = run.box.noise_due_O * here_O / there_O
     rounding_O = torch.finfo(torch.float64).eps * (data.mean_O.abs() + spread_O)
-    return Tolerance(torch.maximum(torch.maximum(fit * spread_O, noise_O), rounding_O), here_O, run.box.error), spread_O
+    return Tolerance(
+        torch.maximum(torch.maximum(fit * spread_O, noise_O), rounding_O), here_O, run.box.error_due
+    ), spread_O
 
 
 def _weakness(run: Run, problem: Problem, weights: Weights, x_QI: Tensor, relative_O: Tensor) -> str:

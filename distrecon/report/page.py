@@ -111,9 +111,9 @@ def _page(title: str, about: Mapping[str, Any], sections: Sequence[str], tracker
 
 
 def _section(sweep: SweepRecord, kind: Kind, drawn: str, tracker: Tracker) -> str:
-    seconds = sweep.seconds
+    count = len(sweep.trials)
     introduction = (
-        f"{len(sweep.trials)} trials of kind {kind.name} in {duration(seconds)}; "
+        f"{count} trial{'' if count == 1 else 's'} of kind {kind.name} in {duration(sweep.seconds)}; "
         f"objective {sweep.metric} ({sweep.mode})."
     )
     return f"<h2>{html.escape(sweep.name)}</h2><p>{html.escape(introduction)}</p>{_table(sweep, kind, tracker)}{drawn}"

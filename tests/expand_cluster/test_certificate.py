@@ -254,3 +254,21 @@ def test_noise_is_measured_output_by_output_and_all_answers_are_kept():
     assert torch.equal(x_QI, torch.cat(calls))
     assert torch.equal(y_QO, black_box(x_QI))
     assert len(x_QI) == box.queries
+
+
+def test_rounded_answers_that_differ_by_many_steps_contradict():
+    """A network of 5 of these 6 neurons is off by up to 24 steps: less than 100 standard deviations of rounding."""
+    draw = torch.Generator().manual_seed(2_000_074)
+    for most in (6, 4, 3, 4):  # the network was met with after these draws
+        torch.randint(most, (1,), generator=draw)
+    w, b, a, c = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((6, 4), (6,), (1, 6), (1,)))
+    inner = network([(0.75 * w, 0.5 * b), (1.5 * a / 6**0.5, 0.5 * c)], "sigmoid")
+
+    def box(x_QI):
+        return (100 * inner(x_QI)).round() / 100
+
+    settings = configuration.replace(RecoveryConfig(), {"budget.attempts": 2, "students.count": 4})
+    recovery = recover_network(box, 4, "sigmoid", seed=0, config=settings)
+    assert recovery.certificate is not None
+    if recovery.layer_sizes != [6]:
+        assert not recovery.verified

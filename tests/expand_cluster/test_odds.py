@@ -140,3 +140,23 @@ def test_a_probability_made_as_the_rest_to_one_has_steps(columns):
     assert Odds.of(1 / (1 + torch.tensor([[30.0], [0.0]]).double().exp()), torch.float64).quantum == 0
     if columns == 1:
         torch.testing.assert_close(float(odds.error(rest_QC)[0]), 2.0**-53 / 1e-10, rtol=1e-2, atol=0)
+
+
+def test_what_a_verdict_allows_for_rounding_to_multiples_is_a_fifth(generator):
+    one = torch.ones(1, dtype=torch.float64)
+    around = Surroundings(*(torch.tensor([v], dtype=torch.float64) for v in (0.0, 1.0, -9.0, 9.0)))
+    for quantum, share in ((0.0, 1.0), (1e-4, 0.2)):
+        odds = Odds(1, None, 0, torch.float64, quantum)
+        box = BlackBox(torch.sigmoid, 1, 0, Standard(around, odds, 0 * one, one), noise_O=one * 1e-3)
+        score_QO = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
+        torch.testing.assert_close(box.error_due(score_QO), share * box.error(score_QO), rtol=1e-15, atol=0)
+    two = torch.tensor([1e-3, 1e-3], dtype=torch.float64)
+    box = BlackBox(lambda x_QI: x_QI, 2, noise_O=two, rounded_O=torch.tensor([True, False]))
+    torch.testing.assert_close(box.noise_due_O, torch.tensor([2e-4, 1e-3], dtype=torch.float64))
+
+
+def test_rounded_to_two_decimals_they_still_add_up():
+    """Three classes may add up to .99 or 1.01, ten to .96."""
+    assert are_probabilities(torch.tensor([[0.33, 0.33, 0.33], [0.34, 0.34, 0.33]], dtype=torch.float64))
+    assert are_probabilities(torch.tensor([[0.15] + 9 * [0.09]], dtype=torch.float64))
+    assert not are_probabilities(torch.tensor([[0.30, 0.33, 0.33]], dtype=torch.float64))

@@ -9,6 +9,8 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
+from distrecon import recording
+from distrecon.errors import UserError
 from distrecon.expand_cluster import synthetic_teacher
 from distrecon.recover import main
 
@@ -67,6 +69,16 @@ def test_an_interrupted_run_is_resumed(teacher_file, tmp_path):
     written = student.stat().st_mtime_ns
     assert main([*arguments, "--resume", str(out)]) == 0
     assert student.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("error", [UserError("the report cannot be made"), KeyboardInterrupt()])
+def test_what_was_recovered_stays_when_its_report_fails(teacher_file, tmp_path, monkeypatch, error):
+    def finish(*_):
+        raise error
+
+    monkeypatch.setattr(recording, "finish", finish)
+    assert main(["--teacher", str(teacher_file), "--students", "4", "--out", str(tmp_path / "run")]) != 0
+    assert load_file(tmp_path / "run" / "models" / "recovered.safetensors")["layer0.weight"].shape == (3, 6)
 
 
 def test_a_callable_teacher_that_is_no_network_exits_with_1(tmp_path, monkeypatch, capsys):

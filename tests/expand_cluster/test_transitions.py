@@ -101,3 +101,22 @@ def test_kinks_give_a_scale_by_their_distances():
     found = planes(normal_KI, torch.zeros(2).double(), torch.tensor([4.0, 4.0]).double(), kinks=True)
     assert found.size(torch.zeros(2).double()) == pytest.approx(4.0)
     assert found.size(torch.tensor([4.0, 4.0]).double()) == pytest.approx(0.1)  # LEAST of the distance 100
+
+
+def test_steps_that_rounding_hides_tell_no_scales():
+    """Near 100 float32 hides a step of 1e-7, and beside another witness it says nothing."""
+
+    def ask(x_QI):
+        return x_QI.sum(1, keepdim=True).float().double()
+
+    hidden, seen = [[100.0, 1.0], [1e-7, 0.0]], [[0.5, 0.25], [0.1, 0.1]]
+    at_1I, step_1I = (torch.tensor([value], dtype=torch.float64) for value in hidden)
+    assert Transitions(at_1I, step_1I).input_scales(ask) is None
+    alone, both = (
+        Transitions(*torch.tensor(rows, dtype=torch.float64).transpose(0, 1)).input_scales(ask)
+        for rows in ([seen], [seen, seen])
+    )
+    torch.testing.assert_close(alone, both)
+    assert alone.isfinite().all()
+    mixed = Transitions(*torch.tensor([hidden, seen], dtype=torch.float64).transpose(0, 1)).input_scales(ask)
+    assert mixed.isfinite().all()
