@@ -1,7 +1,9 @@
 """The tasks' metrics against references by hand, and what they may not look at."""
 
 import json
+import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,28 +92,112 @@ def test_reconstruction_metrics_by_hand(arch, images):
 # -- prediction --------------------------------------------------------------------------------------------------------
 
 
+def of_own(count: int) -> list[str]:
+    """Names of models with one state each."""
+    return [f"{i:03}" for i in range(count)]
+
+
 def test_ridge_finds_a_linear_relation_and_regularises_noise():
     rng = np.random.default_rng(0)
     features = [rng.normal(size=(n, 30)) * 5 + 2 for n in (200, 60, 60)]
     weights = rng.normal(size=30)
     values = [f @ weights for f in features]
-    score, probe = predict.Ridge(*features[:2]).best(values[0], values[1])
-    assert score > 0.999
-    assert predict.r2(probe(features[2]), values[2]) > 0.999
+    ridge = predict.Ridge(*features[:2], of_own(200))
+    fitted = ridge.best(*values[:2])
+    assert fitted.validation_B.mean() < 1e-3 * values[1].var()
+    assert predict.r2(fitted.probe(features[2]), values[2]) > 0.999
     noise = [rng.normal(size=n) for n in (200, 60, 60)]
-    _, probe = predict.Ridge(*features[:2]).best(noise[0], noise[1])
-    assert predict.r2(probe(features[2]), noise[2]) > -0.1  # unregularised it would be about -.2
+    assert predict.r2(ridge.best(*noise[:2]).probe(features[2]), noise[2]) > -0.1  # unregularised about -.2
+
+
+@pytest.mark.parametrize("count", [3, 40])  # features, fewer than training states and more
+def test_a_model_is_left_out_with_all_of_its_states(monkeypatch, count):
+    """Against probes that are fitted anew without it, a latent's weight penalised ten times as much; models have one to
+    three states, in no order."""
+    monkeypatch.setattr(predict, "ALPHAS", np.array([2.0]))
+    rng = np.random.default_rng(0)
+    model_id = ["b", "a", "c", "b", "e", "c", "d", "b", "d", "a"]
+    train_BF, validation_BF = rng.normal(size=(10, count)), rng.normal(size=(2, count))
+    train_BF = (train_BF - train_BF.mean(0)) / train_BF.std(0)
+    train_B, validation_B = rng.uniform(size=10), rng.uniform(size=2)
+    fitted = predict.Ridge(train_BF, validation_BF, model_id, latents=2).best(train_B, validation_B)
+    penalty_FF = np.diag([20.0, 20.0] + [2.0] * (count - 2))
+
+    def predictions(seen_B: np.ndarray, asked_BF: np.ndarray) -> np.ndarray:
+        mean_F, mean = train_BF[seen_B].mean(0), train_B[seen_B].mean()
+        centred_BF = train_BF[seen_B] - mean_F
+        weight_F = np.linalg.solve(centred_BF.T @ centred_BF + penalty_FF, centred_BF.T @ train_B[seen_B])
+        return (asked_BF - mean_F) @ weight_F + mean
+
+    for name in set(model_id):
+        own_B = np.array([m == name for m in model_id])
+        expected_B = (predictions(~own_B, train_BF[own_B]) - train_B[own_B]) ** 2
+        np.testing.assert_allclose(fitted.left_out_B[own_B], expected_B, rtol=1e-9)
+    expected_B = (predictions(np.ones(10, bool), validation_BF) - validation_B) ** 2
+    np.testing.assert_allclose(fitted.validation_B, expected_B, rtol=1e-9)
+    np.testing.assert_allclose(fitted.validation_B, (fitted.probe(validation_BF) - validation_B) ** 2, rtol=1e-9)
+    assert fitted.error == pytest.approx(fitted.left_out_B.sum() + fitted.validation_B.sum())
+
+
+def test_the_states_of_an_only_model_are_left_out_one_by_one():
+    rng = np.random.default_rng(0)
+    train_BF, values_B = rng.normal(size=(6, 2)), rng.normal(size=6)
+    found = [predict.Ridge(train_BF, train_BF, ids).best(values_B, values_B) for ids in (["a"] * 6, of_own(6))]
+    np.testing.assert_array_equal(found[0].left_out_B, found[1].left_out_B)
+
+
+def test_gains_of_models_by_hand():
+    """Gains 1, 1 and 4 of three models: their mean, 2, is 2 standard errors, sqrt(3) / sqrt(3), above 0."""
+    found_M = predict.gains(np.ones(4), 1 + np.array([1.0, 1.0, 1.0, 3.0]), ["a", "b", "c", "c"])
+    np.testing.assert_array_equal(sorted(found_M), [1, 1, 4])
+    assert predict.above(found_M, 1.99)
+    assert not predict.above(found_M, 2.01)
+    with warnings.catch_warnings(action="error"):
+        assert not predict.above(np.array([1.0]), 0)  # one model proves nothing
+    assert not predict.above(np.zeros(3), 0)
+
+
+def test_latents_help_where_all_models_say_so_and_validation_models_do_not_deny_it():
+    probe = Probe(*np.ones((3, 1)), 0.0)
+    asked = [SimpleNamespace(model_id=of_own(count)) for count in (100, 4)]
+    alone = predict.Fitted(probe, np.ones(100), np.ones(4))
+
+    def helps(gain_left_out: float, *validation: float) -> bool:
+        gain_B = gain_left_out + np.tile([1.0, -1.0], 50)  # standard error about .1
+        return predict._help(predict.Fitted(probe, 1 - gain_B, 1 - np.array(validation)), alone, asked)
+
+    assert helps(0.4, 0.4, 0.4, 0.4, 0.4)
+    assert not helps(0.2, 0.2, 0.2, 0.2, 0.2)  # two standard errors may be the best of several by chance
+    assert helps(0.4, -1.0, 1.0, -0.5, 0.0)  # somewhat worse on validation models, by chance
+    assert not helps(0.4, -0.5, -0.4, -0.5, -0.6)  # as of an autoencoder that knows its training models by heart
+
+
+def test_latents_that_are_noise_are_not_taken(splits):
+    """Of many one is the best; the statistics stay."""
+    values = [s.test_accuracy_B.double().numpy()[:, None] for s in splits]
+    rng = np.random.default_rng(0)
+    spread = float(values[0].std())
+    statistics = [v + spread * rng.normal(size=v.shape) for v in values]
+    noise = {f"noise {i}": [spread * rng.normal(size=(len(v), 20)) for v in values] for i in range(30)}
+    _, _, probes = predict._probe(statistics, noise, splits, "p")
+    assert probes["test_accuracy"].features == "statistics"
+    useful = [v + 0.1 * spread * rng.normal(size=v.shape) for v in values]
+    _, _, probes = predict._probe(statistics, noise | {"useful": useful}, splits, "p")
+    assert probes["test_accuracy"].features == "useful+statistics"
 
 
 def test_features_are_not_chosen_on_test_models(splits):
     """The features that would win on the test models lose, because the others prefer another."""
     values = [s.test_accuracy_B.double().numpy()[:, None] for s in splits]
     rng = np.random.default_rng(0)
-    honest = [v + 0.01 * rng.normal(size=v.shape) for v in values]
+    spread = float(values[0].std())
+    statistics = [rng.normal(size=v.shape) for v in values]
+    honest = [v + 0.1 * spread * rng.normal(size=v.shape) for v in values]
     tempting = [values[0], rng.normal(size=values[1].shape), values[2]]
-    metrics, arrays, probes = predict._probe({"honest": honest, "tempting": tempting}, splits, "p")
-    assert probes["test_accuracy"].features == "honest"
-    only, _, _ = predict._probe({"honest": honest}, splits, "p")
+    latents = {"honest": honest, "tempting": tempting}
+    metrics, arrays, probes = predict._probe(statistics, latents, splits, "p")
+    assert probes["test_accuracy"].features == "honest+statistics"
+    only, _, _ = predict._probe(statistics, {"honest": honest}, splits, "p")
     assert metrics["p/test_accuracy_r2"] == only["p/test_accuracy_r2"] < 1
     np.testing.assert_allclose(arrays["p/test_accuracy"][0], values[2][:, 0])
 
@@ -128,19 +214,19 @@ def test_an_embedding_that_says_nothing_leaves_the_statistics(autoencoder, arch,
 
 def test_a_property_that_does_not_vary_has_no_r2(splits):
     same = [replace(s, epoch_B=torch.full((len(s),), 5)) for s in splits]
-    features = {"f": [s.theta_BP[:, :20].double().numpy() for s in same]}
-    metrics, _, probes = predict._probe(features, same, "p")
+    features = [s.theta_BP[:, :20].double().numpy() for s in same]
+    metrics, _, probes = predict._probe(features, {}, same, "p")
     assert set(probes) == {"test_accuracy", "generalization_gap"}
     assert set(metrics) == {"p/test_accuracy_r2", "p/generalization_gap_r2"}
 
 
 def test_a_property_that_the_zoo_does_not_have_is_not_predicted(splits):
     """Of no model: there is nothing to predict. Of some models: those would be left out in silence."""
-    features = {"f": [s.theta_BP[:, :20].double().numpy() for s in splits]}
+    features = [s.theta_BP[:, :20].double().numpy() for s in splits]
     none = [replace(s, generalization_gap_B=torch.full((len(s),), torch.nan)) for s in splits]
-    assert set(predict._probe(features, none, "p")[2]) == {"test_accuracy", "epoch"}
+    assert set(predict._probe(features, {}, none, "p")[2]) == {"test_accuracy", "epoch"}
     with pytest.raises(UserError, match="the zoo has generalization_gap of some models only"):
-        predict._probe(features, [splits[0], none[1], splits[2]], "p")
+        predict._probe(features, {}, [splits[0], none[1], splits[2]], "p")
 
 
 def test_the_tasks_do_without_accuracies(autoencoder, splits, images):
@@ -182,9 +268,9 @@ def test_a_share_that_saturates_is_predicted_by_its_logit():
     rng = np.random.default_rng(0)
     features = [rng.normal(size=(n, 3)) for n in (200, 60)]
     values = [1 / (1 + np.exp(-3 * f[:, 0])) for f in features]
-    ridge = predict.Ridge(*features)
-    assert ridge.best(*values, "identity")[0] < 0.95
-    assert ridge.best(*values, "logit")[0] > 0.999
+    ridge = predict.Ridge(*features, of_own(200))
+    assert predict.r2(ridge.best(*values, "identity").probe(features[1]), values[1]) < 0.95
+    assert predict.r2(ridge.best(*values, "logit").probe(features[1]), values[1]) > 0.999
 
 
 def test_missing_and_damaged_probes_are_one_line(tmp_path):
