@@ -18,7 +18,6 @@ from distrecon.expand_cluster.probes import Probes
 from distrecon.expand_cluster.thresholds import CONVERGED
 from distrecon.nets.activations import Activation
 
-MUCH = 0.5  # x the loss before: below the floor, steps that leave more end a polish
 SHORT = 0.1  # x the loss before: a step without matrices that leaves more is short, where matrices are affordable
 
 
@@ -109,8 +108,8 @@ class Problem:
         x_QI, y_QO = self.data.x_QI[:rows], self.data.y_QO[:rows]
         further = partial(matrix_free, net, x_QI=x_QI, y_QO=y_QO, max_iterations=steps, tolerance=CONVERGED)
         solution = further(theta_1P, deadline=self.deadline, falls=SHORT if net.num_parameters <= dense else FALLS)
-        if float(solution.loss_N) <= self.polished_floor:  # on, while much is gained: the last digits tell
-            return further(solution.theta_NP, deadline=self.deadline, falls=MUCH)  # parameters that hardly act
+        if float(solution.loss_N) <= self.polished_floor:  # on, while anything is gained: the last digits tell
+            return further(solution.theta_NP, deadline=self.deadline, falls=FALLS)  # parameters that hardly act
         if net.num_parameters > dense:
             return solution
         fit = NetworkFit(net, x_QI, y_QO)
