@@ -129,12 +129,11 @@ def test_an_ordinary_box_in_float32_is_left_as_it_is(activation, sizes):
     assert found.scale_I.eq(1).all()
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("activation", ["tanh", "softplus"])
 def test_steps_of_rounded_answers_near_zero_are_no_bends(activation):
     """A step of .01 within .001 is sharper than any bend, and larger than such answers are."""
     inner = net([3, 9, 1], activation)
-    zero = inner(torch.zeros(1, 3, dtype=torch.float64)) - 0.005  # so that answers there are 0 and .01
+    zero = inner(torch.zeros(1, 3, dtype=torch.float64)) - 0.0046  # so that answers within .001 are 0 and .01
     around = look(lambda x: ((inner(x) - zero) * 100).round() / 100, 3).around
     assert around.scale_I.tolist() == [1, 1, 1]
     assert around.centre_I.tolist() == [0, 0, 0]
