@@ -14,7 +14,7 @@ from torch import Tensor
 from distrecon.errors import UserError
 from distrecon.expand_cluster.standard import Standard
 from distrecon.expand_cluster.symptoms import NOISE_LINES, NOISE_SPACING, rounding
-from distrecon.expand_cluster.thresholds import ROUNDED
+from distrecon.expand_cluster.thresholds import BOUNDED
 
 Function = Callable[[Tensor], Tensor]  # [Q, I] -> [Q, O], float64 tensors (see answers.py)
 CLOSER = 8  # times that a query is moved half way to the centre because its answer tells no scores
@@ -124,13 +124,13 @@ class BlackBox:
 
     @property
     def noise_due_O(self) -> Tensor:
-        """What of the noise a verdict goes by: ROUNDED of that of multiples of a quantum."""
-        return torch.where(self.rounded_O, ROUNDED, 1.0) * self.noise_O
+        """What of the noise a verdict goes by: BOUNDED of that of multiples of a quantum."""
+        return torch.where(self.rounded_O, BOUNDED, 1.0) * self.noise_O
 
     def error_due(self, y_QO: Tensor) -> Tensor:
         """What of `error` a verdict goes by: likewise, where probabilities are multiples of a quantum."""
         odds = self.standard.odds if self.standard is not None else None
-        return self.error(y_QO) * (ROUNDED if odds is not None and odds.quantum else 1.0)
+        return self.error(y_QO) * (BOUNDED if odds is not None and odds.quantum else 1.0)
 
     def place(self, u_QI: Tensor, margin: float = 0.0) -> Tensor:
         """The same queries, moved inside the domain, and towards the centre where their answers tell no scores."""
