@@ -8,7 +8,7 @@ neuron about equally, and students learn there in a fraction of the steps. Compa
 Legend: Q queries, I inputs, R relevant directions, O outputs, S points at which gradients are taken.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,10 +45,23 @@ class Coordinates:
     outside_II: Tensor
     scale: float
     error: float  # relative, of the directions; 0 where they are the inputs themselves
+    nonlinear: tuple[float, ...] = ()  # the outputs' share that is not linear at each of SCALES, where it was measured
 
     def rescaled(self, factor: float) -> "Coordinates":
         """The same directions with probes `factor` times as large."""
-        return Coordinates(self.to_RI / factor, self.back_IR * factor, self.outside_II, self.scale * factor, self.error)
+        to_RI, back_IR = self.to_RI / factor, self.back_IR * factor
+        return replace(self, to_RI=to_RI, back_IR=back_IR, scale=self.scale * factor)
+
+    def excited(self, share: float) -> "Coordinates":
+        """The same directions at the smallest scale at which the nonlinear share reaches `share` of its largest value.
+
+        Unchanged where the share was not measured.
+        """
+        if not self.nonlinear:
+            return self
+        enough = share * max(self.nonlinear)
+        scale = next(scale for scale, reached in zip(SCALES, self.nonlinear, strict=True) if reached >= enough)
+        return self.rescaled(scale / self.scale)
 
     @property
     def rank(self) -> int:
@@ -192,20 +205,14 @@ def isotropic(box: BlackBox, generator: torch.Generator) -> Coordinates:
 def _scaled(
     box: BlackBox, basis_RI: Tensor, strength_R: Tensor, error: float, generator: torch.Generator
 ) -> Coordinates:
-    """Coordinates along the rows of basis[R, I], stretched by the strengths, at the scale that shows the nonlinearity.
-
-    The scale is the smallest at which the outputs' share that is not linear reaches a quarter of its largest value.
-    """
+    """Coordinates along the rows of basis[R, I], stretched by the strengths, at the scale that shows the nonlinearity."""
     rank, inputs = basis_RI.shape
     back_IR = basis_RI.T / strength_R
     back_IR = back_IR * (rank**0.5 / back_IR.norm())
     z_QR = torch.randn(max(SCALE_QUERIES, 4 * rank), rank, generator=generator, dtype=torch.float64)
-    shares = torch.tensor([_nonlinear_share(box, z_QR, scale * back_IR) for scale in SCALES])
-    scale = SCALES[int((shares >= NONLINEAR * shares.max()).nonzero()[0])]
-    back_IR = scale * back_IR
-    to_RI = torch.linalg.pinv(back_IR)
+    shares = tuple(_nonlinear_share(box, z_QR, scale * back_IR) for scale in SCALES)
     outside_II = torch.eye(inputs, dtype=torch.float64) - basis_RI.T @ basis_RI
-    return Coordinates(to_RI, back_IR, outside_II, scale, error)
+    return Coordinates(torch.linalg.pinv(back_IR), back_IR, outside_II, 1.0, error, shares).excited(NONLINEAR)
 
 
 def _nonlinear_share(box: BlackBox, z_QR: Tensor, back_IR: Tensor) -> float:

@@ -45,7 +45,7 @@ from distrecon.expand_cluster.scores import compare
 from distrecon.expand_cluster.stages import Stages
 from distrecon.expand_cluster.students import solved, train, train_on
 from distrecon.expand_cluster.surroundings import Bound
-from distrecon.expand_cluster.thresholds import UNDERFIT, UNDERFIT_SOLVED
+from distrecon.expand_cluster.thresholds import NONLINEAR, NONLINEAR_DEEP, UNDERFIT, UNDERFIT_SOLVED
 from distrecon.expand_cluster.verdict import conclude, confirm
 from distrecon.nets.activations import ACTIVATIONS
 from distrecon.nets.activations import activation as find_activation
@@ -270,6 +270,7 @@ def _attempts(run: Run) -> Recovery:
     best = bends.recovery if bends is not None else None
     guess = run.config.students.width or max(coordinates.rank, LEAST_GUESS)
     patience, committee, derivatives = 1, None, run.config.probes.derivatives
+    share = NONLINEAR if run.hidden_layers == 1 else NONLINEAR_DEEP
     if derivatives:
         recovery = recover_from_saturation(run, coordinates)
         if recovery is not None and recovery.verified:
@@ -281,7 +282,7 @@ def _attempts(run: Run) -> Recovery:
             best = better(recovery, best) if recovery is not None else best
             if best is not None and best.verified:
                 break
-        used = coordinates.rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
+        used = coordinates.excited(share).rescaled(SCALE_ROUNDS[attempt % len(SCALE_ROUNDS)])
         outcome = _round(run, Probes(used, contradictions_QI, committee), guess, patience, attempt)
         best, committee = better(outcome.recovery, best), outcome.committee
         if outcome.recovery.verified or run.out_of_time():

@@ -17,6 +17,7 @@ GAP = 100.0  # ratio of neighbouring singular values: the widest of at least so 
 CONDITION = 1e-3  # of the strongest direction: weaker ones are stretched no further, or probes run far out in them
 BLIND = 1e-7  # relative change of an answer that shows a direction not found yet; GAP x noise or error, if larger
 NONLINEAR = 0.25  # of the largest nonlinear share of the outputs: the probes' scale is the smallest that reaches it
+NONLINEAR_DEEP = 0.5  # the same for students of several hidden layers, which learn from narrow probes far more slowly
 
 # Exactness of a fit
 CONVERGED = 1e-29  # relative loss at which the solver stops: a hundred times float64's rounding
