@@ -205,7 +205,7 @@ def isotropic(box: BlackBox, generator: torch.Generator) -> Coordinates:
 def _scaled(
     box: BlackBox, basis_RI: Tensor, strength_R: Tensor, error: float, generator: torch.Generator
 ) -> Coordinates:
-    """Coordinates along the rows of basis[R, I], stretched by the strengths, at the scale that shows the nonlinearity."""
+    """Coordinates along the rows of basis[R, I], stretched by the strengths, as large as shows the nonlinearity."""
     rank, inputs = basis_RI.shape
     back_IR = basis_RI.T / strength_R
     back_IR = back_IR * (rank**0.5 / back_IR.norm())

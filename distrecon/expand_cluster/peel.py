@@ -9,6 +9,7 @@ Legend: N students, Q queries, R relevant input directions, H hidden, O outputs,
 """
 
 from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import LayerClustering, cluster, pool_neurons, representatives
 from distrecon.expand_cluster.outgoing import drop_costs, pursue
 from distrecon.expand_cluster.problem import Found, Problem
-from distrecon.expand_cluster.thresholds import FREE, FREE_DROP, NEARLY_EXACT, PURSUED
+from distrecon.expand_cluster.thresholds import FREE_DROP, KEEPS_FIT, PURSUED, STILL_FALLS, UNFINISHED
+
+FIRST_STEPS, STEPS = 30, 15  # of the fit before neurons are dropped, and after each
 
 TrainOn = Callable[[DenseNet, Tensor, Tensor, Tensor], Tensor]
 
@@ -48,7 +51,9 @@ def peel(problem: Problem, net: DenseNet, theta_NP: Tensor, train_on: TrainOn) -
 
 def assemble(problem: Problem, matrices: list[Tensor], linkage: list[LayerClustering]) -> Found:
     """The whole network of all layers' matrices [1, out, in + 1], fitted and freed of the neurons that cost nothing."""
-    matrices, loss = _fit(problem, matrices)
+    matrices, loss = _fit(problem, matrices, FIRST_STEPS)
+    if loss > UNFINISHED:
+        matrices, loss = _fit(problem, matrices)
     matrices, loss = _prune(problem, matrices, loss)
     net = _net(problem, matrices)
     return Found(net, net.flatten(matrices), loss, linkage)
@@ -82,25 +87,42 @@ def _net(problem: Problem, matrices: list[Tensor]) -> DenseNet:
     return DenseNet((matrices[0].shape[2] - 1, *(m.shape[1] for m in matrices)), problem.activation)
 
 
-def _fit(problem: Problem, matrices: list[Tensor]) -> tuple[list[Tensor], float]:
+def _fit(problem: Problem, matrices: list[Tensor], steps: int | None = None) -> tuple[list[Tensor], float]:
+    """All weights after at most so many steps (None: the settings' number), and the loss on all training queries."""
     net, data = _net(problem, matrices), problem.data
-    theta_1P = problem.fit(net, net.flatten(matrices)).theta_NP
+    theta_1P = problem.fit(net, net.flatten(matrices), iterations=steps).theta_NP
     return net.matrices(theta_1P), float(net.loss(theta_1P, data.z_QR, data.y_QO)[0])
 
 
 def _prune(problem: Problem, matrices: list[Tensor], loss: float) -> tuple[list[Tensor], float]:
-    """Drop the neuron that costs its next layer least, refit, and go on while the fit stays as good."""
-    while loss <= max(problem.floor, NEARLY_EXACT):
-        candidates = [_cheapest(problem, matrices, layer) for layer in range(len(matrices) - 1)]
-        layer = min(range(len(candidates)), key=lambda i: candidates[i][0])
-        cost, neuron = candidates[layer]
-        if cost > FREE_DROP or matrices[layer].shape[1] == 1:
-            break
-        smaller, new_loss = _fit(problem, _without(problem, matrices, layer, neuron))
-        if new_loss > max(problem.floor, FREE * loss):
-            break
-        matrices, loss = smaller, new_loss
-    return matrices, loss
+    """Drop the neuron that costs its next layer least, fit again, and go on while the fit stays as good.
+
+    Redundant neurons keep a fit from converging, so they are dropped before it has, with a few steps in between: it
+    becomes exact on the way. Until then a drop may leave twice what there was at the start; the layers' cheapest
+    neurons are tried in turn, and where none can go the fit has all its steps. A fit that misses something is left as
+    it is.
+    """
+    start, best = loss, (loss, matrices)
+    while loss <= UNFINISHED and not problem.out_of_time():
+        exact = loss <= problem.floor
+        limit, allowed = (FREE_DROP, problem.floor) if exact else (PURSUED, KEEPS_FIT * start)
+        candidates = sorted(_cheapest(problem, matrices, layer) for layer in range(len(matrices) - 1))
+        for cost, layer, neuron in candidates[: 1 if exact else None]:
+            if cost > limit or matrices[layer].shape[1] == 1:
+                continue
+            smaller, left = _fit(problem, _without(problem, matrices, layer, neuron), STEPS)
+            if left <= allowed:
+                matrices, loss = smaller, left
+                break
+        else:
+            if exact:
+                break
+            fitted, left = _fit(problem, matrices)
+            if left > STILL_FALLS * loss:
+                break
+            matrices, loss = fitted, left
+        best = min(best, (loss, matrices), key=itemgetter(0)) if loss > problem.floor else (loss, matrices)
+    return best[1], best[0]
 
 
 def _trace(problem: Problem, matrices: list[Tensor], layer: int) -> tuple[Tensor, Tensor]:
@@ -110,11 +132,11 @@ def _trace(problem: Problem, matrices: list[Tensor], layer: int) -> tuple[Tensor
     return inputs[layer + 1][0], pre[layer + 1][0]
 
 
-def _cheapest(problem: Problem, matrices: list[Tensor], layer: int) -> tuple[float, int]:
-    """Least rise of the next pre-activations' relative error over the neurons of a layer, and which neuron it is."""
+def _cheapest(problem: Problem, matrices: list[Tensor], layer: int) -> tuple[float, int, int]:
+    """Least rise of the next pre-activations' relative error over the neurons of a layer; the layer; the neuron."""
     design_QK, target_QH = _trace(problem, matrices, layer)
     costs_H = drop_costs(design_QK, matrices[layer + 1][0].T, matrices[layer].shape[1]) / target_QH.var()
-    return float(costs_H.min()), int(costs_H.argmin())
+    return float(costs_H.min()), layer, int(costs_H.argmin())
 
 
 def _without(problem: Problem, matrices: list[Tensor], layer: int, neuron: int) -> list[Tensor]:

@@ -83,15 +83,21 @@ class Problem:
         return max(self.config.solver.rows, 3 * net.num_parameters // net.sizes[-1] + 1)
 
     def fit(
-        self, net: DenseNet, theta_NP: Tensor, inputs_QI: Tensor | None = None, tolerance: float = CONVERGED
+        self,
+        net: DenseNet,
+        theta_NP: Tensor,
+        inputs_QI: Tensor | None = None,
+        tolerance: float = CONVERGED,
+        iterations: int | None = None,
     ) -> Solution:
         """Levenberg-Marquardt on every network of the group, from theta[N, P]; the inputs are z unless given.
 
-        Without matrices where there is one network of more than `solver.dense_parameters`.
+        At most `solver.iterations` steps unless given. Without matrices where there is one network of more than
+        `solver.dense_parameters`.
         """
         rows, inputs = self.rows(net), self.data.z_QR if inputs_QI is None else inputs_QI
         target = NetworkFit(net, inputs[:rows], self.data.y_QO[:rows])
-        iterations = self.config.solver.iterations
+        iterations = iterations or self.config.solver.iterations
         if len(theta_NP) == 1 and net.num_parameters > self.config.solver.dense_parameters:
             return matrix_free(net, theta_NP, target.x_QI, target.y_QO, iterations, tolerance, self.deadline)
         return levenberg_marquardt(target, theta_NP, iterations, tolerance, deadline=self.deadline)
