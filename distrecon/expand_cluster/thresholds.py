@@ -40,7 +40,7 @@ SPANNED = 1e-12  # squared share of Jacobians outside the span: slopes and biase
 # Students
 UNDERFIT = 1e-4  # relative loss: best students of the first-order optimiser that end above it are too narrow
 UNDERFIT_SOLVED = 1e-12  # relative loss: the same after the least-squares solver, which ends near rounding or is stuck
-TRAINED = 1e-6  # relative loss: deep students train on until their median is below (see docs/recovery.md, 7)
+TRAINED = 1e-5  # relative loss: deep students train on until their median is below (see docs/recovery.md, 7)
 
 # Neurons of students
 LEAST_CONTRIBUTION = 1e-5  # of the standardised outputs: neurons that add less are not clustered; far above rounding
