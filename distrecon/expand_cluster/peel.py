@@ -102,7 +102,7 @@ def _prune(problem: Problem, matrices: list[Tensor], loss: float) -> tuple[list[
     neurons are tried in turn, and where none can go the fit has all its steps. A fit that misses something is left as
     it is.
     """
-    start, best = loss, (loss, matrices)
+    start, best, settled = loss, (loss, matrices), False
     while loss <= UNFINISHED and not problem.out_of_time():
         exact = loss <= problem.floor
         limit, allowed = (FREE_DROP, problem.floor) if exact else (PURSUED, KEEPS_FIT * start)
@@ -112,15 +112,14 @@ def _prune(problem: Problem, matrices: list[Tensor], loss: float) -> tuple[list[
                 continue
             smaller, left = _fit(problem, _without(problem, matrices, layer, neuron), STEPS)
             if left <= allowed:
-                matrices, loss = smaller, left
+                matrices, loss, settled = smaller, left, False
                 break
         else:
-            if exact:
+            if exact or settled:
                 break
-            fitted, left = _fit(problem, matrices)
-            if left > STILL_FALLS * loss:
-                break
-            matrices, loss = fitted, left
+            before = loss
+            matrices, loss = _fit(problem, matrices)
+            settled = loss > STILL_FALLS * before
         best = min(best, (loss, matrices), key=itemgetter(0)) if loss > problem.floor else (loss, matrices)
     return best[1], best[0]
 
