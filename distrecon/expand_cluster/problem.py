@@ -5,7 +5,6 @@ Legend: N students, Q queries, I inputs, R relevant input directions, O outputs,
 
 import time
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from distrecon.expand_cluster.thresholds import CONVERGED
 from distrecon.nets.activations import Activation
 
 SHORT = 0.1  # x the loss before: a step without matrices that leaves more is short, where matrices are affordable
+LAST_STEPS = 4  # with matrices, at most, of what is exact already
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,20 @@ class Problem:
     def refine(self, net: DenseNet, theta_1P: Tensor) -> Solution:
         """The last digits of a nearly exact network, in all inputs.
 
-        Without matrices first where there are more parameters than small students have, as that is far cheaper, unless
-        its steps stay short: then by matrices, with the damping of a start that is all but right.
+        Without matrices first where there are more parameters than small students have, as that is far cheaper, until
+        its steps are short. Where matrices are affordable they do the rest, with the damping of a start that is all but
+        right: one step of theirs gains what dozens of the others do in directions that hardly act.
         """
         if net.num_parameters <= self.config.solver.student_parameters:
             return self.fit(net, theta_1P, self.data.x_QI)
         rows, steps, dense = self.rows(net), self.config.solver.iterations, self.config.solver.dense_parameters
         x_QI, y_QO = self.data.x_QI[:rows], self.data.y_QO[:rows]
-        further = partial(matrix_free, net, x_QI=x_QI, y_QO=y_QO, max_iterations=steps, tolerance=CONVERGED)
-        solution = further(theta_1P, deadline=self.deadline, falls=SHORT if net.num_parameters <= dense else FALLS)
-        if float(solution.loss_N) <= self.polished_floor:  # on, while anything is gained: the last digits tell
-            return further(solution.theta_NP, deadline=self.deadline, falls=FALLS)  # parameters that hardly act
+        falls = SHORT if net.num_parameters <= dense else FALLS
+        solution = matrix_free(net, theta_1P, x_QI, y_QO, steps, CONVERGED, self.deadline, falls)
         if net.num_parameters > dense:
             return solution
+        if float(solution.loss_N) <= self.polished_floor:
+            steps = LAST_STEPS
         fit = NetworkFit(net, x_QI, y_QO)
         return levenberg_marquardt(fit, solution.theta_NP, steps, CONVERGED, NO_DAMPING, deadline=self.deadline)
 
