@@ -72,11 +72,21 @@ class Soap:
     def _refresh(self) -> None:
         """Eigenvectors at the first step, then one step of orthogonal iteration every `every` steps."""
         if self.steps == 1:
-            self.left_basis = [torch.linalg.eigh(m)[1] for m in self.left]
-            self.right_basis = [torch.linalg.eigh(m)[1] for m in self.right]
+            self.left_basis = [_eigenvectors(m) for m in self.left]
+            self.right_basis = [_eigenvectors(m) for m in self.right]
         elif self.steps % self.every == 0:
             self.left_basis = [torch.linalg.qr(m @ q)[0] for m, q in zip(self.left, self.left_basis, strict=True)]
             self.right_basis = [torch.linalg.qr(m @ q)[0] for m, q in zip(self.right, self.right_basis, strict=True)]
+
+
+def _eigenvectors(m_NKK: Tensor) -> Tensor:
+    """Of each matrix; of one that is not finite, which the solver would refuse with all others, those of the identity.
+
+    Its student is not finite either, and stays so.
+    """
+    finite_N = m_NKK.isfinite().all(2).all(1)
+    eye_KK = torch.eye(m_NKK.shape[1], dtype=m_NKK.dtype, device=m_NKK.device)
+    return torch.linalg.eigh(torch.where(finite_N[:, None, None], m_NKK, eye_KK))[1]
 
 
 OPTIMISERS: dict[str, Callable[[list[Tensor]], Adam | Soap]] = {"adam": Adam, "soap": Soap}
