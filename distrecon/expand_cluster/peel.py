@@ -18,7 +18,7 @@ from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import LayerClustering, cluster, pool_neurons, representatives
 from distrecon.expand_cluster.outgoing import drop_costs, pursue
 from distrecon.expand_cluster.problem import Found, Problem
-from distrecon.expand_cluster.thresholds import FREE_DROP, KEEPS_FIT, PURSUED, STILL_FALLS, UNFINISHED
+from distrecon.expand_cluster.thresholds import FREE_DROP, KEEPS_FIT, NEARLY_EXACT, PURSUED, STILL_FALLS, UNFINISHED
 
 FIRST_STEPS, STEPS = 30, 15  # of the fit before neurons are dropped, and after each
 
@@ -46,15 +46,20 @@ def peel(problem: Problem, net: DenseNet, theta_NP: Tensor, train_on: TrainOn) -
             break
         theta_NP = train_on(net, theta_NP, inputs_QR, y_QO)
     best = int(net.loss(theta_NP, inputs_QR, y_QO).argmin())
-    return assemble(problem, [*layers, net.matrices(theta_NP)[0][best : best + 1]], linkage)
+    return assemble(problem, [*layers, net.matrices(theta_NP)[0][best : best + 1]], linkage, early=True)
 
 
-def assemble(problem: Problem, matrices: list[Tensor], linkage: list[LayerClustering]) -> Found:
-    """The whole network of all layers' matrices [1, out, in + 1], fitted and freed of the neurons that cost nothing."""
-    matrices, loss = _fit(problem, matrices, FIRST_STEPS)
-    if loss > UNFINISHED:
+def assemble(problem: Problem, matrices: list[Tensor], linkage: list[LayerClustering], early: bool = False) -> Found:
+    """The whole network of all layers' matrices [1, out, in + 1], fitted and freed of the neurons that cost nothing.
+
+    With `early` these are dropped before the fit has converged, as far as it comes.
+    """
+    limit = max(problem.floor, UNFINISHED if early else NEARLY_EXACT)
+    matrices, loss = _fit(problem, matrices, FIRST_STEPS if early else None)
+    if early and loss > limit:
         matrices, loss = _fit(problem, matrices)
-    matrices, loss = _prune(problem, matrices, loss)
+    if loss <= limit:
+        matrices, loss = _prune(problem, matrices, loss)
     net = _net(problem, matrices)
     return Found(net, net.flatten(matrices), loss, linkage)
 
@@ -99,11 +104,11 @@ def _prune(problem: Problem, matrices: list[Tensor], loss: float) -> tuple[list[
 
     Redundant neurons keep a fit from converging, so they are dropped before it has, with a few steps in between: it
     becomes exact on the way. Until then a drop may leave twice what there was at the start; the layers' cheapest
-    neurons are tried in turn, and where none can go the fit has all its steps. A fit that misses something is left as
-    it is.
+    neurons are tried in turn, and where none can go the fit has all its steps. What no drops make exact is given back
+    as it fitted best.
     """
     start, best, settled = loss, (loss, matrices), False
-    while loss <= UNFINISHED and not problem.out_of_time():
+    while not problem.out_of_time():
         exact = loss <= problem.floor
         limit, allowed = (FREE_DROP, problem.floor) if exact else (PURSUED, KEEPS_FIT * start)
         candidates = sorted(_cheapest(problem, matrices, layer) for layer in range(len(matrices) - 1))

@@ -52,8 +52,8 @@ SINGULAR = 1e-15  # of the largest singular value: smaller ones are rounding, so
 FREE_DROP = 1e-8  # relative loss added: neurons that cost less to drop are candidates for elimination, then tried.
 # At least the root of the floor: two neurons that differ by delta do the work of one to delta^2, and one costs that.
 KEEPS_FIT = 2.0  # x the loss before: a drop that leaves more than this was of a neuron that is needed
-UNFINISHED = 1e-4  # relative loss: a deep network that fits worse misses something; of those that fit as well many
-# have redundant neurons alone, which are dropped before the fit has converged: it ends near 1e-6 with them
+UNFINISHED = 1e-4  # relative loss: a network peeled from students that fits worse misses something; of those that fit
+# as well many have redundant neurons alone, which are dropped before the fit has converged: it ends near 1e-6 with them
 PURSUED = 1e-4  # relative error of the next pre-activations at which the clustered neurons are enough for a first fit
 
 # Signs

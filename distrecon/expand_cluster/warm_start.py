@@ -80,13 +80,14 @@ class Soap:
 
 
 def _eigenvectors(m_NKK: Tensor) -> Tensor:
-    """Of each matrix; of one that is not finite, which the solver would refuse with all others, those of the identity.
+    """Of each matrix, scaled first, as large entries make the solver fail for all of them.
 
-    Its student is not finite either, and stays so.
+    One that is not finite counts as the identity: its student is not finite either, and stays so.
     """
-    finite_N = m_NKK.isfinite().all(2).all(1)
+    largest_N = m_NKK.abs().amax((1, 2))
     eye_KK = torch.eye(m_NKK.shape[1], dtype=m_NKK.dtype, device=m_NKK.device)
-    return torch.linalg.eigh(torch.where(finite_N[:, None, None], m_NKK, eye_KK))[1]
+    usable_N11 = (largest_N.isfinite() & (largest_N > 0))[:, None, None]
+    return torch.linalg.eigh(torch.where(usable_N11, m_NKK / largest_N[:, None, None], eye_KK))[1]
 
 
 OPTIMISERS: dict[str, Callable[[list[Tensor]], Adam | Soap]] = {"adam": Adam, "soap": Soap}

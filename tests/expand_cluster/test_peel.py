@@ -62,7 +62,7 @@ def test_neurons_that_keep_a_deep_fit_from_converging_are_dropped_on_the_way(see
     generator = torch.Generator().manual_seed(seed)
     start = perturbed(true, 4, generator)
     assert peel._fit(problem, start)[1] > 1e-6
-    found = peel.assemble(problem, start, [])
+    found = peel.assemble(problem, start, [], early=True)
     assert found.net.sizes == (4, 3, 3, 2)
     assert found.loss <= problem.floor
 
