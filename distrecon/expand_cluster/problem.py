@@ -5,12 +5,13 @@ Legend: N students, Q queries, I inputs, R relevant input directions, O outputs,
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from distrecon.expand_cluster.config import RecoveryConfig
 from distrecon.expand_cluster.least_squares import Solution, levenberg_marquardt
-from distrecon.expand_cluster.matrix_free import FALLS, NO_DAMPING, matrix_free
+from distrecon.expand_cluster.matrix_free import NO_DAMPING, matrix_free
 from distrecon.expand_cluster.networks import DenseNet
 from distrecon.expand_cluster.neurons import LayerClustering
 from distrecon.expand_cluster.probes import Probes
@@ -18,7 +19,7 @@ from distrecon.expand_cluster.thresholds import CONVERGED
 from distrecon.nets.activations import Activation
 
 SHORT = 0.1  # x the loss before: a step without matrices that leaves more is short, where matrices are affordable
-LAST_STEPS = 4  # with matrices, at most, of what is exact already
+LAST_STEPS = 3  # without matrices, and with them, at most, of what is exact already
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,22 @@ class Problem:
         """The last digits of a nearly exact network, in all inputs.
 
         Without matrices first where there are more parameters than small students have, as that is far cheaper, until
-        its steps are short. Where matrices are affordable they do the rest, with the damping of a start that is all but
-        right: one step of theirs gains what dozens of the others do in directions that hardly act.
+        its steps are short, and, below the floor, a few more while anything is gained. Where matrices are affordable
+        they do the rest, with the damping of a start that is all but right: one step of theirs gains what dozens of the
+        others do in directions that hardly act.
         """
         if net.num_parameters <= self.config.solver.student_parameters:
             return self.fit(net, theta_1P, self.data.x_QI)
         rows, steps, dense = self.rows(net), self.config.solver.iterations, self.config.solver.dense_parameters
         x_QI, y_QO = self.data.x_QI[:rows], self.data.y_QO[:rows]
-        falls = SHORT if net.num_parameters <= dense else FALLS
-        solution = matrix_free(net, theta_1P, x_QI, y_QO, steps, CONVERGED, self.deadline, falls)
+        further = partial(matrix_free, net, x_QI=x_QI, y_QO=y_QO, tolerance=CONVERGED, deadline=self.deadline)
         if net.num_parameters > dense:
-            return solution
+            return further(theta_1P, max_iterations=steps)
+        solution = further(theta_1P, max_iterations=steps, falls=SHORT)
         if float(solution.loss_N) <= self.polished_floor:
-            steps = LAST_STEPS
+            solution, steps = further(solution.theta_NP, max_iterations=LAST_STEPS), LAST_STEPS
+            if solution.status != ["iterations"]:
+                return solution
         fit = NetworkFit(net, x_QI, y_QO)
         return levenberg_marquardt(fit, solution.theta_NP, steps, CONVERGED, NO_DAMPING, deadline=self.deadline)
 
