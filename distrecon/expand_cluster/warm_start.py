@@ -80,9 +80,10 @@ class Soap:
 
 
 def _eigenvectors(m_NKK: Tensor) -> Tensor:
-    """Of each matrix, scaled first, as large entries make the solver fail for all of them.
+    """Of each matrix, scaled to entries of 1 at most, which changes none of them.
 
-    One that is not finite counts as the identity: its student is not finite either, and stays so.
+    One that is not finite, for which the solver would fail for all, counts as the identity: its student is not finite
+    either, and stays so.
     """
     largest_N = m_NKK.abs().amax((1, 2))
     eye_KK = torch.eye(m_NKK.shape[1], dtype=m_NKK.dtype, device=m_NKK.device)
