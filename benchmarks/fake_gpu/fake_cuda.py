@@ -12,7 +12,6 @@ it is on a GPU, with the memory that this one needs; a copy to the GPU that is n
 """
 # ruff: noqa: E402
 
-import ctypes
 import os
 import sys
 import weakref
@@ -21,9 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.fake_gpu.guard import library
+from benchmarks.fake_gpu.guard import load
 
-ctypes.CDLL(str(library()))  # before torch, which asks once what devices there are
+load()  # before torch, which asks once what devices there are
 
 import torch
 import torch.nn.functional as F

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,12 @@ def counts() -> dict[str, dict[str, dict[str, float]]]:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
+
+
+def test_the_guard_is_of_no_environment() -> None:
+    """It is kept after the environment that it was made in is gone, and used by the next one with the same torch."""
+    torch = Path(find_spec("torch").origin).parent
+    assert f"{torch / 'lib'}\0".encode() not in guard.library().read_bytes()
 
 
 @pytest.mark.parametrize(("precision", "peak_gib"), [("float32", 6), ("tf32", 6), ("bf16", 4)])
