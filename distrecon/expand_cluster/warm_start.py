@@ -80,15 +80,14 @@ class Soap:
 
 
 def _eigenvectors(m_NKK: Tensor) -> Tensor:
-    """Of each matrix, scaled to entries of 1 at most, which changes none of them.
+    """Of each matrix; of one that is not finite, for which the solver would fail for all, those of the identity.
 
-    One that is not finite, for which the solver would fail for all, counts as the identity: its student is not finite
-    either, and stays so.
+    The student of such a one is not finite either, and stays so. In float64, as float32's solver fails, or returns
+    NaN, for one in five matrices of low rank in which whole rows are zero, as those of neurons that are off.
     """
-    largest_N = m_NKK.abs().amax((1, 2))
     eye_KK = torch.eye(m_NKK.shape[1], dtype=m_NKK.dtype, device=m_NKK.device)
-    usable_N11 = (largest_N.isfinite() & (largest_N > 0))[:, None, None]
-    return torch.linalg.eigh(torch.where(usable_N11, m_NKK / largest_N[:, None, None], eye_KK))[1]
+    usable_NKK = torch.where(m_NKK.isfinite().all(2).all(1)[:, None, None], m_NKK, eye_KK)
+    return torch.linalg.eigh(usable_NKK.double())[1].to(m_NKK.dtype)
 
 
 OPTIMISERS: dict[str, Callable[[list[Tensor]], Adam | Soap]] = {"adam": Adam, "soap": Soap}
