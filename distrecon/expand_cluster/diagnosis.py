@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distrecon.expand_cluster import symptoms
+from distrecon.expand_cluster.depth import course
 from distrecon.expand_cluster.odds import are_probabilities
 from distrecon.expand_cluster.symptoms import Sample
 
@@ -28,6 +29,8 @@ FLAT = 0.75
 WIDE = 1.5  # standard inputs: probabilities that tell scores only closer by may hide bends
 CLEAR = 0.01  # of the answers' deviations: larger noise hides bends
 LEAST_KINKS = 3
+ORDINARY, LEAST_CURVES = 8, 2  # places where curves between kinks are looked for, and at how many they must be
+TURNS = 3  # kinks that must turn for there to be several hidden layers
 PIECEWISE_LINEAR, SMOOTH = "piecewise linear", "smooth"  # findings that leave some of the activations
 
 
@@ -51,8 +54,8 @@ def diagnose_answers(sample: Sample, ask_again: Ask) -> list[Finding]:
     return findings if any(found.stops for found in findings) else findings + _jumps(sample)
 
 
-def diagnose_function(sample: Sample, pooled: bool = False) -> list[Finding]:
-    """What kind of function gave the answers."""
+def diagnose_function(sample: Sample, hidden_layers: int | None = None, pooled: bool = False) -> list[Finding]:
+    """What kind of function gave the answers, and whether it has so many hidden layers (None: not asked)."""
     bend = symptoms.largest_bend(sample)
     noise_O = sample.noise(sample.y_QO).median(0).values
     width_I = (sample.around.high_I - sample.around.low_I) / sample.around.scale_I
@@ -67,17 +70,40 @@ def diagnose_function(sample: Sample, pooled: bool = False) -> list[Finding]:
         return findings  # steps of the answers hide kinks and straight pieces
     lines = symptoms.shape(sample)
     pieces = (
-        f"{lines.kinks} of the {lines.looked_at} sharpest bends are kinks, "
+        f"{len(lines.kinks)} of the {lines.looked_at} sharpest bends are kinks, "
         f"{lines.straight:.0%} of {lines.places} places are straight"
     )
-    if lines.kinks >= LEAST_KINKS and lines.straight >= STRAIGHT:
-        findings.append(Finding(PIECEWISE_LINEAR, pieces, "activation='relu' or 'leaky_relu'"))
-    elif lines.kinks >= LEAST_KINKS and lines.straight < CURVED and lines.places:
-        advice = "activations of two kinds in one network, or a function round it, cannot be recovered"
-        findings.append(Finding("kinks between curves", pieces, "as of max pooling" if pooled else advice, not pooled))
+    if len(lines.kinks) >= LEAST_KINKS and lines.places:
+        # kinks that are near each other, and noise, leave few places that are seen to be straight
+        curved = 0 if lines.straight >= STRAIGHT else symptoms.curves(sample, ORDINARY)
+        if curved == 0 and lines.straight >= CURVED:
+            findings.append(Finding(PIECEWISE_LINEAR, pieces, "activation='relu' or 'leaky_relu'"))
+            findings += _depth(sample, lines.kinks, hidden_layers) if hidden_layers is not None else []
+        elif curved is not None and curved >= LEAST_CURVES and lines.straight < CURVED:
+            advice = "activations of two kinds in one network, or a function round it, cannot be recovered"
+            findings.append(
+                Finding("kinks between curves", pieces, "as of max pooling" if pooled else advice, not pooled)
+            )
     elif lines.curves == lines.looked_at and lines.straight < CURVED:
         findings.append(Finding(SMOOTH, pieces, "not relu or leaky_relu"))
     return findings
+
+
+def _depth(sample: Sample, kinks: list[symptoms.Kink], hidden_layers: int) -> list[Finding]:
+    """Whether there are more hidden layers than one, or only one, where the other was asked for."""
+    courses: list[str] = []
+    for kink in kinks:
+        courses.append(course(sample, kink))
+        turning, straight = courses.count("turns"), courses.count("straight")
+        if hidden_layers == 1 and (turning >= TURNS or turning + len(kinks) - len(courses) < TURNS):
+            break
+    if hidden_layers == 1 and turning >= TURNS:
+        evidence = f"{turning} of {len(courses)} kinks turn or change on their way through the inputs"
+        return [Finding("several hidden layers", evidence, "hidden_layers=2, or more", True)]
+    if hidden_layers > 1 and straight == len(kinks):
+        evidence = f"all {len(kinks)} kinks looked at run straight through the inputs and stay the same"
+        return [Finding("perhaps one hidden layer", evidence, "hidden_layers=1 is quickly tried")]
+    return []
 
 
 def _answers(sample: Sample, ask_again: Ask) -> list[Finding]:

@@ -79,10 +79,12 @@ def examine(
     answers: str | Path | None,
     budget: int,
     generator: torch.Generator,
+    hidden_layers: int | None = None,
     image: tuple[int, ...] | None = None,
     pooled: bool = False,
 ) -> Examined:
-    """All that can be told of a black box before its recovery. The arguments are `recover_network`'s.
+    """All that can be told of a black box before its recovery. The arguments are `recover_network`'s;
+    `hidden_layers` is None for a convolutional network.
 
     Where it reads images [Q, *image], all inputs have one scale, and their centre is 0. `pooled`: it may have max
     pooling, whose kinks lie between curves.
@@ -127,7 +129,7 @@ def examine(
         evidence = f"{len(sample.y_QO)} queries gave " + ("only 0 and 1" if told_nowhere else "one answer")
         findings.append(Finding("constant", evidence, "data= may show where it is not", True))
     elif thorough:
-        findings += diagnose_function(sample, pooled)
+        findings += diagnose_function(sample, hidden_layers, pooled)
     return _examined(findings, sample, raw, odds, limits)
 
 

@@ -118,7 +118,19 @@ def recover_network(
     budget = config.budget.queries
     pooled = any(stage.pool > 1 and not stage.average for taken in hypotheses for stage in taken.stages)
     examined = examine(
-        black_box, input_size, own_QI, domain, outputs, max_rows, retries, answers, budget, generator, image, pooled
+        black_box,
+        input_size,
+        own_QI,
+        domain,
+        outputs,
+        max_rows,
+        retries,
+        answers,
+        budget,
+        generator,
+        None if hypotheses else hidden_layers,
+        image,
+        pooled,
     )
     request = [input_size, layers or hidden_layers, seed, flatten(config)]
     possible = _possible(examined, names)

@@ -181,12 +181,21 @@ def constant_share(sample: Sample, step: float = 1e-4) -> float:
 
 
 @dataclass(frozen=True)
+class Kink:
+    """A kink on a line in some direction, and a step along it in which it lies, to either side of a point."""
+
+    at_I: Tensor
+    direction_I: Tensor
+    step_I: Tensor
+
+
+@dataclass(frozen=True)
 class Shape:
-    """Bends met on lines: how many of the sharpest stay as sharp on any scale, how many surely do not, and the share of
-    straight places.
+    """Bends met on lines: those of the sharpest that stay as sharp on any scale, how many surely do not, and the share
+    of straight places.
     """
 
-    kinks: int
+    kinks: list[Kink]
     curves: int
     looked_at: int
     straight: float
@@ -201,9 +210,8 @@ def shape(sample: Sample) -> Shape:
     """
     times_T1 = torch.arange(-GRID, GRID + 1, dtype=torch.float64)[:, None]
     start_LI, direction_LI = sample.normal(2 * LINES), sample.normal(2 * LINES)
-    noise = float((sample.noise_O / sample.scale_O).median())
-    short = min(max(SHORT, math.sqrt(STRAIGHT * RESOLVED * noise)), LONG)
-    straight, places, sharpest = 0, 0, []
+    short = _short(sample)
+    straight, places, kinks, curves = 0, 0, list[Kink](), 0
     for step, rows in ((short, slice(0, LINES)), (LONG, slice(LINES, None))):
         ends_2LI = [
             sample.around.inside(start_LI[rows] + sign * GRID * step * direction_LI[rows], 0.0) for sign in (-1, 1)
@@ -220,19 +228,31 @@ def shape(sample: Sample) -> Shape:
             straight, places = int((flat_LT & sees_LT).sum()), int(sees_LT.sum())
         for line in range(LINES):
             top = (second_LTO[line] / sample.scale_O).amax(1).argmax()
-            sharpest.append(_bend(sample, line_LTI[line, top + 1], half_LI[line]))
-    return Shape(
-        sharpest.count("kink"),
-        sharpest.count("curve"),
-        len(sharpest),
-        straight / max(places, 1),
-        places,
-    )
+            kind, at_I, step_I = _bend(sample, line_LTI[line, top + 1], half_LI[line])
+            kinks += [Kink(at_I, direction_LI[rows][line], step_I)] if kind == "kink" else []
+            curves += kind == "curve"
+    return Shape(kinks, curves, 2 * LINES, straight / max(places, 1), places)
 
 
-def _bend(sample: Sample, at_I: Tensor, step_I: Tensor) -> str:
+def curves(sample: Sample, places: int) -> int | None:
+    """At how many of so many ordinary places the black box surely is a curve; None where noise may hide curves."""
+    short = _short(sample)
+    if short > SHORT:
+        return None
+    steps_PI = short * sample.normal(places)
+    return [_bend(sample, *pair)[0] for pair in zip(sample.u_QI, steps_PI, strict=False)].count("curve")
+
+
+def _short(sample: Sample) -> float:
+    """The shortest step that shows a curve in spite of the noise."""
+    noise = float((sample.noise_O / sample.scale_O).median())
+    return min(max(SHORT, math.sqrt(STRAIGHT * RESOLVED * noise)), LONG)
+
+
+def _bend(sample: Sample, at_I: Tensor, step_I: Tensor) -> tuple[str, Tensor, Tensor]:
     """What the sharpest bend near a point is, as steps get 4 times shorter each time: a "kink", whose change of slope
-    stays, a "curve", whose change is still shrinking with the steps when these are the shortest, or "unclear".
+    stays, a "curve", whose change is still shrinking with the steps when these are the shortest, or "unclear". Also
+    where it is, within a step to either side.
     """
     offsets_T1 = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
     changes: list[float] = []
@@ -248,8 +268,9 @@ def _bend(sample: Sample, at_I: Tensor, step_I: Tensor) -> str:
         changes.append(float(change_TO.amax()) * 4.0**zoom)
         at_I, step_I = line_TI[best + 1], step_I / 4
     if len(changes) >= KINK_ZOOMS and changes[-1] > 0.3 * changes[0]:
-        return "kink"
-    return "curve" if len(changes) >= CURVE_ZOOMS and changes[-1] < 0.5 * changes[-2] else "unclear"
+        return "kink", at_I, step_I
+    curve = len(changes) >= CURVE_ZOOMS and changes[-1] < 0.5 * changes[-2]
+    return "curve" if curve else "unclear", at_I, step_I
 
 
 def _of_three(noise: Tensor, dim: int) -> Tensor:
