@@ -29,8 +29,8 @@ FLAT = 0.75
 WIDE = 1.5  # standard inputs: probabilities that tell scores only closer by may hide bends
 CLEAR = 0.01  # of the answers' deviations: larger noise hides bends
 LEAST_KINKS = 3
-ORDINARY, LEAST_CURVES = 8, 2  # places where curves between kinks are looked for, and at how many they must be
-TURNS = 3  # kinks that must turn for there to be several hidden layers
+ORDINARY, LEAST_CURVES = 6, 2  # places where curves between kinks are looked for, and at how many they must be
+TURNS = 3  # kinks that must turn, before as many run straight, for there to be several hidden layers
 PIECEWISE_LINEAR, SMOOTH = "piecewise linear", "smooth"  # findings that leave some of the activations
 
 
@@ -75,11 +75,11 @@ def diagnose_function(sample: Sample, hidden_layers: int | None = None, pooled: 
     )
     if len(lines.kinks) >= LEAST_KINKS and lines.places:
         # kinks that are near each other, and noise, leave few places that are seen to be straight
-        curved = 0 if lines.straight >= STRAIGHT else symptoms.curves(sample, ORDINARY)
+        curved = 0 if lines.straight >= STRAIGHT else symptoms.curved(sample, ORDINARY, LEAST_CURVES)
         if curved == 0 and lines.straight >= CURVED:
             findings.append(Finding(PIECEWISE_LINEAR, pieces, "activation='relu' or 'leaky_relu'"))
             findings += _depth(sample, lines.kinks, hidden_layers) if hidden_layers is not None else []
-        elif curved is not None and curved >= LEAST_CURVES and lines.straight < CURVED:
+        elif curved == LEAST_CURVES and lines.straight < CURVED:
             advice = "activations of two kinds in one network, or a function round it, cannot be recovered"
             findings.append(
                 Finding("kinks between curves", pieces, "as of max pooling" if pooled else advice, not pooled)
@@ -95,9 +95,9 @@ def _depth(sample: Sample, kinks: list[symptoms.Kink], hidden_layers: int) -> li
     for kink in kinks:
         courses.append(course(sample, kink))
         turning, straight = courses.count("turns"), courses.count("straight")
-        if hidden_layers == 1 and (turning >= TURNS or turning + len(kinks) - len(courses) < TURNS):
+        if TURNS in (turning, straight) if hidden_layers == 1 else turning:
             break
-    if hidden_layers == 1 and turning >= TURNS:
+    if hidden_layers == 1 and turning == TURNS:
         evidence = f"{turning} of {len(courses)} kinks turn or change on their way through the inputs"
         return [Finding("several hidden layers", evidence, "hidden_layers=2, or more", True)]
     if hidden_layers > 1 and straight == len(kinks):

@@ -27,9 +27,9 @@ LEVELS = 1e9  # a range of more quanta than this is no rounding
 FEWEST = 3  # different multiples: any two numbers are such
 ALIKE = 4  # different answers that one multiple may have: not 1e-20, 1e-30, ... all called 0
 PAIRS, HALVINGS = 8, 36
-LINES, GRID = 3, 40  # lines, and points to either side of their middles
+LINES, GRID = 3, 38  # lines, and points to either side of their middles
 LONG, SHORT = 0.05, 0.005  # steps of long and of short differences on them
-ZOOMS = 8
+ZOOMS = 7
 KINK_ZOOMS, CURVE_ZOOMS = 4, 5  # in which a bend must be seen
 STRAIGHT = 30.0  # second differences below this many times the noise are none
 RESOLVED = 1e4  # first differences this many times larger would show a curve
@@ -234,13 +234,20 @@ def shape(sample: Sample) -> Shape:
     return Shape(kinks, curves, 2 * LINES, straight / max(places, 1), places)
 
 
-def curves(sample: Sample, places: int) -> int | None:
-    """At how many of so many ordinary places the black box surely is a curve; None where noise may hide curves."""
+def curved(sample: Sample, places: int, enough: int) -> int | None:
+    """At how many of so many ordinary places the black box surely is a curve; no more than `enough` are looked for.
+
+    None where noise may hide curves.
+    """
     short = _short(sample)
     if short > SHORT:
         return None
-    steps_PI = short * sample.normal(places)
-    return [_bend(sample, *pair)[0] for pair in zip(sample.u_QI, steps_PI, strict=False)].count("curve")
+    found = 0
+    for u_I, direction_I in zip(sample.u_QI, sample.normal(places), strict=False):
+        found += _bend(sample, u_I, short * direction_I)[0] == "curve"
+        if found == enough:
+            break
+    return found
 
 
 def _short(sample: Sample) -> float:
