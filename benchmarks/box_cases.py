@@ -195,6 +195,12 @@ CASES = [
     Case("a Gaussian process, told relu", "smooth", partial(other_model, "gaussian process"), small=True),
     Case("a Gaussian process, told tanh", "unverified", partial(other_model, "gaussian process", "tanh"), 200),
     Case("relu, told tanh", "piecewise linear", partial(dense, NET, "relu", told={"activation": "tanh"}), small=True),
+    Case(
+        "relu 12-8-8-4, told one layer",
+        "several hidden layers",
+        partial(dense, [12, 8, 8, 4], "relu", told={"hidden_layers": 1}),
+        small=True,
+    ),
     Case("leaky slope .2", "unverified", other_slope, 120),
     Case("over HTTP, with faults", "exact", over_http, 300),
 ]
