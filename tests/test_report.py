@@ -91,6 +91,7 @@ def recoveries(rng):
             "first_layer": weights,
             "first_layer_teacher": weights + 1e-9,
             **{f"certificate/{name}": rng.uniform(1e-3, 1, 13) for name in OF_OUTPUTS},
+            "verdict": np.array([f"Verified: {count} <students>", "smooth: no kink; not relu", "<students>"]),
             "certificate/answers": np.array([16000, 1250, 3]),
             "certificate/hidden_share": np.array(0.0024),
             "layer1_merges": linkage(unit, "average"),
@@ -166,6 +167,13 @@ def test_every_figure_is_there_with_words_in_its_place(written):
         "model.latent, refined: 4 0.970",
     ):
         assert words in page
+
+
+def test_the_verdict_and_what_was_found_are_told_in_words(written):
+    told = written[0][written[0].index("<h3>Verdict (students.count 10)</h3>") :]
+    assert told[: told.index("<h3>", 4)].endswith(
+        "<p>Verified: 10 &lt;students&gt;. Found: smooth: no kink; not relu.</p>"
+    )
 
 
 def test_the_certificate_is_a_table_of_the_outputs_that_disagree_most(written):

@@ -16,8 +16,10 @@ OF_OUTPUTS = ("spread", "noise", "worst", "worst_share", "allowed", "smallest_se
 
 def shown(recovery: Recovery, teacher: Weights | None = None) -> dict[str, np.ndarray]:
     """`first_layer` [N, I], beside `first_layer_teacher` [N, I] of the matched neurons where a teacher is known, and
-    `certificate/<name>` [O], numbers of the certificate in the answers' own unit. Empty where nothing was recovered."""
-    arrays: dict[str, np.ndarray] = {}
+    `certificate/<name>` [O], numbers of the certificate in the answers' own unit, where something was recovered; and
+    `verdict`, sentences: whether it is verified and why, then what the black box was found to be."""
+    said = f"{'Verified' if recovery.verified else 'Not verified'}: {recovery.reason}"
+    arrays = {"verdict": np.array([said, *(str(found) for found in recovery.findings)])}
     if recovery.weights and len(recovery.weights[0][1]) and recovery.weights[0][0].ndim == 2:
         if teacher is None:
             arrays["first_layer"] = recovery.weights[0][0][:NEURONS].numpy()

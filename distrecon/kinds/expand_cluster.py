@@ -263,7 +263,7 @@ KIND = Kind(
     mode="min",
     smoke={"teacher.hidden": [3], "budget.attempts": 1, "warm_start.steps": 100},
     figures=(recovered_sizes, recovered.first_layer, dendrogram, similarity, place.in_the_zoo),
-    tables=(recovered.certificate,),
+    tables=(recovered.verdict, recovered.certificate),
     needs=needs,
     serve=serve,
 )

@@ -67,7 +67,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Table:
-    """A small table of the report, as text, with the sentences that say what it shows."""
+    """A small table of the report, as text, with the sentences that say what it shows; without rows, these alone."""
 
     title: str
     header: Sequence[str]

@@ -137,10 +137,9 @@ def _figure(drawing: Drawing) -> str:
 def _small(table: Table) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
-    return (
-        f'<h3>{html.escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><p class="soft">{html.escape(table.note)}</p>'
-    )
+    shown = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    note = f"<p{' class=soft' if table.rows else ''}>{html.escape(table.note)}</p>"
+    return f"<h3>{html.escape(table.title)}</h3>{shown if table.rows else ''}{note}"
 
 
 def _table(sweep: SweepRecord, kind: Kind, tracker: Tracker) -> str:

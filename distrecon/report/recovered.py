@@ -1,4 +1,4 @@
-"""What a recovery came to, in pictures and a table: the first layer's weights beside the teacher's, the certificate."""
+"""What a recovery came to: the verdict, the first layer's weights beside the teacher's, the certificate."""
 
 import math
 
@@ -49,6 +49,19 @@ def _angle(found_NI: np.ndarray, true_NI: np.ndarray) -> float:
     units = [rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-300) for rows in (found_NI, true_NI)]
     half = np.linalg.norm(units[0] - units[1], axis=1).max() / 2
     return math.degrees(2 * math.asin(min(1.0, half)))
+
+
+def verdict(sweep: SweepRecord, arrays: Arrays) -> Table | None:
+    """Whether the best trial is verified, why, and what its black box was found to be, in words."""
+    best = sweep.best()
+    found = arrays.get(best.trial, {}) if best else {}
+    if best is None or "verdict" not in found:
+        return None
+    said, *findings = found["verdict"].tolist()
+    note = " ".join(
+        f"{sentence}." for sentence in (said, *(f"Found: {finding}" for finding in findings if finding not in said))
+    )
+    return Table(f"Verdict ({tables.heading(sweep)} {tables.label(best.config)})", [], [], note)
 
 
 def certificate(sweep: SweepRecord, arrays: Arrays) -> Table | None:

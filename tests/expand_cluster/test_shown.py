@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distrecon.expand_cluster.diagnosis import Finding
 from distrecon.expand_cluster.result import Recovery
 from distrecon.expand_cluster.shown import shown
 
@@ -31,3 +32,16 @@ def test_without_a_teacher_they_stand_as_they_are_and_a_missing_one_is_left_out(
     assert shown(Recovery(fewer, "tanh", False, ""))["first_layer"].tolist() == w[[2, 0]].tolist()
     arrays = shown(Recovery(fewer, "tanh", False, ""), weights)
     assert arrays["first_layer"].tolist() == arrays["first_layer_teacher"].tolist() == w[[0, 2]].tolist()
+
+
+def test_the_verdict_is_told_with_what_was_found():
+    findings = [Finding("smooth", "no kinks", "not relu"), Finding("quantised", "steps of .1", "goes on")]
+    verified = Recovery([], "tanh", True, "all answers agree", findings=findings)
+    assert shown(verified)["verdict"].tolist() == [
+        "Verified: all answers agree",
+        "smooth: no kinks; not relu",
+        "quantised: steps of .1; goes on",
+    ]
+    assert shown(Recovery([], "tanh", False, "too few queries"))["verdict"].tolist() == [
+        "Not verified: too few queries"
+    ]
