@@ -95,7 +95,8 @@ def _depth(sample: Sample, kinks: list[symptoms.Kink], hidden_layers: int) -> li
     for kink in kinks:
         courses.append(course(sample, kink))
         turning, straight = courses.count("turns"), courses.count("straight")
-        if TURNS in (turning, straight) if hidden_layers == 1 else turning:
+        left = len(kinks) - len(courses)  # no more are asked about than can still change what is found
+        if (TURNS in (turning, straight) or turning + left < TURNS) if hidden_layers == 1 else turning:
             break
     if hidden_layers == 1 and turning == TURNS:
         evidence = f"{turning} of {len(courses)} kinks turn or change on their way through the inputs"

@@ -126,7 +126,7 @@ def test_limits_of_the_inputs_are_found_and_kept(box, low, high):
     examined.box(examined.box.place(100 * torch.randn(500, 8, dtype=torch.float64)))
     assert (torch.cat(asked) >= low).all()
     assert (torch.cat(asked) <= high).all()
-    assert examined.box.queries <= LIMIT_QUERIES + 600
+    assert examined.box.queries <= LIMIT_QUERIES + 500
 
 
 def test_rounded_answers_have_their_quantum_measured_and_floats_have_none():
