@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import cast
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -38,8 +39,8 @@ class GradientSums:
         self.under_way: list[tuple[Tensor, dist.Work]] = []  # per bucket sent
         self.group = dist.new_group() if distributed.active() else None
         if self.group is not None:
-            for i, leaf in enumerate(self.leaves):
-                leaf.register_post_accumulate_grad_hook(partial(self._completed, i))
+            for i, leaf in enumerate(self.leaves):  # not by `self`: a leaf's hooks would keep all of this for ever
+                leaf.register_post_accumulate_grad_hook(partial(_completed, ref(self), i))
 
     def begin(self, zoo: int) -> None:
         """Before the backward pass of a step on this zoo."""
@@ -77,7 +78,7 @@ class GradientSums:
             leaf.grad = None
         return gradients
 
-    def _completed(self, number: int, _: Tensor) -> None:
+    def completed(self, number: int) -> None:
         """Sends what this gradient completes; in the same order on all workers, so a bucket waits for those before."""
         if self.zoo is None:
             return
@@ -111,3 +112,9 @@ class GradientSums:
             buckets[-1].append(i)
             size += self.leaves[i].numel() * self.sent.itemsize
         return buckets
+
+
+def _completed(sums: ref[GradientSums], number: int, _: Tensor) -> None:
+    alive = sums()
+    if alive is not None:
+        alive.completed(number)
