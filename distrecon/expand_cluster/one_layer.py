@@ -173,6 +173,9 @@ def _network(
     theta_1P = DenseNet.flatten([neurons_HK[None], last_OF[None]])
     metrics = {"recover/students": 0, "recover/lines": lines}
     loss = float(net.loss(theta_1P, data.z_QR, data.y_QO)[0])
+    if loss > problem.floor and explained.misfit <= ERROR_MARGIN:  # complete: hyperplanes have a few times the noise
+        solution = problem.fit(net, theta_1P)
+        theta_1P, loss = solution.theta_NP, float(net.loss(solution.theta_NP, data.z_QR, data.y_QO)[0])
     return problem, Found(net, theta_1P, loss, [], layer.objection, layer.note), metrics
 
 

@@ -13,13 +13,14 @@ Legend: Q queries, I inputs, O outputs, K transitions.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distrecon.errors import UserError
-from distrecon.expand_cluster.transitions import Transitions
+from distrecon.expand_cluster.transitions import WITHIN, Transitions
 
 Ask = Callable[[Tensor], Tensor]
 Bound = float | Sequence[float] | np.ndarray | Tensor
@@ -33,6 +34,7 @@ ACTING = 1e-5  # of the strongest input's action: weaker ones do nothing visible
 AFAR = 100.0, 1000.0  # lengths of lines, in turn, in units of the scale at which it bends
 FINE = 1e-4  # of the answers: what is visible of transitions far away, where inputs are rounded too
 NEARER, ROUNDED = (10.0, 30.0), 1e-8  # those where so much of the answers is rounding: far out it hides transitions
+OF_VISIBLE = 0.05  # of what is visible there: the rounding itself
 WITNESSES = 12  # transitions that are looked at first
 SEARCH = 12_000  # queries for the transitions of a round
 ROUNDS = 3
@@ -160,15 +162,22 @@ def by_asking(
     if reach is None:
         return standard
     afar = AFAR if visible < ROUNDED else NEARER
-    near, found = 1 / ORDINARY <= reach <= ORDINARY, Transitions.none(inputs)
+    ordinary = 1 / ORDINARY <= reach <= ORDINARY
+    near, found = ordinary, Transitions.none(inputs)
     if visible < FINE:
-        found = Transitions.look(ask, [reach * length for length in afar], WITNESSES, inputs, generator, visible)
-        near &= ends or found.pass_within(ask, ORDINARY, generator, visible)
+        look = partial(Transitions.look, ask, inputs=inputs, generator=generator, visible=visible)
+        rounding = OF_VISIBLE * visible if visible >= ROUNDED else torch.finfo(torch.float64).eps
+        heights = partial(Transitions.heights, ask=ask, generator=generator, visible=visible, rounding=rounding)
+        found = look([reach * length for length in afar], WITNESSES)
+        near &= ends or not _several_pass_beyond(ORDINARY, *heights(found))
+        if reach < 1 / ORDINARY and not ends:  # a few kinks near 0 may make it small
+            near = _several_pass_beyond(1 / ORDINARY, *heights(look([*afar], WITNESSES)))
     if near and _strength_spread(ask, standard, generator) < SPREAD:
         return standard
+    scaled = standard if ordinary else _at(standard, standard.centre_I, standard.scale_I * reach)
     scale_I = found.input_scales(ask)
     if scale_I is None:
-        return _at(standard, standard.centre_I, standard.scale_I * reach)
+        return scaled
     around = _at(standard, standard.centre_I, scale_I)
     reach = float((reach / scale_I).max())
     moved = 0.0
@@ -189,7 +198,12 @@ def by_asking(
             return standard
         if moved < SETTLED:
             break
-    return around if visible < ROUNDED or moved < ORDINARY else standard
+    return around if visible < ROUNDED or moved < ORDINARY else scaled
+
+
+def _several_pass_beyond(distance: float, height_K: Tensor, clear_K: Tensor) -> bool:
+    """Whether more than a few hyperplanes pass 0 clearly farther off."""
+    return bool(len(height_K)) and float((clear_K & (height_K > distance)).double().mean()) >= 1 - WITHIN
 
 
 def _ordinary(around: Surroundings) -> bool:

@@ -27,6 +27,7 @@ LEVELS = 1e9  # a range of more quanta than this is no rounding
 FEWEST = 3  # different multiples: any two numbers are such
 ALIKE = 4  # different answers that one multiple may have: not 1e-20, 1e-30, ... all called 0
 PAIRS, HALVINGS = 8, 36
+STEPS, LEFT = 32.0, 0.3  # steps of the inputs' format, and what of a difference over so many is still there at a jump
 LINES, GRID = 3, 38  # lines, and points to either side of their middles
 LONG, SHORT = 0.05, 0.005  # steps of long and of short differences on them
 ZOOMS = 7
@@ -158,19 +159,28 @@ def largest_bend(sample: Sample, scales: tuple[float, ...] = (0.1, 1.0, 10.0, 10
 def jumps(sample: Sample) -> Tensor:
     """What is left of the difference between two answers as their queries are brought together, [P, O].
 
-    The half of the interval with the larger difference is halved again, HALVINGS times.
+    The half of the interval with the larger difference is halved again, HALVINGS times. Inputs may be rounded to the
+    answers' format, and a steep slope then looks like steps: but it has many of them, so that most of the difference at
+    STEPS of these is gone at the last.
     """
+    steps = max(number_format(y_Q).eps for y_Q in sample.y_QO.T) * STEPS
     change_P = ((sample.y_QO[1::2] - sample.y_QO[::2]).abs() / sample.scale_O).amax(1)
     chosen = change_P.topk(PAIRS).indices
     a_PI, b_PI = sample.u_QI[::2][chosen], sample.u_QI[1::2][chosen]
     a_PO, b_PO = sample.y_QO[::2][chosen], sample.y_QO[1::2][chosen]
+    before_PO = b_PO - a_PO
     for _ in range(HALVINGS):
         m_PI = (a_PI + b_PI) / 2
         m_PO = sample.ask(m_PI)
         left_P1 = (((m_PO - a_PO).abs() - (b_PO - m_PO).abs()) / sample.scale_O).sum(1, keepdim=True) > 0
         a_PI, b_PI = torch.where(left_P1, a_PI, m_PI), torch.where(left_P1, m_PI, b_PI)
         a_PO, b_PO = torch.where(left_P1, a_PO, m_PO), torch.where(left_P1, m_PO, b_PO)
-    return (b_PO - a_PO).abs()
+        apart_P1 = (b_PI - a_PI).norm(dim=1, keepdim=True) > steps * sample.around.inputs(a_PI).norm(
+            dim=1, keepdim=True
+        )
+        before_PO = torch.where(apart_P1, b_PO - a_PO, before_PO)
+    jump_PO = (b_PO - a_PO).abs()
+    return jump_PO.where(jump_PO >= LEFT * before_PO.abs(), 0.0)
 
 
 def constant_share(sample: Sample, step: float = 1e-4) -> float:

@@ -23,6 +23,7 @@ WITHIN = 0.7  # quantile of the hyperplanes, so that a few far ones are ordinary
 CLEARLY = 3.0  # widths of its transition that a hyperplane must be off to be off at all
 LEAST = 1e-3  # of the transitions' distance from the centre: the least scale that kinks show
 KINK = 1e-5  # width of a transition over its distance: about kinks nothing tells the weights' size
+TOLD = 200.0  # x what is visible: a transition whose second differences are less tells too little of its hyperplane
 PURE = 0.05  # ratio of singular values of the gradients' change at a transition of one neuron
 RIDGE = 1e-5  # shrinks a centre towards the one before, where hyperplanes leave it undetermined
 WIDTHS = 2.0  # of a transition, as measured by the steps at its sharpest bend: the least scale that it shows
@@ -105,25 +106,26 @@ class Transitions:
         line_K, place_K = _peaks(bend_LT, count)
         step_LI = (to_LI - from_LI) / (GRID - 1)
         near_KTO = torch.stack([y_LTO[line_K, place_K + i] for i in range(3)], dim=1)
-        at_KI, step_KI = _zoom(ask, line_LTI[line_K, place_K + 1], step_LI[line_K], near_KTO, visible)
+        at_KI, step_KI = _zoom(ask, line_LTI[line_K, place_K + 1], step_LI[line_K], near_KTO, TOLD * visible)
         return Transitions(at_KI, step_KI)
 
-    def pass_within(self, ask: Ask, distance: float, generator: torch.Generator, visible: float) -> bool:
-        """Whether most hyperplanes pass 0 so near, or not clearly farther off than their transitions are wide.
+    def heights(self, ask: Ask, generator: torch.Generator, visible: float, rounding: float) -> tuple[Tensor, Tensor]:
+        """How far from 0 the hyperplanes pass, [K], and which of these distances are clearly more than their widths and
+        what rounding, relative, makes of them.
 
         From derivatives towards 0 and in a few random directions; in one coordinate's deviation.
         """
         count, inputs = self.at_KI.shape
-        if not count:
-            return True
         toward_KI = torch.nn.functional.normalize(self.at_KI, dim=1)
         other_KDI = torch.randn(count, 6, inputs, generator=generator, dtype=torch.float64)
         other_KDI = torch.nn.functional.normalize(other_KDI, dim=2)
-        jump_KDO = self._jumps(ask, torch.cat([toward_KI[:, None], other_KDI], dim=1), visible**0.25)
+        directions_KDI = torch.cat([toward_KI[:, None], other_KDI], dim=1)
+        jump_KDO = self._jumps(ask, directions_KDI, (TOLD * visible) ** 0.25)
         slope_KO = jump_KDO[:, 1:].square().mean(1).sqrt() * inputs**0.5
         height_K = self.at_KI.norm(dim=1) * (jump_KDO[:, 0].norm(dim=1) / slope_KO.norm(dim=1).clamp(min=1e-300))
-        far_K = (height_K > distance) & (height_K > CLEARLY * self.step_KI.norm(dim=1) / inputs**0.5)
-        return float(far_K.double().mean()) < 1 - WITHIN
+        width_K, away_K = self.step_KI.norm(dim=1) / inputs**0.5, self.at_KI.norm(dim=1) / inputs**0.5
+        error_K = rounding * away_K.square() / ((TOLD * visible) ** 0.25 * width_K)
+        return height_K, height_K > torch.maximum(CLEARLY * width_K, error_K)
 
     def input_scales(self, ask: Ask) -> Tensor | None:
         """How far each input moves to change the answer as the transition does, [I]; None where no single one does."""
@@ -153,7 +155,7 @@ class Transitions:
         """Their hyperplanes, from gradients on both sides; only those of one neuron alone, where there are any."""
         count, inputs = self.at_KI.shape
         eye_KII = torch.eye(inputs, dtype=torch.float64).expand(count, -1, -1)
-        jump_KOI = self._jumps(ask, eye_KII, visible**0.25).transpose(1, 2)
+        jump_KOI = self._jumps(ask, eye_KII, (TOLD * visible) ** 0.25).transpose(1, 2)
         jump_KOI = jump_KOI / jump_KOI.norm(dim=2, keepdim=True).mean(0).clamp(min=1e-300)  # outputs of any size
         _, values, right = torch.linalg.svd(jump_KOI, full_matrices=False)
         pure_K = values[:, 0] > 0
