@@ -75,9 +75,9 @@ class Arrangement:
     def _parts(self) -> tuple[Tensor, ...]:
         return self.planes_HK, self.jumps_HO, self.bends_HR, self.room_H, self.error_H
 
-    def join(self, other: "Arrangement") -> "Arrangement":
+    def join(self, *others: "Arrangement") -> "Arrangement":
         """These and those of the others that are new, the surest first."""
-        kept = self
+        kept, other = self, Arrangement(*(torch.cat(parts) for parts in zip(*(o._parts() for o in others), strict=True)))
         for i in other.error_H.argsort().tolist():
             if not kept.has(other.take(torch.tensor([i]))):
                 one = other.take(torch.tensor([i]))

@@ -93,7 +93,7 @@ def networks_from_bends(run: Run, coordinates: Coordinates) -> Iterator[tuple[Pr
             for line in range(count):
                 new_S = ((bends.line_S == line) & ~found.explains(bends)).nonzero()[:, 0]
                 if len(new_S):
-                    joined = found.join(loose).join(oriented(ask, bends, new_S))
+                    joined = found.join(loose, oriented(ask, bends, new_S))
                     if len(joined) > len(found):
                         loose = joined.take(torch.arange(len(found), len(joined)))
                         found, crossings = refined(ask, joined, len(found), generator, uneven)
