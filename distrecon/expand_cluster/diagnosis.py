@@ -24,7 +24,6 @@ REPEATABLE = 1e-5  # relative difference of repeated answers that can still be r
 FEW_LEVELS = 20  # answers of so few different values are labels or votes
 CLAMPS, PLACES = 3, 3  # inputs at which limits are looked for at several places
 CURVED, STRAIGHT = 0.3, 0.6  # shares of straight places below and above which pieces are curved and straight
-ROUNDING = 10.0  # steps of the answers' format that rounding may make of nothing
 INVARIANT = 0.01
 FLAT = 0.75
 WIDE = 1.5  # standard inputs: probabilities that tell scores only closer by may hide bends
@@ -174,9 +173,7 @@ def _jumps(sample: Sample) -> list[Finding]:
     if not (sample.y_QO != sample.y_QO[:1]).any():
         return []
     jump_PO = symptoms.jumps(sample)
-    steps_O = [symptoms.number_format(y_Q).eps * float(y_Q.abs().max()) for y_Q in sample.y_QO.T]
-    rounding_O = torch.maximum(100 * sample.noise_O, ROUNDING * torch.tensor(steps_O, dtype=torch.float64))
-    continuous_O = torch.maximum(1.5 * sample.quantum_O, torch.maximum(rounding_O, 1e-6 * sample.scale_O))
+    continuous_O = torch.maximum(1.5 * sample.quantum_O, torch.maximum(100 * sample.noise_O, 1e-6 * sample.scale_O))
     range_O = sample.y_QO.amax(0) - sample.y_QO.amin(0)
     votes = bool(((sample.quantum_O > 0) & (range_O <= FEW_LEVELS * sample.quantum_O)).all())
     together_P = (jump_PO > 0.5 * sample.quantum_O).sum(1) > 1  # rounding moves one output at a time

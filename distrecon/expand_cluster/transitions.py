@@ -78,10 +78,14 @@ class Hyperplanes:
 
 @dataclass(frozen=True)
 class Transitions:
-    """Points x[K, I] where the black box bends, half a transition `step_KI` along the line that found each."""
+    """Points x[K, I] where the black box bends, half a transition `step_KI` along the line that found each.
+
+    `sharp`: most are still as sharp at the last steps that are seen, as kinks are, and show no width.
+    """
 
     at_KI: Tensor
     step_KI: Tensor
+    sharp: bool = False
 
     @staticmethod
     def none(inputs: int) -> "Transitions":
@@ -106,8 +110,8 @@ class Transitions:
         line_K, place_K = _peaks(bend_LT, count)
         step_LI = (to_LI - from_LI) / (GRID - 1)
         near_KTO = torch.stack([y_LTO[line_K, place_K + i] for i in range(3)], dim=1)
-        at_KI, step_KI = _zoom(ask, line_LTI[line_K, place_K + 1], step_LI[line_K], near_KTO, TOLD * visible)
-        return Transitions(at_KI, step_KI)
+        zoomed = _zoom(ask, line_LTI[line_K, place_K + 1], step_LI[line_K], near_KTO, TOLD * visible)
+        return Transitions(*zoomed)
 
     def heights(self, ask: Ask, generator: torch.Generator, visible: float, rounding: float) -> tuple[Tensor, Tensor]:
         """How far from 0 the hyperplanes pass, [K], and which of these distances are clearly more than their widths and
@@ -116,6 +120,8 @@ class Transitions:
         From derivatives towards 0 and in a few random directions; in one coordinate's deviation.
         """
         count, inputs = self.at_KI.shape
+        if not count:
+            return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
         toward_KI = torch.nn.functional.normalize(self.at_KI, dim=1)
         other_KDI = torch.randn(count, 6, inputs, generator=generator, dtype=torch.float64)
         other_KDI = torch.nn.functional.normalize(other_KDI, dim=2)
@@ -201,13 +207,15 @@ def _peaks(bend_LT: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return line_LK.T[found_KL][:count], place_LK.T[found_KL][:count]
 
 
-def _zoom(ask: Ask, at_KI: Tensor, step_KI: Tensor, y_KTO: Tensor, visible: float) -> tuple[Tensor, Tensor]:
-    """The sharpest bends near places on lines, and the steps to their neighbours; answers at -1, 0, 1 steps are known.
+def _zoom(ask: Ask, at_KI: Tensor, step_KI: Tensor, y_KTO: Tensor, visible: float) -> tuple[Tensor, Tensor, bool]:
+    """The sharpest bends near places on lines, the steps to their neighbours, and whether most are sharp still; answers
+    at -1, 0, 1 steps are known.
 
     Steps are halved, and the sharpest of the three bends inside is the next place. As long as they are longer than the
     transition, its second difference stays or is halved with them (a kink's); when they are shorter, it is quartered.
     """
     rows_K, going_K = torch.arange(len(at_KI)), torch.ones(len(at_KI), dtype=torch.bool)
+    curved_K = ~going_K
     before_K = torch.zeros(len(at_KI), dtype=torch.float64)
     size_KO = (y_KTO.amax(1) - y_KTO.amin(1)).clamp(min=1e-300)
     for _ in range(HALVINGS):
@@ -220,6 +228,7 @@ def _zoom(ask: Ask, at_KI: Tensor, step_KI: Tensor, y_KTO: Tensor, visible: floa
         second_KTO = finer_KTO.diff(n=2, dim=1).abs()
         seen_KT = (second_KTO > visible * finer_KTO.abs().amax(1, keepdim=True)).any(2)
         bend_K, best_K = ((second_KTO / size_KO[:, None]).amax(2) * seen_KT).max(1)
+        curved_K |= going_K & (bend_K <= SHARP * before_K) & (bend_K > 0)
         going_K = going_K & (bend_K > SHARP * before_K) & (bend_K > 0)
         before_K = bend_K
         moved_KI = at_KI + (best_K - 1)[:, None] * half_KI
@@ -227,4 +236,4 @@ def _zoom(ask: Ask, at_KI: Tensor, step_KI: Tensor, y_KTO: Tensor, visible: floa
         at_KI = torch.where(going_K[:, None], moved_KI, at_KI)
         step_KI = torch.where(going_K[:, None], half_KI, step_KI)
         y_KTO = torch.where(going_K[:, None, None], chosen_KTO, y_KTO)
-    return at_KI, step_KI
+    return at_KI, step_KI, float(curved_K.double().mean()) < 0.5

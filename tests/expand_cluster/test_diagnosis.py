@@ -281,6 +281,16 @@ def test_modules_of_other_formats_raise_no_alarm(dtype, layer):
     assert 0.01 * eps < examined.box.noise < 10 * eps
 
 
+def test_steep_slopes_in_float32_are_no_jumps_but_a_trees_answers_are():
+    """Inputs round to steps of which a slope of 1e4 makes steps of the answers."""
+    inner = net([4, 6, 2], "tanh")
+    for factor in (1e3, 1e4):
+        examined = look(lambda x: inner((factor * x).float().double()).float(), 4)  # noqa: B023
+        assert not {found.name for found in examined.findings} & {"discontinuous", "piecewise constant"}
+    stairs = look(lambda x: (3 * x).floor().sin().sum(1, keepdim=True).float(), 4)
+    assert stairs.stopped.name in ("discontinuous", "piecewise constant")
+
+
 @pytest.mark.parametrize("factor", [1e-12, 1e12])
 def test_answers_of_any_size_are_ordinary(factor):
     def box(x):

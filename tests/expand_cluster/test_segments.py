@@ -89,3 +89,34 @@ def test_lines_that_see_a_part_of_the_hyperplanes_show_them_together():
     assert found.verified, found.reason
     assert found.layer_sizes == [100]
     assert found.metrics["recover/students"] == 0
+
+
+def test_of_hyperplanes_that_are_one_the_surest_is_kept():
+    def planes(offset, error):
+        return Arrangement(
+            torch.tensor([[1.0, 0.0, offset]], dtype=torch.float64),
+            torch.ones(1, 1, dtype=torch.float64),
+            torch.tensor([[-offset, 1.0]], dtype=torch.float64),
+            torch.ones(1, dtype=torch.float64),
+            torch.tensor([error], dtype=torch.float64),
+        )
+
+    joined = Arrangement.empty(2, 1).join(planes(-1.001, 1e-2), planes(-1.0, 1e-5))
+    assert joined.planes_HK[:, 2].tolist() == [-1.0]
+    assert planes(-1.001, 1e-2).join(planes(-1.0, 1e-5)).planes_HK[:, 2].tolist() == [-1.001]  # known ones stay
+
+
+LARGE = pytest.param((64, 100, 10), 0, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("sizes", "seed"), [((8, 64, 3), 0), ((16, 32, 4), 1), LARGE], ids=str)
+def test_wide_modules_of_float32_are_found_from_their_bends(sizes, seed):
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Linear(*sizes[:2]), torch.nn.ReLU(), torch.nn.Linear(*sizes[1:]))
+    found = recover_network(module, sizes[0], "relu")
+    assert found.verified, found.reason
+    assert found.layer_sizes == [sizes[1]]
+    assert found.metrics["recover/students"] == 0
+    x_QI = torch.randn(500, sizes[0], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exact_QO = module.double()(x_QI).detach()
+    assert (found(x_QI) - exact_QO).abs().max() < 3e-6 * exact_QO.std()

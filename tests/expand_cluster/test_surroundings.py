@@ -129,6 +129,33 @@ def test_an_ordinary_box_in_float32_is_left_as_it_is(activation, sizes):
     assert found.scale_I.eq(1).all()
 
 
+def initial(sizes, seed):
+    """A relu module of PyTorch's initial weights, in float32."""
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(*sizes[:2]), torch.nn.ReLU(), torch.nn.Linear(*sizes[1:]))
+
+
+@pytest.mark.parametrize(("sizes", "seeds"), [([8, 12, 3], (0, 1, 2)), ([8, 24, 3], (0, 6)), ([4, 6, 2], (14, 19))])
+def test_an_ordinary_module_of_float32_is_left_as_it_is(sizes, seeds):
+    """Its kinks seemed to lie thousands of deviations off; a few near 0 seemed to be its scale."""
+    for seed in seeds:
+        around = look(initial(sizes, seed), sizes[0]).around
+        assert around.centre_I.eq(0).all(), seed
+        assert around.scale_I.eq(1).all(), seed
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("seed", [0, 1, 4])
+def test_the_scale_of_inputs_is_found_in_float32(activation, seed):
+    inner = initial([8, 12, 3], seed)
+    if activation == "tanh":
+        inner = network([(w.float(), b.float()) for w, b in weights([8, 12, 3], seed)], activation)
+    examined = look(lambda x: inner((x / 1e3).float()), 8)
+    assert examined.stopped is None
+    assert examined.around.scale_I.max() / examined.around.scale_I.min() < 10
+    assert 30 < examined.around.scale_I.mean() < 3e4
+
+
 @pytest.mark.parametrize("activation", ["tanh", "softplus"])
 def test_steps_of_rounded_answers_near_zero_are_no_bends(activation):
     """A step of .01 within .001 is sharper than any bend, and larger than such answers are."""

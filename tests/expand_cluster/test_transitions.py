@@ -53,17 +53,46 @@ def test_a_transition_is_met_where_it_is():
 def test_no_transition_is_met_where_nothing_bends(generator):
     found = Transitions.look(lambda x: x @ torch.ones(3, 2).double(), [100.0], 6, 3, generator, 1e-8)
     assert not len(found.at_KI)
-    assert found.pass_within(None, 1.0, generator, 1e-8)
+    assert [len(part) for part in found.heights(None, generator, 1e-8, 1e-16)] == [0, 0]
     assert found.input_scales(None) is None
 
 
-@pytest.mark.parametrize(("distance", "within"), [(2.0, False), (12.0, True)])
-def test_hyperplanes_pass_as_near_as_they_do(distance, within, generator):
+def test_hyperplanes_pass_as_near_as_they_do(generator):
     """Kinks 5 away from 0 along the first of 16 inputs, met far from that place."""
     at_KI = torch.randn(8, 16, generator=generator, dtype=torch.float64) * 20
     at_KI[:, 0] = 5.0
     found = Transitions(at_KI, 1e-3 * torch.eye(16, dtype=torch.float64)[:1].expand(8, -1))
-    assert found.pass_within(lambda x: torch.relu(x[:, :1] - 5.0), distance, generator, VISIBLE) == within
+    height_K, clear_K = found.heights(lambda x: torch.relu(x[:, :1] - 5.0), generator, VISIBLE, 1e-16)
+    assert (height_K > 2).all()  # the slope is that of a few random directions
+    assert (height_K < 12).all()
+    assert clear_K.all()
+    for rounding, step in (
+        (1e-5, 1e-3),
+        (1e-16, 20.0),
+    ):  # of inputs of 20 it is as large as the steps; a wide transition
+        wide = Transitions(at_KI, step * torch.eye(16, dtype=torch.float64)[:1].expand(8, -1))
+        assert not wide.heights(lambda x: torch.relu(x[:, :1] - 5.0), generator, VISIBLE, rounding)[1].any()
+
+
+def test_kinks_in_float32_show_their_hyperplanes(generator):
+    """Steps stay so long that rounding hides nothing of the change of slope: the last visible ones tell nothing."""
+    normal_I = torch.tensor([0.6, 0.0, -0.8], dtype=torch.float64)
+
+    def box(x_QI):
+        x_QI = x_QI.float()
+        return torch.cat([torch.relu(x_QI @ normal_I.float() - 2.0)[:, None], x_QI[:, :1]], dim=1).double()
+
+    visible = 20 * torch.finfo(torch.float32).eps
+    found = Transitions.look(box, [10.0, 30.0], 36, 3, generator, visible)
+    assert found.sharp
+    height_K, _ = found.heights(box, generator, visible, torch.finfo(torch.float32).eps)
+    assert len(height_K) > 3
+    assert ((height_K > 1) & (height_K < 4)).all()
+    planes = found.hyperplanes(box, visible)
+    assert ((planes.normal_KI @ normal_I).abs() > 0.99).all()
+    curved = Transitions.look(lambda x: torch.tanh(x[:, :1]).float().double(), [10.0, 30.0], 12, 3, generator, visible)
+    assert len(curved.at_KI)
+    assert not curved.sharp
 
 
 def planes(normal_KI, point_I, misses_K, width=1.0, kinks=False):
