@@ -166,15 +166,15 @@ def by_asking(
     near, concentric, found = ordinary, False, Transitions.none(inputs)
     if visible < FINE:
         look = partial(Transitions.look, ask, inputs=inputs, generator=generator, visible=visible)
+        found = look([reach * length for length in afar], WITNESSES)
+    if visible < FINE and not ends:
         rounding = OF_VISIBLE * visible if visible >= ROUNDED else torch.finfo(torch.float64).eps
         heights = partial(Transitions.heights, ask=ask, generator=generator, visible=visible, rounding=rounding)
-        found = look([reach * length for length in afar], WITNESSES)
         apart = heights(found)
-        near &= ends or not _several_pass_beyond(ORDINARY, *apart)
-        kinks = not ends and visible >= ROUNDED and found.sharp
-        concentric = kinks and not _several_pass_beyond(ORDINARY * reach, *apart)
-        if reach < 1 / ORDINARY and not ends:  # a few kinks near 0 may make it small
+        near &= not _several_pass_beyond(ORDINARY, *apart)
+        if reach < 1 / ORDINARY:  # a few kinks near 0 may make it small
             near = _several_pass_beyond(1 / ORDINARY, *heights(look([*afar], WITNESSES)))
+        concentric = visible >= ROUNDED and found.sharp and not _several_pass_beyond(ORDINARY * reach, *apart)
     if near and _strength_spread(ask, standard, generator) < SPREAD:
         return standard
     scaled = standard if ordinary else _at(standard, standard.centre_I, standard.scale_I * reach)
