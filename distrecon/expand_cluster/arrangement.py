@@ -77,10 +77,8 @@ class Arrangement:
 
     def join(self, *others: "Arrangement") -> "Arrangement":
         """These and those of the others that are new, the surest first."""
-        kept, other = (
-            self,
-            Arrangement(*(torch.cat(parts) for parts in zip(*(o._parts() for o in others), strict=True))),
-        )
+        other = Arrangement(*(torch.cat(parts) for parts in zip(*(o._parts() for o in others), strict=True)))
+        kept = self
         for i in other.error_H.argsort().tolist():
             if not kept.has(other.take(torch.tensor([i]))):
                 one = other.take(torch.tensor([i]))

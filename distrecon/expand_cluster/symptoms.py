@@ -175,10 +175,8 @@ def jumps(sample: Sample) -> Tensor:
         left_P1 = (((m_PO - a_PO).abs() - (b_PO - m_PO).abs()) / sample.scale_O).sum(1, keepdim=True) > 0
         a_PI, b_PI = torch.where(left_P1, a_PI, m_PI), torch.where(left_P1, m_PI, b_PI)
         a_PO, b_PO = torch.where(left_P1, a_PO, m_PO), torch.where(left_P1, m_PO, b_PO)
-        apart_P1 = (b_PI - a_PI).norm(dim=1, keepdim=True) > steps * sample.around.inputs(a_PI).norm(
-            dim=1, keepdim=True
-        )
-        before_PO = torch.where(apart_P1, b_PO - a_PO, before_PO)
+        apart_P, size_P = (b_PI - a_PI).norm(dim=1), sample.around.inputs(a_PI).norm(dim=1)
+        before_PO = torch.where((apart_P > steps * size_P)[:, None], b_PO - a_PO, before_PO)
     jump_PO = (b_PO - a_PO).abs()
     return jump_PO.where(jump_PO >= LEFT * before_PO.abs(), 0.0)
 
